@@ -1,0 +1,40 @@
+# Everything a person types. `make demo` from a clean clone needs only Python 3.11 and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test check format bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+setup: $(READY)  ## make .venv with everything in it
+
+# Runs again only when what is to be installed has changed.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(READY)  ## Bayesian sweep of the digits experiment: 12 trials, leaderboard, where to look
+	$(BIN)/stagesweep -m search=bayes experiment=digits search.n_trials=12
+
+# One thread a process: the tests run in parallel themselves.
+test: $(READY)  ## run the tests (real data: set STAGESWEEP_TEST_DATA)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+check: $(READY)  ## lint, format, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)  ## put the code in its normal form
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(READY)  ## the fit loop against a bare loop and against Lightning
+	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fit_loop
+
+clean:  ## remove .venv and caches; results stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
