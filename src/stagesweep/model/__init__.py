@@ -1,0 +1,1 @@
+"""Models: each maps a batch to named outputs."""

@@ -1,0 +1,50 @@
+"""How well the decoder gives back what was observed."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from stagesweep.data.view import Batch
+from stagesweep.errors import UserError
+
+
+def standardised(native: Tensor, batch: Batch, name: str) -> Tensor:
+    """Bring decoded values (B, w) from native units to those of the model's input, in fp32."""
+    shift, scale = batch.get(f"{name}/shift"), batch.get(f"{name}/scale")
+    value = native.float()
+    return value if shift is None or scale is None else (value - shift) / scale
+
+
+class Reconstruction(nn.Module):
+    """Squared error of standardised features and cross-entropy of categories, summed over what
+    was observed of a sample; a sum over samples.
+
+    `weights` says how much a feature or category counts; those it does not name count 1.
+    """
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        super().__init__()
+        self.weights = dict(weights or {})
+
+    def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Add up the error of every column that the model decodes."""
+        decoded = [name for name in outputs if name in batch]
+        if unknown := sorted(self.weights.keys() - set(decoded)):
+            raise UserError(
+                f"loss.reconstruction.weights names '{unknown[0]}', which the model does not "
+                f"decode: choose from {', '.join(decoded)}"
+            )
+        total = outputs["mean"].new_zeros((), dtype=torch.float32)
+        for name in decoded:
+            total = total + self.weights.get(name, 1.0) * self._error(outputs[name], batch, name)
+        return total, total.new_tensor(len(outputs["mean"]))
+
+    def _error(self, output: Tensor, batch: Batch, name: str) -> Tensor:
+        target = batch[name]
+        if not target.is_floating_point():  # a category, of which 0 is unknown
+            return cross_entropy(output.float(), target, ignore_index=0, reduction="sum")
+        error = (standardised(output, batch, name) - target).square()
+        mask = batch.get(f"{name}/mask")
+        return error.sum() if mask is None else error.masked_fill(~mask, 0).sum()
