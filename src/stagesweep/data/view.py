@@ -1,6 +1,7 @@
 """A split held in memory: named columns and batches by one indexed gather."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -35,42 +36,30 @@ class View:
     def __contains__(self, name: str) -> bool:
         return name in self.columns
 
-    def to(self, device: torch.device) -> "View":
-        """Move all columns to `device`, so that a batch is one gather there."""
+    def prepare(self, device: torch.device, workers: int) -> "View":
+        """Move all columns to `device`, so that a batch is one gather there; needs no workers."""
         self.columns = {name: column.to(device) for name, column in self.columns.items()}
         return self
 
-    def batches(
-        self,
-        size: int,
-        *,
-        shuffle: bool = False,
-        generator: torch.Generator | None = None,
-        sampler: Sampler | None = None,
-        start: int = 0,
-    ) -> Iterator[Batch]:
-        """Batches of one epoch, from batch number `start` on; the last one may be smaller.
-
-        The order is decided by `generator` alone, before the first batch, so that an interrupted
-        epoch goes on exactly where it stopped.
-        """
-        for number, index in enumerate(self._indices(size, shuffle, generator, sampler)):
-            if number >= start:
-                index = index.to(self.columns["index"].device)
-                yield {name: column[index] for name, column in self.columns.items()}
-
-    def _indices(
-        self,
-        size: int,
-        shuffle: bool,
-        generator: torch.Generator | None,
-        sampler: Sampler | None,
+    def order(
+        self, size: int, generator: torch.Generator, sampler: Sampler | None = None
     ) -> Iterator[Tensor]:
+        """The rows of each batch of one shuffled epoch, decided by `generator` alone."""
         if sampler is not None:
-            assert generator is not None, "a sampler draws from a generator"
             return sampler(self, size, generator)
-        order = torch.randperm(len(self), generator=generator) if shuffle else self["index"]
-        return iter(order.split(size))
+        return iter(torch.randperm(len(self), generator=generator).split(size))
+
+    def gather(self, order: Iterable[Tensor], start: int = 0) -> Iterator[Batch]:
+        """The batches of `order`, from batch number `start` on: one indexed gather each."""
+        device = self["index"].device
+        for rows in islice(order, start, None):
+            rows = rows.to(device)
+            yield {name: column[rows] for name, column in self.columns.items()}
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The whole split in order; the last batch may be smaller."""
+        for start in range(0, len(self), size):
+            yield {name: column[start : start + size] for name, column in self.columns.items()}
 
 
 class Data(Protocol):

@@ -1,0 +1,63 @@
+"""Checkpoints: written whole or not at all, read without running code from the file."""
+
+import logging
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stagesweep.errors import UserError
+from stagesweep.files import atomic_write, link
+
+log = logging.getLogger(__name__)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values to `path`; on any failure the old file is still there."""
+    atomic_write(path, lambda stream: torch.save(state, stream))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; UserError names a missing, truncated or foreign file."""
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot read checkpoint {path}: truncated or foreign ({reason})"
+        ) from error
+    if not isinstance(state, dict):
+        raise UserError(f"cannot read checkpoint {path}: foreign (it holds no dictionary)")
+    return state
+
+
+def save_numbered(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+    """Write ``step_<n>.pt``, point ``last.pt`` at it and drop all but the newest `keep`."""
+    newest = folder / f"step_{step:09d}.pt"
+    save(newest, state)
+    link(newest, folder / "last.pt")
+    for old in sorted(folder.glob("step_*.pt"))[: -max(keep, 1)]:
+        old.unlink()
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The newest readable checkpoint of a fit, None when there is none yet.
+
+    A broken one is named in a warning and the one before it is used; when every one is broken,
+    UserError names the newest.
+    """
+    found = sorted(folder.glob("step_*.pt"), reverse=True)
+    for number, path in enumerate(found):
+        try:
+            return load(path)
+        except UserError as error:
+            if number + 1 == len(found):
+                raise UserError(
+                    f"{error}; no older one to fall back to: set resume=never"
+                ) from None
+            log.warning("%s; falling back to %s", error, found[number + 1].name)
+    return None

@@ -1,0 +1,430 @@
+"""The training loop: epochs, batches, loss, step, schedule, evaluate, checkpoint, stop."""
+
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from stagesweep import config
+from stagesweep.core import checkpoint, interrupt
+from stagesweep.core.log import MetricLog, peak_memory, progress_bar
+from stagesweep.core.optim import build_optimizer, freeze, learning_rate, train_mode
+from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
+from stagesweep.core.step import WeightedLoss
+from stagesweep.data.spec import Spec
+from stagesweep.data.view import Batch, View
+from stagesweep.errors import UserError
+from stagesweep.hardware import Machine
+
+log = logging.getLogger(__name__)
+
+
+class Best:
+    """The best value of a metric so far, and for how many evaluations it has not improved."""
+
+    def __init__(self, mode: config.Mode, min_delta: float = 0.0) -> None:
+        self.sign = 1.0 if mode is config.Mode.max else -1.0
+        self.min_delta = min_delta
+        self.value: float | None = None
+        self.since = 0
+
+    def update(self, value: float) -> bool:
+        """Whether `value` is better than all before it by more than ``min_delta``; NaN never is."""
+        better = not math.isnan(value) and (
+            self.value is None or self.sign * (value - self.value) > self.min_delta
+        )
+        self.value, self.since = (value, 0) if better else (self.value, self.since + 1)
+        return better
+
+    def reaches(self, target: float | None, value: float) -> bool:
+        """Whether `value` is at `target` or beyond."""
+        return target is not None and self.sign * (value - target) >= 0
+
+
+def predict(
+    model: nn.Module,
+    view: View,
+    names: Collection[str] | None,
+    machine: Machine,
+    batch_size: int = 1024,
+) -> dict[str, Tensor]:
+    """Outputs and batch columns of a whole split in order, in eval mode, fp32 on the CPU.
+
+    An output wins over a batch column of its name; ``input/<name>`` asks for the column.
+    ``names`` None gives every output.
+    """
+    training = model.training
+    model.eval()
+    seen: dict[str, list[Tensor]] = {}
+    size = min(batch_size, machine.micro_batch or batch_size)
+    with torch.inference_mode():
+        for batch in view.batches(size):
+            batch = to_device(batch, machine.device)
+            with torch.autocast(
+                machine.device.type, machine.autocast, enabled=machine.autocast is not None
+            ):
+                outputs = model(batch)
+            given = outputs if names is None else {n: pick(n, outputs, batch) for n in names}
+            for name, value in given.items():
+                value = value.float() if value.is_floating_point() else value
+                seen.setdefault(name, []).append(value)
+    model.train(training)
+    return {name: torch.cat(parts).cpu().clone() for name, parts in seen.items()}
+
+
+def pick(name: str, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """A model output or batch column by name; UserError lists what there is."""
+    if name in outputs:
+        return outputs[name]
+    if name.removeprefix("input/") in batch:
+        return batch[name.removeprefix("input/")]
+    have = ", ".join(sorted({*outputs, *batch}))
+    raise UserError(
+        f"the model gives no '{name}' and the data has no such column; there are {have}"
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; in-memory data is there already."""
+    if device.type == "cpu":
+        return batch
+    return {name: column.to(device, non_blocking=True) for name, column in batch.items()}
+
+
+class Loop:
+    """One fit: everything it needs, the state a checkpoint carries, and the loop itself."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Mapping[str, nn.Module],
+        settings: config.Fit,
+        views: Mapping[str, View],
+        spec: Spec,
+        machine: Machine,
+        seed: int,
+        folder: Path,
+        rows: MetricLog,
+    ) -> None:
+        self.model, self.settings, self.machine, self.folder = model, settings, machine, folder
+        self.train, self.val, self.spec, self.rows = views["train"], views["val"], spec, rows
+        self.seed = seed
+        seed_everything(seed)
+        freeze(model, settings.train, settings.freeze)
+        self.optimizer = build_optimizer(model, settings.optimizer)
+        fp16 = machine.precision is config.Precision.fp16
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=fp16)
+        self.loss = WeightedLoss(model, terms, settings.loss, machine, self.scaler)
+        self.ema = (
+            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+            if settings.ema
+            else None
+        )
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Draws the order of batches; noise and augmentation have a stream of their own.
+        self.noise = torch.Generator(machine.device)
+        self.noise.manual_seed(derive(seed, "noise"))
+        self.best = {name: Best(mode) for name, mode in settings.best.items()}
+        self.best_weights: dict[str, dict[str, Tensor]] = {}
+        self.stops = {n: Best(s.mode, s.min_delta) for n, s in settings.early_stop.items()}
+        self.plateau = Best(settings.schedule.mode)
+        self.lr_scale = 1.0
+        self.epoch = self.step = self.batch = 0
+        self.finished = False
+        # Numbers of the current epoch, and of the last one that ended.
+        self.row: dict[str, float] = {}
+        self.summary: dict[str, float] = {}
+        self.saved = -1
+        self.sums = torch.zeros(len(self.loss.terms), 2, device=machine.device)
+        self.recent: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self) -> dict[str, float]:
+        """Train to the end, from the newest checkpoint if there is one; the last epoch's row."""
+        self.restore()
+        s = self.settings
+        steps = self.steps_per_epoch()
+        with (
+            interrupt.deferred(),
+            progress_bar(self.rows.stage, s.epochs * steps, self.step) as bar,
+        ):
+            while self.epoch < s.epochs and not self.finished:
+                bar.set_description(f"{self.rows.stage} epoch {self.epoch + 1}/{s.epochs}", False)
+                if self.batch == 0:
+                    self.row = self.refresh()
+                speed = self.train_epoch(steps, bar)
+                self.epoch += 1
+                if self.epoch % s.eval_every == 0 or self.epoch == s.epochs:
+                    self.row |= self.evaluate()
+                    self.track(self.row)
+                self.rows.row("epoch", self.epoch, self.step, self.row | speed)
+                self.summary |= self.row
+                self.finished = self.should_stop(self.row)
+                if s.histogram_every and self.epoch % s.histogram_every == 0:
+                    self.rows.histograms(self.model, self.step)
+                if self.epoch % s.save_every == 0:
+                    self.save()
+        self.save()
+        self.take_selected()
+        return self.summary | {"epochs": float(self.epoch)}
+
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps in one epoch."""
+        return sum(1 for _ in self.order())
+
+    def order(self) -> Iterator[Tensor]:
+        """The rows of each batch of this epoch; depends on seed and epoch alone."""
+        generator = torch.Generator().manual_seed(derive(self.seed, "order", self.epoch))
+        return self.train.order(self.settings.batch_size, generator, self.settings.sampler)
+
+    def refresh(self) -> dict[str, float]:
+        """Let terms that need a pass over the whole training set take it when due."""
+
+        def over_train() -> dict[str, Tensor]:
+            return predict(self.averaged, self.train, None, self.machine)
+
+        row: dict[str, float] = {}
+        for term in self.loss.terms.values():
+            if hasattr(term, "refresh"):
+                row |= term.refresh(self.epoch, over_train)
+        return row
+
+    def train_epoch(self, steps: int, bar: Any) -> dict[str, float]:
+        """Every batch of the epoch that is not done yet, one step each; returns the speed."""
+        started, samples = perf_counter(), 0
+        train_mode(self.model)
+        for batch in self.train.gather(self.order(), start=self.batch):
+            batch = self.prepare(to_device(batch, self.machine.device))
+            self.set_rates(self.epoch + self.batch / steps)
+            self.optimizer.zero_grad()
+            values = self.loss.backward(batch, self.epoch + self.batch / steps)
+            self.update()
+            self.sums += values
+            self.recent.append(values)
+            self.step += 1
+            self.batch += 1
+            samples += len(batch["index"])
+            bar.update()
+            if self.step % self.settings.log_every == 0:
+                self.log_step(bar)
+            if (stop := interrupt.pending()) is not None:
+                self.check()
+                self.save()
+                raise stop
+        self.check()
+        self.row |= self.means(self.sums, self.loss.terms, "train")
+        self.row["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.sums.zero_()
+        self.batch = 0
+        speed = {"samples_per_second": samples / max(perf_counter() - started, 1e-9)}
+        return speed | peak_memory(self.machine.device)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add what is drawn at random for the undivided batch: noise and augmented copies."""
+        if hasattr(self.model, "sample_noise"):
+            batch |= self.model.sample_noise(len(batch["index"]), self.noise)
+        if self.settings.augment is not None:
+            batch |= self.settings.augment(batch, self.spec, self.noise)
+        return batch
+
+    def set_rates(self, position: float) -> None:
+        """Learning rate of every group, `position` epochs into the fit."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_scale * learning_rate(
+                group["base_lr"], position, self.settings.epochs, self.settings.schedule
+            )
+
+    def update(self) -> None:
+        """Clip, step, and follow with the running average of the weights."""
+        if self.settings.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            self.norms.append(norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    # ---------------------------------------------------------------- numbers
+
+    def check(self) -> Tensor | None:
+        """End the run if a step since the last check had a bad value; the latest step's values.
+
+        The values stay on the device until now, so that no step waits for another.
+        """
+        if not self.recent:
+            return None
+        values = torch.stack(self.recent).cpu()
+        self.recent.clear()
+        bad = (~torch.isfinite(values)).any(dim=2).nonzero().tolist()
+        if bad:
+            row, term = bad[0]
+            stage, name = self.rows.stage, list(self.loss.terms)[term]
+            raise UserError(
+                f"{stage}: loss term '{name}' became {values[row, term, 0].item()} in epoch "
+                f"{self.epoch + 1}, step {self.step - len(values) + row + 1}; lower "
+                f"stage.{stage}.optimizer.lr, set stage.{stage}.clip_norm or use "
+                f"hardware.precision=fp32"
+            )
+        return values[-1]
+
+    def log_step(self, bar: Any) -> None:
+        """One row of numbers of the latest step."""
+        values = self.check()
+        assert values is not None
+        row = self.means(values, self.loss.terms, "train")
+        row |= {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
+        if self.norms:
+            row["grad_norm"] = self.norms[-1].item()
+            self.norms.clear()
+        self.rows.row("step", self.epoch + 1, self.step, row)
+        rate = self.optimizer.param_groups[0]["lr"]
+        bar.set_postfix_str(f"loss {row['train_loss']:.4g} lr {rate:.1e}", refresh=False)
+
+    def means(self, sums: Tensor, terms: Mapping[str, nn.Module], split: str) -> dict[str, float]:
+        """Each term's mean and their weighted sum (full weights, so that ramps do not show)."""
+        values = (sums[:, 0] / sums[:, 1].clamp(min=1e-12)).tolist()
+        total = sum(self.loss.weights[n].weight * v for n, v in zip(terms, values, strict=True))
+        return {f"{split}_loss": total} | {
+            f"{split}_{n}": v for n, v in zip(terms, values, strict=True)
+        }
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The weights a person gets: the running average where there is one."""
+        module = self.model if self.ema is None else self.ema.module
+        assert isinstance(module, nn.Module)
+        return module
+
+    def evaluate(self) -> dict[str, float]:
+        """Per-sample loss terms and the stage's metrics on the validation split."""
+        terms = self.loss.per_sample()
+        sums = torch.zeros(len(terms), 2, device=self.machine.device)
+        arrays: dict[str, list[Tensor]] = {}
+        model = self.loss.model if self.ema is None else self.averaged
+        model.eval()
+        size = min(1024, self.machine.micro_batch or 1024)
+        with torch.no_grad():
+            for batch in self.val.batches(size):
+                outputs, values = self.loss.sums(model, to_device(batch, self.machine.device))
+                sums += values
+                for name, value in (batch | outputs).items() if self.settings.metrics else ():
+                    arrays.setdefault(name, []).append(value)
+        row = self.means(sums, terms, "val")
+        whole: dict[str, np.ndarray] = {n: torch.cat(v).cpu().numpy() for n, v in arrays.items()}
+        for metric in self.settings.metrics.values():
+            row |= {f"val_{name}": value for name, value in metric(whole).items()}
+        return row
+
+    def track(self, row: Mapping[str, float]) -> None:
+        """Keep the weights of each best value; lower the rate on a plateau."""
+        for name, best in self.best.items():
+            if best.update(self.value(row, name, "best")):
+                weights = self.averaged.state_dict()
+                self.best_weights[name] = {k: v.detach().cpu().clone() for k, v in weights.items()}
+        schedule = self.settings.schedule
+        if schedule.decay is config.Decay.plateau:
+            self.plateau.update(self.value(row, schedule.metric, "schedule.metric"))
+            if self.plateau.since > schedule.patience:
+                self.lr_scale, self.plateau.since = self.lr_scale * schedule.factor, 0
+
+    def should_stop(self, row: Mapping[str, float]) -> bool:
+        """Whether any of the early-stopping rules says so."""
+        for name, rule in self.settings.early_stop.items():
+            if name not in row:
+                continue  # not measured in this epoch
+            best = self.stops[name]
+            best.update(row[name])
+            if best.reaches(rule.target, row[name]):
+                log.info("%s: stopped, %s reached %g", self.rows.stage, name, row[name])
+                return True
+            if rule.patience is not None and best.since > rule.patience:
+                log.info(
+                    "%s: stopped, %s has not improved for %d evaluations (best %g)",
+                    self.rows.stage, name, best.since, best.value or math.nan,
+                )  # fmt: skip
+                return True
+        return False
+
+    def value(self, row: Mapping[str, float], name: str, key: str) -> float:
+        """A metric of this epoch; UserError lists those there are."""
+        if name not in row:
+            stage = self.rows.stage
+            raise UserError(f"stage.{stage}.{key}: no metric '{name}'; there are {', '.join(row)}")
+        return row[name]
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def trackers(self) -> dict[str, Best]:
+        """Every best-so-far by a name of its own."""
+        named = {f"best/{n}": b for n, b in self.best.items()}
+        return named | {f"stop/{n}": b for n, b in self.stops.items()} | {"plateau": self.plateau}
+
+    def save(self) -> None:
+        """Write the best weights, then everything that the loop needs to go on."""
+        if self.saved == self.step:
+            return
+        for name, weights in self.best_weights.items():
+            checkpoint.save(self.folder / f"best_{name}.pt", {"model": weights})
+        self.best_weights.clear()
+        self.rows.flush()
+        self.saved = self.step
+        state = {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "terms": {name: term.state_dict() for name, term in self.loss.terms.items()},
+            "trackers": {name: [b.value, b.since] for name, b in self.trackers().items()},
+            "noise": self.noise.get_state(),
+            "rng": rng_state(),
+            "sums": self.sums,
+            "loop": {key: getattr(self, key) for key in LOOP},
+        }
+        checkpoint.save_numbered(self.folder, self.step, state, self.settings.keep_last)
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint; without one, start."""
+        state = checkpoint.load_newest(self.folder)
+        if state is None:
+            self.rows.rewind(-1)
+            return
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, term in self.loss.terms.items():
+            term.load_state_dict(state["terms"][name])
+        for name, best in self.trackers().items():
+            best.value, best.since = state["trackers"][name]
+        self.noise.set_state(state["noise"])
+        set_rng_state(state["rng"])
+        self.sums = state["sums"].to(self.machine.device)
+        for key, value in state["loop"].items():
+            setattr(self, key, value)
+        self.rows.rewind(self.step)
+        log.info("%s: goes on from epoch %d, step %d", self.rows.stage, self.epoch, self.step)
+
+    def take_selected(self) -> None:
+        """Leave the model with the weights the stage is to end with."""
+        select = self.settings.select
+        if select == "last":
+            if self.ema is not None:
+                self.model.load_state_dict(self.averaged.state_dict())
+            return
+        state = checkpoint.load(self.folder / f"best_{select}.pt")
+        self.model.load_state_dict(state["model"])
+
+
+# Plain values of the loop that a checkpoint carries.
+LOOP = ("epoch", "step", "batch", "row", "summary", "lr_scale", "finished")

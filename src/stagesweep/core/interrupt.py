@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM: a fit finishes its step and saves; everything else stops at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from stagesweep.errors import Interrupted
+
+_deferred = False
+_pending: int | None = None
+
+
+def _stop(signum: int) -> Interrupted:
+    name = signal.Signals(signum).name
+    return Interrupted(signum, f"stopped by {name}; the same command goes on from here")
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    global _pending
+    if _deferred and _pending is None:
+        _pending = signum
+    else:  # nothing to save, or a second signal: do not wait
+        raise _stop(signum)
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Interrupted` for the length of a run."""
+    global _pending
+    _pending = None
+    before = {s: signal.signal(s, _handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Hold a signal back until `pending` is asked, so that a step is never cut in two."""
+    global _deferred
+    _deferred = True
+    try:
+        yield
+    finally:
+        _deferred = False
+
+
+def pending() -> Interrupted | None:
+    """The error to raise, after saving, if a signal has come."""
+    return None if _pending is None else _stop(_pending)

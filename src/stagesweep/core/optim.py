@@ -1,0 +1,90 @@
+"""Which parameters are trained, with which optimizer settings and learning rate."""
+
+import inspect
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from torch import nn
+
+from stagesweep import config
+from stagesweep.errors import UserError
+
+
+def matching(names: Iterable[str], globs: Iterable[str], key: str) -> set[str]:
+    """The names that any of `globs` matches; a glob that matches none is a UserError."""
+    names = list(names)
+    matched: set[str] = set()
+    for glob in globs:
+        hits = {name for name in names if fnmatchcase(name, glob)}
+        if not hits:
+            parts = ", ".join(sorted({name.split(".")[0] for name in names}))
+            raise UserError(f"{key}: '{glob}' matches no parameter; the model's parts are {parts}")
+        matched |= hits
+    return matched
+
+
+def freeze(model: nn.Module, train: list[str], frozen: list[str]) -> None:
+    """Let gradients reach only parameters that `train` matches and `frozen` does not."""
+    names = dict(model.named_parameters())
+    chosen = matching(names, train, "train") - matching(names, frozen, "freeze")
+    if not chosen:
+        raise UserError("no parameter is left to train: 'freeze' matches all that 'train' does")
+    for name, parameter in names.items():
+        parameter.requires_grad_(name in chosen)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but for modules that are frozen whole: their norms keep their statistics."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
+def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters.
+
+    The last glob of ``settings.groups`` that matches a parameter decides its group; the base
+    learning rate of each group is kept as ``base_lr``. Frozen parameters are left out.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    group_of = dict.fromkeys(trained, "default")
+    for glob in settings.groups:
+        group_of |= dict.fromkeys(matching(trained, [glob], "optimizer.groups"), glob)
+    groups: list[dict[str, Any]] = []
+    for name in ["default", *settings.groups]:
+        own = settings.groups.get(name, config.Group())
+        lr = settings.lr if own.lr is None else own.lr
+        decay = settings.weight_decay if own.weight_decay is None else own.weight_decay
+        members = [p for key, p in trained.items() if group_of[key] == name]
+        if members:
+            groups.append(
+                {"params": members, "lr": lr, "weight_decay": decay, "base_lr": lr, "name": name}
+            )
+    cls = get_class(settings._target_)
+    accepted = inspect.signature(cls).parameters
+    extra = {"betas": settings.betas, "fused": True}
+    optimizer: torch.optim.Optimizer = cls(
+        groups, lr=settings.lr, **{k: v for k, v in extra.items() if k in accepted}
+    )
+    return optimizer
+
+
+def learning_rate(base: float, position: float, epochs: float, settings: config.Schedule) -> float:
+    """Learning rate `position` epochs into a fit of `epochs`.
+
+    Linear warmup, then constant or a cosine to ``min_lr`` (Loshchilov & Hutter 2017, eq. 5, one
+    cycle); plateau is constant here, its reductions are a factor of the loop's state.
+    """
+    if position < settings.warmup:
+        return base * position / settings.warmup
+    if settings.decay is not config.Decay.cosine:
+        return base
+    done = min(1.0, (position - settings.warmup) / max(epochs - settings.warmup, 1e-12))
+    floor = min(settings.min_lr, base)
+    return floor + (base - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
