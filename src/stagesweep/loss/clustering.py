@@ -8,25 +8,21 @@ from torch import Tensor, nn
 from stagesweep.data.view import Batch
 
 
-def sharpen(assignment: Tensor, frequency: Tensor) -> Tensor:
-    """Target distribution (N, k) of assignments (N, k) (Xie et al. 2016, eq. 3).
-
-    `frequency` (k,) is the sum of the assignments over the full training set.
+def sharpen(assignment: Tensor) -> Tensor:
+    """Target distribution (N, k) of the assignments (N, k) of a full data set (Xie et al. 2016,
+    eq. 3): squared, divided by the cluster frequencies, normalised by row.
     """
-    raised = assignment.square() / frequency
+    raised = assignment.square() / assignment.sum(0)
     return raised / raised.sum(1, keepdim=True)
 
 
 class Clustering(nn.Module):
     """KL(P || Q), a sum over samples (Xie et al. 2016, eq. 2).
 
-    P is computed over the full training set every `every` epochs and held in between. In
-    evaluation mode, where samples need not be training samples, P comes from their own
-    assignments and the training set's cluster frequencies.
+    P is computed over the full training set every `every` epochs, and held in between.
     """
 
     target: Tensor
-    frequency: Tensor
     labels: Tensor
 
     def __init__(self, every: int = 10) -> None:
@@ -34,7 +30,6 @@ class Clustering(nn.Module):
         self.every = every
         # Their sizes are known at the first refresh, so they travel as extra state.
         self.register_buffer("target", torch.empty(0, 0), persistent=False)
-        self.register_buffer("frequency", torch.empty(0), persistent=False)
         self.register_buffer("labels", torch.empty(0, dtype=torch.int64), persistent=False)
 
     def refresh(self, epoch: int, predict: Callable[[], dict[str, Tensor]]) -> dict[str, float]:
@@ -43,29 +38,26 @@ class Clustering(nn.Module):
         """
         if epoch % self.every and len(self.target):
             return {}
-        assignment = predict()["assignment"].detach().float()
+        device = self.labels.device
+        assignment = predict()["assignment"].detach().float().to(device)
         labels = assignment.argmax(1)
         first = epoch == 0 or len(labels) != len(self.labels)
         change = {} if first else {"label_change": (labels != self.labels).float().mean().item()}
-        self.frequency, self.labels = assignment.sum(0), labels
-        self.target = sharpen(assignment, self.frequency)
+        self.target, self.labels = sharpen(assignment), labels
         return change
 
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum over samples; `index` of the batch says which rows of P they have."""
+        """Sum over samples; `index` of the batch says which rows of P are theirs."""
         assignment = outputs["assignment"].float()
-        if self.training:
-            target = self.target[batch["index"]]
-        else:
-            target = sharpen(assignment, self.frequency).detach()
+        target = self.target[batch["index"]]
         total = (torch.xlogy(target, target) - target * assignment.log()).sum()
         return total, total.new_tensor(len(assignment))
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: P, the cluster frequencies and the last labels."""
-        return {"target": self.target, "frequency": self.frequency, "labels": self.labels}
+        """What a checkpoint holds: P and the last labels."""
+        return {"target": self.target, "labels": self.labels}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take up what `get_extra_state` gave, on the device the term is on."""
-        for name, value in state.items():
-            setattr(self, name, value.to(getattr(self, name).device))
+        device = self.labels.device
+        self.target, self.labels = state["target"].to(device), state["labels"].to(device)
