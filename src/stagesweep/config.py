@@ -7,12 +7,15 @@ result (only where or how often something is written), so a finished stage is re
 its value is.
 """
 
+import os
+import platform
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 NO_RESULT: dict[str, Any] = {"fingerprint": False}
 
@@ -235,10 +238,16 @@ class Objective:
 
 @dataclass
 class Search:
-    """How many trials a sweep has, and the space they come from (Hydra's sweep grammar)."""
+    """How many trials a sweep has, and the space they come from (Hydra's sweep grammar).
+
+    ``seed`` is the sampler's, so that the same command proposes the same points again; ``study``
+    names the sweep and its folder.
+    """
 
     n_trials: int = 20
-    space: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    study: str = "${now:%Y-%m-%d_%H-%M-%S}_${host:}"
+    space: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -258,8 +267,30 @@ class Config:
     search: Search = field(default_factory=Search)
 
 
+# What a config may name as `_target_`.
+TRUSTED = ("stagesweep.*", "torch.*", "sklearn.*", "optuna.*")
+
+
+def trusted() -> tuple[str, ...]:
+    """Patterns of the targets that may be instantiated from a config.
+
+    A user adds packages of their own in the environment: ``STAGESWEEP_TRUST=mylab,other.models``.
+    Only the person at the command line can, never a config: that is the point of the list.
+    """
+    added = os.environ.get("STAGESWEEP_TRUST", "").replace(",", " ").split()
+    return (*TRUSTED, *(f"{package.removesuffix('.*')}.*" for package in added))
+
+
+def folder() -> Path:
+    """Where the YAML lives: inside an installed package, or else at the root of the checkout."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
+
+
 def register() -> None:
-    """Put every schema into Hydra's ConfigStore."""
+    """Put every schema into Hydra's ConfigStore, and the resolvers that the YAML uses."""
+    OmegaConf.register_resolver("host", lambda: platform.node().split(".")[0], replace=True)
+    OmegaConf.register_resolver("direction", lambda mode: f"{Mode(mode)}imize", replace=True)
     store = ConfigStore.instance()
     store.store(name="base_config", node=Config)
     store.store(group="hardware", name="base_hardware", node=Hardware)
