@@ -1,0 +1,58 @@
+"""Seeded splits that keep what belongs together on one side."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from stagesweep.errors import UserError
+
+Codes = NDArray[np.int64]
+
+
+def tied(keys: Sequence[Codes], rows: int) -> Codes:
+    """Number the connected components of samples that share a value of any key, (rows,).
+
+    Each key is (rows,) with codes below 0 for none: such a sample is tied to nobody by that key.
+    Two litters with one mutant gene between them are thus one component.
+    """
+    nodes, edges = rows, [np.empty((0, 2), dtype=np.int64)]
+    for key in keys:
+        known = np.flatnonzero(key >= 0)
+        edges.append(np.stack([known, nodes + key[known]], axis=1))
+        nodes += int(key.max(initial=-1)) + 1
+    sources, targets = np.concatenate(edges).T
+    graph = coo_matrix((np.ones(len(sources)), (sources, targets)), shape=(nodes, nodes))
+    components = connected_components(graph, directed=False)[1][:rows]
+    return np.unique(components, return_inverse=True)[1]
+
+
+def split_groups(groups: Codes, fractions: Mapping[str, float], seed: int) -> dict[str, Codes]:
+    """Deal whole groups into named splits of about the given fractions; rows stay in file order.
+
+    `groups` is (n,), numbered from 0. The groups are laid end to end in a random order, and each
+    goes to the split in which its middle falls. Raises UserError when a split stays empty.
+    """
+    _check(fractions)
+    sizes = np.bincount(groups)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    ends = sizes[order].cumsum()
+    middles = np.empty(len(sizes))
+    middles[order] = (ends - sizes[order] / 2) / len(groups)
+    bounds = np.cumsum(list(fractions.values()))[:-1]
+    side = np.searchsorted(bounds, middles, side="right")[groups]
+    splits = {name: np.flatnonzero(side == number) for number, name in enumerate(fractions)}
+    for name, members in splits.items():
+        if not len(members):
+            raise UserError(
+                f"the {name} split is empty: {len(groups)} rows in {len(sizes)} groups cannot be "
+                f"split into {dict(fractions)}; change data.fractions or data.split_seed"
+            )
+    return splits
+
+
+def _check(fractions: Mapping[str, float]) -> None:
+    if min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise UserError(f"data.fractions must be positive and add up to 1, got {dict(fractions)}")
