@@ -128,6 +128,7 @@ class Loop:
             else None
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        machine.set_threads(sum(p.numel() for p in self.parameters))
         # Draws the order of batches; noise and augmentation have a stream of their own.
         self.noise = torch.Generator(machine.device)
         self.noise.manual_seed(derive(seed, "noise"))

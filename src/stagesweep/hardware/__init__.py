@@ -1,7 +1,6 @@
 """What a run uses of this machine: the hardware profile, resolved."""
 
 import logging
-import os
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +18,27 @@ class Machine:
     device: torch.device
     precision: config.Precision
     autocast: torch.dtype | None
+    threads: int | None
     micro_batch: int | None
     workers: int
     compile: bool
     activation_checkpointing: bool
 
+    def set_threads(self, parameters: int) -> None:
+        """Threads of CPU operations for a model of so many parameters.
+
+        Unless the profile says, a model below a million parameters gets one: its operations are
+        too short to share, and on a busy machine two threads wait for each other.
+        """
+        torch.set_num_threads(self.threads or (1 if parameters < 1_000_000 else CORES))
+
+
+# What torch takes by default: OMP_NUM_THREADS, or else the cores there are.
+CORES = torch.get_num_threads()
+
 
 def resolve(settings: config.Hardware) -> Machine:
-    """Decide what the profile leaves open, apply thread settings, and say what was chosen."""
+    """Decide what the profile leaves open, and say what was chosen."""
     gpu = torch.cuda.is_available()
     if settings.device is config.Device.cuda and not gpu:
         raise UserError("hardware.device=cuda, but torch finds no GPU; set hardware.device=cpu")
@@ -41,16 +53,15 @@ def resolve(settings: config.Hardware) -> Machine:
         precision = config.Precision.bf16 if bf16 else config.Precision.fp32
     if precision is config.Precision.fp16 and not use_gpu:
         raise UserError("hardware.precision=fp16 needs a GPU; set it to bf16 or fp32")
-    threads = settings.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
-    torch.set_num_threads(threads)
     device = torch.device("cuda" if use_gpu else "cpu")
-    name = torch.cuda.get_device_name() if use_gpu else f"cpu, {threads} thread(s)"
-    log.info("hardware: %s (%s), %s", device, name, precision)
+    name = f" ({torch.cuda.get_device_name()})" if use_gpu else ""
+    log.info("hardware: %s%s, %s", device, name, precision)
     formats = {config.Precision.bf16: torch.bfloat16, config.Precision.fp16: torch.float16}
     return Machine(
         device=device,
         precision=precision,
         autocast=formats.get(precision),
+        threads=settings.threads,
         micro_batch=settings.micro_batch,
         workers=settings.workers,
         compile=settings.compile,
