@@ -1,21 +1,64 @@
-"""The `stagesweep` command. Imports no torch: help and completion answer at once."""
+"""The ``stagesweep`` command. Imports no torch, so that help and completion answer at once."""
+
+import os
+import signal
+import sys
+from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from stagesweep import config
+from stagesweep.errors import Interrupted, UserError
+from stagesweep.explain import explain
 
 config.register()
+# With this set, Hydra hands its errors over instead of printing them.
+TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+def main() -> None:
+    """Compose and execute a run, or a sweep of runs; exits with a status that tells how it went.
+
+    1: one line on stderr names the fault (HYDRA_FULL_ERROR=1 adds the traceback); 130 or 143: it
+    was interrupted, and the same command goes on.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        job()
+    except KeyboardInterrupt:
+        leave("interrupted", 130)
+    except Exception as error:
+        line = explain(error)
+        if line is None or TRACEBACK:
+            raise
+        leave(line)
 
 
 @hydra.main(
     config_path=str(config.folder()), config_name="config", execution_whitelist=config.trusted()
 )
 def job(cfg: DictConfig) -> float | None:
+    """One run in Hydra's hands; returns the value of its objective."""
     from stagesweep.run import run
 
-    return run(cfg)
+    try:
+        return run(cfg)
+    except Interrupted as error:
+        leave(str(error), error.exit_code)  # not an Exception: it ends a sweep, too
+    except Exception as error:
+        line = explain(error)
+        if line is None or TRACEBACK:
+            raise
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise UserError(line) from error  # this trial's end; the sweep goes on
+        leave(line)
 
 
-def main() -> None:
-    job()
+def leave(line: str, status: int = 1) -> NoReturn:
+    """Say why in one line and exit."""
+    print(f"stagesweep: {line}", file=sys.stderr)
+    sys.exit(status)

@@ -17,6 +17,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from stagesweep import catalogue
+
 NO_RESULT: dict[str, Any] = {"fingerprint": False}
 
 
@@ -291,6 +293,8 @@ def register() -> None:
     """Put every schema into Hydra's ConfigStore, and the resolvers that the YAML uses."""
     OmegaConf.register_resolver("host", lambda: platform.node().split(".")[0], replace=True)
     OmegaConf.register_resolver("direction", lambda mode: f"{Mode(mode)}imize", replace=True)
+    OmegaConf.register_resolver("list_groups", catalogue.groups, replace=True)
+    OmegaConf.register_resolver("list_experiments", catalogue.experiments, replace=True)
     store = ConfigStore.instance()
     store.store(name="base_config", node=Config)
     store.store(group="hardware", name="base_hardware", node=Hardware)

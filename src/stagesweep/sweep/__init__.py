@@ -1,0 +1,1 @@
+"""Sweeps: what happens around the trials, and their results."""

@@ -1,0 +1,42 @@
+"""What there is to choose from, found by looking into the config folders: for ``--help``."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+
+def folders() -> list[Path]:
+    """The config folders of this command line: the product's own, then those the user added."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [Path(source.path) for source in sources if source.schema == "file"]
+
+
+def groups() -> str:
+    """A line for every config group: its name and its options."""
+    found: dict[str, set[str]] = {}
+    for folder in folders():
+        for file in folder.rglob("*.yaml"):
+            group = file.parent.relative_to(folder).as_posix()
+            if group.partition("/")[0] not in (".", "hydra", "experiment"):
+                found.setdefault(group, set()).add(file.stem)
+    return _table((group, ", ".join(sorted(found[group]))) for group in sorted(found))
+
+
+def experiments() -> str:
+    """A line for every experiment: its name and the first line of its YAML's header."""
+    files = [file for folder in folders() for file in sorted(folder.glob("experiment/**/*.yaml"))]
+    return _table((file.stem, summary(file)) for file in files)
+
+
+def summary(file: Path) -> str:
+    """The first comment of a YAML file, less Hydra's package directive."""
+    comments = (line.lstrip("# ").strip() for line in file.read_text().splitlines())
+    return next((line for line in comments if line and not line.startswith("@package")), "")
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    pairs = list(rows)
+    width = max((len(name) for name, _ in pairs), default=0)
+    # The help text is a string.Template: a dollar sign is written twice.
+    return "\n".join(f"  {name:<{width}}  {text}".replace("$", "$$") for name, text in pairs)

@@ -1,0 +1,7 @@
+"""Stub."""
+
+from omegaconf import DictConfig
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check."""
