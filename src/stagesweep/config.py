@@ -161,9 +161,11 @@ class ChooseClusters(Stage):
     _target_: str = "stagesweep.stage.choose_clusters.ChooseClusters"
     # Smallest and largest k tried, both included.
     k_range: tuple[int, int] = (6, 18)
-    resamples: int = 10
-    fraction: float = 0.8
-    n_init: int = 10
+    # Bootstrap samples for each k, each clustered from so many starts.
+    resamples: int = 20
+    n_init: int = 3
+    # Of a larger training set, a random sample of this many stands for all.
+    max_rows: int = 5000
 
 
 @dataclass
@@ -186,7 +188,10 @@ class Baselines(Stage):
     # null takes the number the model uses.
     k: int | None = None
     methods: list[str] = field(default_factory=lambda: ["kmeans", "gmm", "spectral", "autoencoder"])
+    # How the autoencoder of that name is trained: the run's model, its reconstruction alone.
     autoencoder: Fit | None = None
+    # Refits of each method, the first of which is scored; all of them give its stability.
+    seeds: int = 3
 
 
 @dataclass
