@@ -6,7 +6,7 @@ their thresholds, by more than most genes make a difference.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -105,42 +105,41 @@ class Audiogram:
         0 to 100 dB are an error unless `clip` cuts them off there. `tile` repeats every row of
         every split, to measure speed on a larger cohort. Raises UserError naming what is wrong.
         """
+        if tile < 1:
+            raise UserError(f"data.tile={tile} must be at least 1")
         source = path if isinstance(path, str) else "the table"
         table = read_table(path) if isinstance(path, str) else path
         require(table, columns.used(), source)
-        table, decibels = _decibels(table, columns.thresholds, source, clip)
+        decibels = _decibels(table, columns.thresholds, source, clip)
+        metadata = numbers(table, [c for c in columns.metadata.values() if c], source)
+        heard = ~np.isnan(decibels).all(axis=1)
+        if not heard.all():
+            log.warning("%s: left out %d animals without any threshold", source, (~heard).sum())
+            table, decibels, metadata = table[heard], decibels[heard], metadata[heard]
         self.label_names, labels = _labels(table, columns)
         ties = tied([labels[name] for name in split_by if name in labels], len(table))
         rows = split_groups(ties, dict(zip(SPLITS, fractions, strict=True)), split_seed)
-        groups = _scaling_groups(standardise, labels, len(table))
+        groups, train = _scaling_groups(standardise, labels, len(table)), rows["train"]
 
-        train = rows["train"]
-        tensors = _scaled("thresholds", decibels, groups, train, min_group, source)
+        self._columns = {name: torch.from_numpy(codes) for name, codes in labels.items()}
         features = {"thresholds": Features(tuple(columns.thresholds), LOWEST, HIGHEST, True)}
-        if columns.metadata:
-            values = numbers(table, [c for c in columns.metadata.values() if c], source)
-            everyone = np.zeros_like(groups)
-            scaled = _scaled("metadata", values, everyone, train, min_group, source)
-            tensors |= {key: scaled[key] for key in ("metadata", "metadata/mask")}
-            features["metadata"] = Features(tuple(columns.metadata))
+        for name, column in _scaled(decibels, groups, train, min_group, columns.thresholds).items():
+            self._columns["thresholds" + name] = column
         if pca:
-            tensors["pca"] = _components(tensors["thresholds"], train, pca)
+            self._columns["pca"] = _components(self._columns["thresholds"], train, pca)
             features["pca"] = Features(tuple(f"pc{number + 1}" for number in range(pca)))
-        categories = {
-            k: _category(table[column], train) for k, column in columns.categories.items()
-        }
-        tensors |= {name: codes for name, (codes, _) in categories.items()}
-        tensors |= {name: torch.from_numpy(codes) for name, codes in labels.items()}
+        if columns.metadata:
+            scaled = _scaled(metadata, np.zeros_like(groups), train, 1, columns.metadata)
+            self._columns |= {"metadata": scaled[""], "metadata/mask": scaled["/mask"]}
+            features["metadata"] = Features(tuple(columns.metadata))
+        sizes = {}
+        for name, theirs in columns.categories.items():
+            self._columns[name], sizes[name] = _category(table[theirs], train)
 
-        self.spec = Spec(
-            features,
-            {name: size for name, (_, size) in categories.items()},
-            {name: len(names) for name, names in self.label_names.items()},
-        )
-        self._columns = tensors
+        counts = {name: len(names) for name, names in self.label_names.items()}
+        self.spec = Spec(features, sizes, counts)
         self._rows = {name: np.tile(members, tile) for name, members in rows.items()}
-        names = table[columns.id] if columns.id else table.index.to_series()
-        self._names: NDArray[np.str_] = names.to_numpy(str)
+        self._names = _names(table, columns.id)
 
     def split(self, name: str) -> View:
         """Return the named split; raises UserError naming the splits there are."""
@@ -159,35 +158,41 @@ class Audiogram:
 
 def _decibels(
     table: pd.DataFrame, columns: Mapping[str, str | None], source: str, clip: bool
-) -> tuple[pd.DataFrame, Values]:
-    """Return the animals with any threshold, and their thresholds in dB SPL, (n, w)."""
+) -> Values:
+    """Return the thresholds in dB SPL, (n, w), NaN where missing."""
     names = [column for column in columns.values() if column]
     decibels = numbers(table, names, source)
+    if np.isnan(decibels).all():
+        raise UserError(f"{source} holds no thresholds")
     if clip:
-        decibels = decibels.clip(LOWEST, HIGHEST)
+        return decibels.clip(LOWEST, HIGHEST)
     for row, column in np.argwhere((decibels < LOWEST) | (decibels > HIGHEST))[:1]:
         raise UserError(
             f"{decibels[row, column]:g} dB is outside {LOWEST:g} to {HIGHEST:g}: column "
             f"{names[column]!r}, line {row + 2} of {source}; mend it, or set data.clip=true"
         )
-    heard = ~np.isnan(decibels).all(axis=1)
-    if not heard.any():
-        raise UserError(f"{source} holds no thresholds")
-    if not heard.all():
-        log.warning("%s: left out %d animals without any threshold", source, (~heard).sum())
-    return table[heard], decibels[heard]
+    return decibels
+
+
+def _names(table: pd.DataFrame, column: str | None) -> NDArray[np.str_]:
+    """Return what each animal is called: its id, or where it has none its row number."""
+    numbered = pd.Series([str(number) for number in range(len(table))], table.index)
+    named = numbered if column is None else table[column].fillna(numbered)
+    names: NDArray[np.str_] = named.to_numpy(str)
+    return names
 
 
 def _labels(table: pd.DataFrame, columns: Columns) -> tuple[dict[str, list[str]], dict[str, Codes]]:
     """Return the sorted names of each label, and its codes (n,) with -1 for none."""
     texts = {name: table[column] for name, column in columns.labels.items()}
     if columns.equipment:
-        texts["equipment"] = table[list(columns.equipment)].astype(str).agg(" / ".join, axis=1)
+        parts = [table[column].astype(str) for column in columns.equipment]
+        texts["equipment"] = parts[0].str.cat(parts[1:], sep=" / ")
     names, codes = {}, {}
     for label, text in texts.items():
         found = text.astype("string").astype("category").cat
         names[label] = found.categories.tolist()
-        codes[label] = found.codes.to_numpy(np.int64)
+        codes[label] = found.codes.to_numpy(np.int64, copy=True)
     return names, codes
 
 
@@ -203,30 +208,30 @@ def _scaling_groups(standardise: str, labels: Mapping[str, Codes], rows: int) ->
 
 
 def _scaled(
-    name: str, values: Values, groups: Codes, train: Codes, min_group: int, source: str
+    values: Values, groups: Codes, train: Codes, min_group: int, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return z-scores within each group, their mask, and the shift and scale back, (n, w) each.
+    """Return z-scores within each group, their /mask, and the /shift and /scale back, (n, w) each.
 
     A feature of which a group has fewer than `min_group` training values, or always the same one,
     is scaled by all training animals.
     """
-    training = pd.DataFrame(values[train])
+    training = pd.DataFrame(values[train], columns=list(names))
     mean, spread = training.mean(), training.std(ddof=0)
-    if mean.isna().any():
-        column = int(mean.isna().argmax())
-        raise UserError(f"{name} {column + 1} has no value in the training split of {source}")
+    for name in mean.index[mean.isna()]:
+        raise UserError(f"{name!r} has no value in the training split; set it null in data.columns")
     grouped = training.groupby(groups[train])
     own_spread = grouped.std(ddof=0)
     usable = (grouped.count() >= min_group) & (own_spread > 0)
-    shift = grouped.mean().where(usable).reindex(groups).fillna(mean).to_numpy()
-    scale = own_spread.where(usable).reindex(groups).fillna(spread.where(spread > 0, 1)).to_numpy()
+    shift = grouped.mean().where(usable).reindex(groups).fillna(mean).to_numpy(copy=True)
+    spread = spread.where(spread > 0, 1)
+    scale = own_spread.where(usable).reindex(groups).fillna(spread).to_numpy(copy=True)
     known = ~np.isnan(values)
     scores = np.where(known, (values - shift) / scale, 0.0)
     return {
-        name: torch.from_numpy(scores).float(),
-        f"{name}/mask": torch.from_numpy(known),
-        f"{name}/shift": torch.from_numpy(shift).float(),
-        f"{name}/scale": torch.from_numpy(scale).float(),
+        "": torch.from_numpy(scores).float(),
+        "/mask": torch.from_numpy(known),
+        "/shift": torch.from_numpy(shift).float(),
+        "/scale": torch.from_numpy(scale).float(),
     }
 
 
@@ -243,5 +248,5 @@ def _components(scores: Tensor, train: Codes, number: int) -> Tensor:
 def _category(text: pd.Series, train: Codes) -> tuple[Tensor, int]:
     """Return codes (n,) of the values the training split has, 0 for any other, and their number."""
     values = sorted(text.iloc[train].dropna().unique())
-    codes = pd.Categorical(text, categories=values).codes.astype(np.int64) + 1
-    return torch.from_numpy(codes), len(values) + 1
+    codes = pd.Index(values).get_indexer(text) + 1
+    return torch.from_numpy(codes.astype(np.int64)), len(values) + 1
