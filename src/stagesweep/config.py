@@ -2,9 +2,9 @@
 
 Each schema is registered in Hydra's ConfigStore as ``base_<name>`` in its own group, and the YAML
 of the same group extends it. Stage classes inherit their schema, so that a stage's constructor
-and its config can never drift apart. A field whose metadata says ``fingerprint: False`` changes no
-result (only where or how often something is written), so a finished stage is reused whatever
-its value is.
+and its config can never drift apart. The metadata of a field says what a person may set it to
+(validated before a run starts), and ``fingerprint: False`` where it changes no result, only where or
+how often something is written: a finished stage is then reused whatever its value is.
 """
 
 import os
@@ -20,6 +20,14 @@ from omegaconf import MISSING, OmegaConf
 from stagesweep import catalogue
 
 NO_RESULT: dict[str, Any] = {"fingerprint": False}
+
+
+def number(default: Any, *, result: bool = True, **bounds: float) -> Any:
+    """A field for a finite number within ``bounds``: least, above (exclusive), below (exclusive).
+
+    They hold for every number of a list. ``result`` tells whether the number changes a result.
+    """
+    return field(default=default, metadata={"fingerprint": result, **bounds})
 
 
 class Mode(StrEnum):
@@ -65,8 +73,8 @@ class Decay(StrEnum):
 class Group:
     """Settings of the parameters that a glob matches; null keeps the stage's own."""
 
-    lr: float | None = None
-    weight_decay: float | None = None
+    lr: float | None = number(None, above=0)
+    weight_decay: float | None = number(None, least=0)
 
 
 @dataclass
@@ -74,9 +82,9 @@ class Optimizer:
     """A torch optimizer and its parameter groups (glob over dotted parameter names -> settings)."""
 
     _target_: str = "torch.optim.AdamW"
-    lr: float = 1e-3
-    weight_decay: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: float = number(1e-3, above=0)
+    weight_decay: float = number(1e-5, least=0)
+    betas: tuple[float, float] = number((0.9, 0.999), least=0, below=1)
     groups: dict[str, Group] = field(default_factory=dict)
 
 
@@ -89,20 +97,20 @@ class Schedule:
     """
 
     decay: Decay = Decay.cosine
-    warmup: float = 0.0
-    min_lr: float = 1e-6
+    warmup: float = number(0.0, least=0)
+    min_lr: float = number(1e-6, least=0)
     metric: str = "val_loss"
     mode: Mode = Mode.min
-    factor: float = 0.5
-    patience: int = 5
+    factor: float = number(0.5, above=0, below=1)
+    patience: int = number(5, least=0)
 
 
 @dataclass
 class Weight:
     """How much a loss term counts in a stage, and over how many epochs it rises from zero."""
 
-    weight: float = 1.0
-    ramp: float = 0.0
+    weight: float = number(1.0, least=0)
+    ramp: float = number(0.0, least=0)
 
 
 @dataclass
@@ -110,9 +118,9 @@ class EarlyStop:
     """Stop after ``patience`` evaluations without improvement, or as soon as ``target`` is met."""
 
     mode: Mode = Mode.min
-    patience: int | None = None
-    min_delta: float = 0.0
-    target: float | None = None
+    patience: int | None = number(None, least=0)
+    min_delta: float = number(0.0, least=0)
+    target: float | None = number(None)
 
 
 @dataclass
@@ -127,13 +135,13 @@ class Fit(Stage):
     """Train parameters by gradient descent."""
 
     _target_: str = "stagesweep.stage.fit.Fit"
-    epochs: int = MISSING
+    epochs: int = number(MISSING, least=1)
     # Effective batch: how many samples one optimizer step sees, on any hardware.
-    batch_size: int = 512
+    batch_size: int = number(512, least=1)
     loss: dict[str, Weight] = field(default_factory=dict)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = number(1.0, above=0)
     # Globs over dotted parameter names; a parameter is trained when the first list matches and
     # the second does not.
     train: list[str] = field(default_factory=lambda: ["*"])
@@ -146,12 +154,12 @@ class Fit(Stage):
     best: dict[str, Mode] = field(default_factory=dict)
     # Weights the stage ends with: "last", or one of the metrics in `best`.
     select: str = "last"
-    ema: float | None = None
-    eval_every: int = 1
-    save_every: int = field(default=1, metadata=NO_RESULT)
-    keep_last: int = field(default=1, metadata=NO_RESULT)
-    log_every: int = field(default=50, metadata=NO_RESULT)
-    histogram_every: int = field(default=10, metadata=NO_RESULT)
+    ema: float | None = number(None, above=0, below=1)
+    eval_every: int = number(1, least=1)
+    save_every: int = number(1, least=1, result=False)
+    keep_last: int = number(1, least=1, result=False)
+    log_every: int = number(50, least=1, result=False)
+    histogram_every: int = number(10, least=0, result=False)
 
 
 @dataclass
@@ -160,12 +168,12 @@ class ChooseClusters(Stage):
 
     _target_: str = "stagesweep.stage.choose_clusters.ChooseClusters"
     # Smallest and largest k tried, both included.
-    k_range: tuple[int, int] = (6, 18)
+    k_range: tuple[int, int] = number((6, 18), least=2)
     # Bootstrap samples for each k, each clustered from so many starts.
-    resamples: int = 20
-    n_init: int = 3
+    resamples: int = number(20, least=2)
+    n_init: int = number(3, least=1)
     # Of a larger training set, a random sample of this many stands for all.
-    max_rows: int = 5000
+    max_rows: int = number(5000, least=1)
 
 
 @dataclass
@@ -174,9 +182,9 @@ class InitClusters(Stage):
 
     _target_: str = "stagesweep.stage.init_clusters.InitClusters"
     # null takes the choice of an earlier stage, or else the model's own number.
-    k: int | None = None
-    n_init: int = 20
-    max_iter: int = 300
+    k: int | None = number(None, least=2)
+    n_init: int = number(20, least=1)
+    max_iter: int = number(300, least=1)
 
 
 @dataclass
@@ -186,12 +194,12 @@ class Baselines(Stage):
     _target_: str = "stagesweep.stage.baselines.Baselines"
     column: str = MISSING
     # null takes the number the model uses.
-    k: int | None = None
+    k: int | None = number(None, least=2)
     methods: list[str] = field(default_factory=lambda: ["kmeans", "gmm", "spectral", "autoencoder"])
     # How the autoencoder of that name is trained: the run's model, its reconstruction alone.
     autoencoder: Fit | None = None
     # Refits of each method, the first of which is scored; all of them give its stability.
-    seeds: int = 3
+    seeds: int = number(3, least=1)
 
 
 @dataclass
@@ -207,8 +215,8 @@ class Evaluate(Stage):
     enrichment: str | None = None
     # Label column that clusters should be independent of.
     leakage: str | None = None
-    stability_seeds: int = 3
-    min_active_units: int = 2
+    stability_seeds: int = number(3, least=0)
+    min_active_units: int = number(2, least=0)
 
 
 @dataclass
@@ -217,7 +225,7 @@ class Figures(Stage):
 
     _target_: str = "stagesweep.stage.figures.Figures"
     umap: bool = True
-    dpi: int = 120
+    dpi: int = number(120, least=1)
 
 
 @dataclass
@@ -225,12 +233,12 @@ class Hardware:
     """What a run may use of this machine. No field changes what is learnt, but for precision."""
 
     device: Device = Device.auto
-    devices: int = field(default=1, metadata=NO_RESULT)
+    devices: int = number(1, least=1, result=False)
     precision: Precision = Precision.auto
-    threads: int | None = field(default=None, metadata=NO_RESULT)
+    threads: int | None = number(None, least=1, result=False)
     # Largest number of samples in one forward pass; null takes the whole batch.
-    micro_batch: int | None = field(default=None, metadata=NO_RESULT)
-    workers: int = field(default=0, metadata=NO_RESULT)
+    micro_batch: int | None = number(None, least=1, result=False)
+    workers: int = number(0, least=0, result=False)
     compile: bool = field(default=False, metadata=NO_RESULT)
     activation_checkpointing: bool = field(default=False, metadata=NO_RESULT)
 
@@ -251,8 +259,8 @@ class Search:
     names the sweep and its folder.
     """
 
-    n_trials: int = 20
-    seed: int = 0
+    n_trials: int = number(20, least=1)
+    seed: int = number(0, least=0)
     study: str = "${now:%Y-%m-%d_%H-%M-%S}_${host:}"
     space: dict[str, str] = field(default_factory=dict)
 
@@ -262,7 +270,7 @@ class Config:
     """The whole of one composed run."""
 
     experiment: str = MISSING
-    seed: int = 0
+    seed: int = number(0, least=0)
     resume: Resume = Resume.auto
     init_from: str | None = None
     model: Any = MISSING
