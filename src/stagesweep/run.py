@@ -86,6 +86,10 @@ class Run:
         self.stages: list[StageResult] = []
         self.started = perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "result.json").exists():  # an earlier run's: all of it comes back, from the store
+            for name in ("stages", "tensorboard"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
         atomic_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         self.board = SummaryWriter(str(folder / "tensorboard"))
         self._weights: Path | None = None
@@ -111,7 +115,8 @@ class Run:
         folder = self.folder / "stages" / f"{number}_{name}"
         started = perf_counter()
         with entry.hold(on_wait=self.log.info):
-            if self.cfg.resume is config.Resume.auto and (manifest := entry.manifest) is not None:
+            manifest = self.reusable(entry)
+            if manifest is not None:
                 status, metrics = "reused", manifest["metrics"]
                 entry.touch()
             else:
@@ -133,22 +138,26 @@ class Run:
         self.log.info("%s: %s in %.1f s%s", name, status, seconds, shown and f" ({shown})")
         self.write_result("running")
 
+    def reusable(self, entry: Entry) -> dict[str, Any] | None:
+        """The manifest of a finished stage; None when it must run (again)."""
+        if self.cfg.resume is config.Resume.never or (manifest := entry.manifest) is None:
+            return None
+        if reason := entry.damage():
+            self.log.warning("%s: runs again, its entry is damaged: %s", self.stage, reason)
+            entry.discard()
+            return None
+        return manifest
+
     def execute(self, name: str, entry: Entry, started: float) -> tuple[str, dict[str, float]]:
         """Run a stage into its entry of the store; the manifest, written last, makes it count."""
         stage = build_stage(self.cfg.stage[name])
         fresh = self.cfg.resume is config.Resume.never
         partial = not fresh and any((entry.path / "checkpoints").rglob("step_*.pt"))
-        entry.begin(fresh=fresh)
+        about = {"experiment": self.cfg.experiment, "stage": name}
+        entry.begin(fresh=fresh, about=about)
         seed_everything(self.seed)
         metrics = {key: float(value) for key, value in stage(self).items()}
-        entry.commit(
-            {
-                "experiment": self.cfg.experiment,
-                "stage": name,
-                "seconds": perf_counter() - started,
-                "metrics": metrics,
-            }
-        )
+        entry.commit({**about, "seconds": perf_counter() - started, "metrics": metrics})
         return "resumed" if partial else "ran", metrics
 
     def inputs(self, name: str) -> dict[str, Any]:
@@ -380,7 +389,7 @@ OPEN = ("sampler", "augment", "metrics")
 def what_counts(node: Any) -> Any:
     """A config node as plain values, without the fields that change no result."""
     if not isinstance(node, DictConfig):
-        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_list(node) else node
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     kind = OmegaConf.get_type(node)
     skipped = (
         {f.name for f in fields(kind) if not f.metadata.get("fingerprint", True)}

@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from stagesweep.files import atomic_text
+
 
 class MetricLog:
     """Rows of numbers, to ``metrics.jsonl`` of a stage and to the run's TensorBoard.
@@ -41,7 +43,7 @@ class MetricLog:
         """Drop the rows after `step`: an interrupted fit writes them again."""
         self.stream.close()
         rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        atomic_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.stream = self.path.open("a")
         for row in rows:
             to_board(self.board, row)

@@ -1,0 +1,209 @@
+"""Finished work is never lost or done twice: the real command, killed and started again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# Digits, a few epochs: the whole chain of stages in seconds.
+QUICK = (
+    "experiment=digits",
+    "stage.pretrain.epochs=2",
+    "stage.joint.epochs=12",
+    "stage.joint.save_every=3",
+    "stage.choose_clusters.k_range=[9,11]",
+    "stage.choose_clusters.resamples=2",
+    "stage.figures.umap=false",
+    "~stage.baselines",
+)
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """result.json of the run in `folder`."""
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    """Stage name -> ran, reused or resumed."""
+    return {stage["name"]: stage["status"] for stage in result(folder)["stages"]}
+
+
+def files(folder: Path) -> set[str]:
+    """Relative paths of all files of the stages of a run."""
+    stages = folder / "stages"
+    return {str(path.relative_to(stages)) for path in stages.rglob("*") if path.is_file()}
+
+
+def start(cwd: Path, store: Path, *overrides: str) -> "subprocess.Popen[str]":
+    """The command in a process of its own, for sending it signals."""
+    environment = os.environ | {"STAGESWEEP_STORE": str(store), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "stagesweep", *overrides],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def joint_rows(store: Path) -> int:
+    """Rows of numbers that the joint stage has written so far."""
+    found = [path.read_text() for path in store.rglob("metrics.jsonl")]
+    return sum(text.count('"stage": "joint"') for text in found)
+
+
+def wait_for_rows(process: "subprocess.Popen[str]", store: Path, rows: int) -> None:
+    """Until the joint stage is that far, or the process is done."""
+    while process.poll() is None and joint_rows(store) < rows:
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody touched, and the store it filled: <folder>/run, <folder>/store."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder, folder / "store", *QUICK, "hydra.run.dir=run")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return folder
+
+
+def test_given_twice_every_stage_is_reused_and_leaves_the_same_files(undisturbed: Path) -> None:
+    process = start(undisturbed, undisturbed / "store", *QUICK, "hydra.run.dir=again")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    again = undisturbed / "again"
+    assert set(statuses(undisturbed / "run").values()) == {"ran"}
+    assert set(statuses(again).values()) == {"reused"}
+    assert files(again) == files(undisturbed / "run")
+    assert result(again)["metrics"] == result(undisturbed / "run")["metrics"]
+    rows = (again / "metrics.jsonl").read_text()
+    assert rows == (undisturbed / "run" / "metrics.jsonl").read_text()
+    assert list((again / "tensorboard").glob("events*"))
+
+
+def test_what_only_the_joint_stage_reads_leaves_the_stages_before_it_reused(
+    undisturbed: Path,
+) -> None:
+    overrides = (*QUICK, "stage.joint.optimizer.lr=2e-4", "hydra.run.dir=changed")
+    process = start(undisturbed, undisturbed / "store", *overrides)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    found = statuses(undisturbed / "changed")
+    before, after = list(found.values())[:3], list(found.values())[3:]
+    assert list(found)[:4] == ["pretrain", "choose_clusters", "init_clusters", "joint"]
+    assert set(before) == {"reused"}
+    assert set(after) == {"ran"}
+
+
+def test_resume_never_trains_again_to_the_same_numbers(undisturbed: Path) -> None:
+    overrides = (*QUICK, "resume=never", "hydra.run.dir=never")
+    store = undisturbed / "store_never"
+    for _ in range(2):
+        process = start(undisturbed, store, *overrides)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert set(statuses(undisturbed / "never").values()) == {"ran"}
+    expected = result(undisturbed / "run")["metrics"]
+    assert result(undisturbed / "never")["metrics"] == expected
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_killed_in_the_joint_stage_it_ends_with_the_same_bits(
+    undisturbed: Path, tmp_path: Path, attempt: int
+) -> None:
+    store = tmp_path / "store"
+    moments = random.Random(attempt).sample(range(1, 12), 2)
+    for rows in sorted(moments):
+        process = start(tmp_path, store, *QUICK, "hydra.run.dir=run")
+        wait_for_rows(process, store, rows)
+        process.kill()
+        process.communicate()
+    process = start(tmp_path, store, *QUICK, "hydra.run.dir=run")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert result(tmp_path / "run")["metrics"] == result(undisturbed / "run")["metrics"]
+    kept, lost = files(tmp_path / "run"), files(undisturbed / "run")
+    assert kept == lost
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_told_to_stop_it_saves_and_the_same_command_goes_on(
+    undisturbed: Path, tmp_path: Path, signum: int, code: int
+) -> None:
+    store = tmp_path / "store"
+    process = start(tmp_path, store, *QUICK, "hydra.run.dir=run")
+    wait_for_rows(process, store, 2)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code
+    assert f"stopped by {signal.Signals(signum).name}; the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert result(tmp_path / "run")["status"] == "interrupted"
+    process = start(tmp_path, store, *QUICK, "hydra.run.dir=run")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert statuses(tmp_path / "run")["joint"] == "resumed"
+    assert result(tmp_path / "run")["metrics"] == result(undisturbed / "run")["metrics"]
+
+
+def test_two_at_once_train_every_stage_once(undisturbed: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    pair = [start(tmp_path, store, *QUICK, f"hydra.run.dir=run{n}") for n in (1, 2)]
+    for process in pair:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    found = [statuses(tmp_path / f"run{n}") for n in (1, 2)]
+    for name in found[0]:
+        assert sorted(run[name] for run in found) == ["ran", "reused"], name
+    expected = result(undisturbed / "run")["metrics"]
+    assert [result(tmp_path / f"run{n}")["metrics"] for n in (1, 2)] == [expected, expected]
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    overrides = (*QUICK, "stage.joint.keep_last=2", "hydra.run.dir=run")
+    process = start(tmp_path, store, *overrides)
+    wait_for_rows(process, store, 8)
+    process.kill()
+    process.communicate()
+    newest = max(store.rglob("step_*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    os.truncate(newest, newest.stat().st_size // 2)
+    process = start(tmp_path, store, *overrides)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    said = (tmp_path / "run" / "run.log").read_text()
+    assert f"cannot read checkpoint {newest}" in said
+    assert "falling back to step_" in said
+    assert result(tmp_path / "run")["metrics"] == result(undisturbed / "run")["metrics"]
+
+
+def test_another_run_starts_from_a_checkpoint(undisturbed: Path, tmp_path: Path) -> None:
+    weights = undisturbed / "run" / "stages" / "1_pretrain" / "weights.pt"
+    overrides = (
+        *QUICK,
+        f"init_from={weights}",
+        "~stage.pretrain",
+        "~stage.choose_clusters",
+        "model.clusters=10",
+        "hydra.run.dir=run",
+    )
+    process = start(tmp_path, tmp_path / "store", *overrides)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "init_from: " in (tmp_path / "run" / "run.log").read_text()
+    assert list(statuses(tmp_path / "run"))[0] == "init_clusters"
