@@ -1,0 +1,132 @@
+"""The stage that chooses the number of clusters, and the k-means that other stages share."""
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+
+from stagesweep import config
+from stagesweep.errors import UserError
+from stagesweep.metric import clustering
+from stagesweep.metric.latent import active_units
+
+if TYPE_CHECKING:
+    from stagesweep.run import Run
+
+Points = NDArray[np.floating]
+
+
+@dataclass
+class ChooseClusters(config.ChooseClusters):
+    """Choose k by how well k-means agrees with itself on bootstrap samples of the latent means.
+
+    Silhouette is no guide here, because it rises as a latent space collapses; stability does not.
+    For each k, k-means is fitted to bootstrap samples and every fit assigns all samples. Stability
+    is the mean adjusted Rand index of all pairs of fits (Ben-Hur et al. 2002; Lange et al. 2004),
+    and its standard error is a jackknife over the bootstrap samples.
+
+    A coarser partition can be as stable as the true one: where clusters lie in groups, every merge
+    along them repeats perfectly. So the *largest* k within one standard error of the most stable is
+    taken; on separated blobs this finds their number where the maximum alone often falls short.
+    """
+
+    def __call__(self, run: "Run") -> dict[str, float]:
+        """Leaves ``k_selection.csv`` and ``clusters.json``; returns the row of the chosen k."""
+        points = self.sample(run, latent_means(run))
+        low, high = self.k_range
+        # One thread: sums would depend on their number, and small fits are slower with more.
+        with threadpool_limits(limits=1):
+            tried = run.progress(range(low, high + 1), "k")
+            table = pd.DataFrame([self.score(points, k, run.seed) for k in tried])
+        k = largest_stable(table)
+        run.save("k_selection.csv", table)
+        run.save("clusters.json", {"k": k})
+        on_edge = low < high and k in (low, high)
+        if on_edge:
+            end, wider = ("smallest", (2, high)) if k == low else ("largest", (low, 2 * high))
+            run.log.warning(
+                "k=%d is the %s tried, so a better one may lie outside; widen it: "
+                "stage.%s.k_range=[%d,%d]",
+                *(k, end, run.stage, *wider),
+            )
+        chosen = table.iloc[k - low].to_dict()
+        return {name: float(value) for name, value in chosen.items()} | {"on_edge": float(on_edge)}
+
+    def sample(self, run: "Run", points: Points) -> Points:
+        """At most ``max_rows`` of the points (n, d); UserError when ``k_range`` does not fit."""
+        low, high = self.k_range
+        where = f"stage.{run.stage}.k_range=[{low},{high}]"
+        if not 2 <= low <= high:
+            raise UserError(f"{where} must go up, from at least 2")
+        if self.resamples < 3:
+            raise UserError(f"stage.{run.stage}.resamples={self.resamples} must be at least 3")
+        rng = np.random.default_rng(run.seed)
+        if len(points) > self.max_rows:
+            run.log.info("k is chosen on %d of %d samples", self.max_rows, len(points))
+            points = points[rng.choice(len(points), self.max_rows, replace=False)]
+        if high > len(points):
+            raise UserError(f"{where} goes beyond the {len(points)} training samples; lower it")
+        return points
+
+    def score(self, points: Points, k: int, seed: int) -> dict[str, float]:
+        """Stability of `k` clusters of points (n, d), and the usual indices of one fit to them."""
+        rng = np.random.default_rng([seed, k])
+        fits = []
+        for _ in range(self.resamples):
+            sample = points[rng.integers(len(points), size=len(points))]
+            fits.append(k_means(sample, k, int(rng.integers(2**32)), self.n_init).predict(points))
+        stability, error = mean_agreement(clustering.stability(fits), self.resamples)
+        whole = k_means(points, k, seed)
+        scores = {"k": k, "stability": stability, "stability_se": error, "inertia": whole.inertia_}
+        return scores | clustering.internal(points, whole.labels_)
+
+    def metric_names(self) -> set[str] | None:
+        """Metrics this stage gives."""
+        indices = {"silhouette", "davies_bouldin", "calinski_harabasz", "inertia"}
+        return indices | {"k", "stability", "stability_se", "on_edge"}
+
+
+def latent_means(run: "Run") -> Points:
+    """Latent means (n, d) of the training split; UserError when the posterior has collapsed."""
+    means: Points = run.predict("train", ["mean"])["mean"]
+    if (active := active_units(means)) < 2:
+        raise UserError(
+            f"{run.stage}: posterior collapse: {active} of {means.shape[1]} latent units carry "
+            "anything (variance above 0.01), too few to cluster; lower the weight of the KL term, "
+            "raise its free bits or train longer"
+        )
+    return means
+
+
+def k_means(points: Points, k: int, seed: int, n_init: int = 10, max_iter: int = 300) -> KMeans:
+    """Best of `n_init` k-means fits to points (n, d)."""
+    with warnings.catch_warnings():
+        # Fewer distinct points than clusters: some clusters stay empty, and the scores show it.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fit = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed % 2**32)
+        return fit.fit(points.astype(np.float64))
+
+
+def mean_agreement(pairs: list[float], fits: int) -> tuple[float, float]:
+    """Mean over all pairs of fits, and its jackknife standard error (Efron & Stein 1981).
+
+    Pairs share fits, so the spread of the pairs themselves would be too small an error.
+    """
+    table = np.zeros((fits, fits))
+    table[np.triu_indices(fits, 1)] = pairs
+    per_fit = (table + table.T).sum(axis=0)
+    without = (sum(pairs) - per_fit) / ((fits - 1) * (fits - 2) / 2)
+    error = np.sqrt((fits - 1) / fits * ((without - without.mean()) ** 2).sum())
+    return float(np.mean(pairs)), float(error)
+
+
+def largest_stable(table: pd.DataFrame) -> int:
+    """The largest k whose stability is within one standard error of the best."""
+    best = table.loc[table["stability"].idxmax()]
+    return int(table["k"][table["stability"] >= best["stability"] - best["stability_se"]].max())

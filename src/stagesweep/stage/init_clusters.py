@@ -1,0 +1,52 @@
+"""The stage that places the cluster centres."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from stagesweep import config
+from stagesweep.errors import UserError
+from stagesweep.metric.latent import active_units
+from stagesweep.stage.choose_clusters import k_means, latent_means
+
+if TYPE_CHECKING:
+    from stagesweep.run import Run
+
+
+@dataclass
+class InitClusters(config.InitClusters):
+    """Place the model's cluster centres by k-means on the latent means (Xie et al. 2016, 3.2)."""
+
+    def __call__(self, run: "Run") -> dict[str, float]:
+        """Leaves weights with the new centres."""
+        means = latent_means(run)
+        k = number_of_clusters(run, self.k)
+        if k > len(means):
+            raise UserError(
+                f"{run.stage}: {k} clusters for {len(means)} training samples; "
+                f"set stage.{run.stage}.k to at most {len(means)}"
+            )
+        with threadpool_limits(limits=1):
+            fit = k_means(means, k, run.seed, self.n_init, self.max_iter)
+        model: Any = run.model
+        model.clusters.set_centres(torch.from_numpy(fit.cluster_centers_))
+        run.save_weights()
+        return {"k": k, "inertia": fit.inertia_, "active_units": active_units(means)}
+
+    def metric_names(self) -> set[str] | None:
+        """Metrics this stage gives."""
+        return {"k", "inertia", "active_units"}
+
+
+def number_of_clusters(run: "Run", k: int | None) -> int:
+    """`k` when it is set, else the choice of an earlier stage, else what the model has now."""
+    if k is None and run.has("clusters.json"):
+        k = int(run.load("clusters.json")["k"])
+    if k is None:
+        model: Any = run.model
+        k = len(model.clusters.centres)
+    if k < 1:
+        raise UserError(f"stage.{run.stage}.k={k} must be at least 1")
+    return k
