@@ -3,8 +3,8 @@
 Each schema is registered in Hydra's ConfigStore as ``base_<name>`` in its own group, and the YAML
 of the same group extends it. Stage classes inherit their schema, so that a stage's constructor
 and its config can never drift apart. The metadata of a field says what a person may set it to
-(validated before a run starts), and ``fingerprint: False`` where it changes no result, only where or
-how often something is written: a finished stage is then reused whatever its value is.
+(validated before a run starts), and ``fingerprint: False`` where it changes no result, only where
+or how often something is written: a finished stage is then reused whatever its value is.
 """
 
 import os

@@ -35,7 +35,7 @@ def explain(error: BaseException) -> str | None:
     for link in chain:
         match link:
             case InstantiationException():
-                return None
+                return _construction(link)
             case MissingConfigException(missing_cfg_file=str(path)):
                 return _missing_option(path, link.options or ())
             case OverrideParseException():
@@ -78,9 +78,20 @@ def _about(key: str, error: OmegaConfBaseException) -> str:
         keys = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
         hint = nearest(str(error.key), keys)
         addable = get_origin(error.ref_type) is dict and "did you mean" not in hint
-        return f"unknown key '{key}': {hint}" + ("; put + before it to add one" if addable else "")
+        group, _, name = key.rpartition(".")
+        remedy = f"; add it with '+{group}={{{name}: …}}'" if addable else ""
+        return f"unknown key '{key}': {hint}{remedy}"
     said = str(error).splitlines()[0]
     return f"{key} must not be null" if "is not Optional" in said else f"{key}: {said}"
+
+
+def _construction(error: InstantiationException) -> str:
+    """What the constructor of a node said; it may be the code's fault as well as the config's."""
+    if (cause := error.__cause__) is None:
+        return _flat(str(error))
+    _, _, key = str(error).rpartition("full_key: ")
+    said = f"{type(cause).__name__}: {_flat(str(cause))}"
+    return f"{key}: {said} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 def _missing_option(path: str, options: Iterable[str]) -> str:

@@ -1,7 +1,208 @@
-"""Stub."""
+"""All that can be known to be wrong with a composed config, before anything is allocated."""
 
-from omegaconf import DictConfig
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import execution_whitelist
+from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stagesweep import config
+from stagesweep.bind import bind, locate, nodes
+from stagesweep.errors import UserError
+from stagesweep.explain import explain, nearest
+
+Stages = dict[str, Any]
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check."""
+    """Raise UserError for the first thing that cannot work, naming the key and the remedy."""
+    resolved = complete(cfg)
+    schemas(resolved)
+    files(resolved)
+    with execution_whitelist(config.trusted()):
+        targets(resolved)
+        stages = kinds(resolved)
+        for name, stage in stages.items():
+            for path, settings in fits_of(f"stage.{name}", stage):
+                fit(path, settings, resolved)
+            if isinstance(stage, config.ChooseClusters):
+                k_range(f"stage.{name}", stage)
+        order(resolved, stages)
+        objective(resolved, stages)
+
+
+def complete(cfg: DictConfig) -> DictConfig:
+    """The config with every interpolation resolved and nothing missing."""
+    resolved = cfg.copy()
+    OmegaConf.set_readonly(resolved, False)
+    try:
+        if missing := sorted(OmegaConf.missing_keys(resolved)):
+            raise UserError(f"{missing[0]} is not set; give it a value: {missing[0]}=<value>")
+        OmegaConf.resolve(resolved)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error) or str(error)) from error
+    return resolved
+
+
+def schemas(node: DictConfig, path: str = "") -> None:
+    """Check every node that has a schema: its keys (a + can add any), and its numbers' bounds."""
+    kind = OmegaConf.get_type(node)
+    known = {f.name: f.metadata for f in fields(kind)} if is_dataclass(kind) else None
+    for key in node:
+        value, name = node[key], f"{path}.{key!s}".lstrip(".")
+        if known is not None and key not in known:
+            raise UserError(f"unknown key '{name}': {nearest(str(key), known)}")
+        if isinstance(value, DictConfig):
+            schemas(value, name)
+        for number in value if isinstance(value, Container) else [value]:
+            if known and (broken := outside(number, known[str(key)])):
+                raise UserError(f"{name}={number}: {broken}")
+
+
+def outside(number: Any, rule: Any) -> str | None:
+    """What a number should have been; None when it is well."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    if not math.isfinite(number):
+        return "must be finite"
+    if number < rule.get("least", -math.inf):
+        return f"must be at least {rule['least']}"
+    if number <= rule.get("above", -math.inf):
+        return f"must be above {rule['above']}"
+    if number >= rule.get("below", math.inf):
+        return f"must be below {rule['below']}"
+    return None
+
+
+def files(cfg: DictConfig) -> None:
+    """Check that the files a run reads are there."""
+    for key in ("data.path", "init_from"):
+        path = OmegaConf.select(cfg, key)
+        if isinstance(path, str) and not Path(path).exists():
+            raise UserError(f"{key}={path}: no such file or folder (looked from {Path.cwd()})")
+
+
+def targets(cfg: DictConfig) -> None:
+    """Bind every `_target_` node outside the schemas to the signature of its target."""
+    plain = OmegaConf.to_container(cfg)
+    for path, node in nodes(plain):
+        owner = OmegaConf.select(cfg, path)
+        if not is_dataclass(OmegaConf.get_type(owner)):
+            bind(path, node, supplied=("spec",) if path == "model" else ())
+        elif path.endswith(".optimizer"):
+            optimizer(path, node)
+
+
+def optimizer(path: str, node: dict[str, Any]) -> None:
+    """Check that an optimizer is one."""
+    from torch.optim import Optimizer
+
+    found = locate(path, node["_target_"])
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise UserError(f"{path}._target_: '{node['_target_']}' is no torch optimizer")
+
+
+def kinds(cfg: DictConfig) -> Stages:
+    """The stages in order: the settings of those with a schema, plain values of the others."""
+    if not cfg.stage:
+        raise UserError("a run needs at least one stage; choose an experiment or add +stage@…")
+    stages: Stages = {}
+    for name, node in cfg.stage.items():
+        path = f"stage.{name}"
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise UserError(f"{path} is no stage; add one with '+stage@{path}=<kind>'")
+        found = locate(path, node._target_)
+        stages[str(name)] = settings = OmegaConf.to_object(node)
+        if isinstance(settings, config.Stage) and not (
+            isinstance(found, type) and issubclass(found, type(settings))
+        ):
+            kind = type(settings).__name__
+            raise UserError(f"{path}._target_: '{node._target_}' does not inherit config.{kind}")
+    return stages
+
+
+def fits_of(path: str, stage: Any) -> Iterator[tuple[str, config.Fit]]:
+    """The fit settings of a stage: its own, or those of its fields."""
+    if isinstance(stage, config.Fit):
+        yield path, stage
+    elif is_dataclass(stage):
+        for field in fields(stage):
+            yield from fits_of(f"{path}.{field.name}", getattr(stage, field.name))
+
+
+def fit(path: str, settings: config.Fit, cfg: DictConfig) -> None:
+    """Check that the parts of a fit go together."""
+    for term in settings.loss:
+        if term not in cfg.loss:
+            raise UserError(f"{path}.loss.{term}: no such loss term; {nearest(term, cfg.loss)}")
+    if not any(weight.weight > 0 for weight in settings.loss.values()):
+        example = f"'+{path}.loss={{<term>: {{weight: 1}}}}'"
+        raise UserError(f"{path}.loss: no term has a weight above 0; add one: {example}")
+    if settings.select != "last" and settings.select not in settings.best:
+        hint = nearest(settings.select, ["last", *settings.best])
+        raise UserError(f"{path}.select={settings.select} is not kept by {path}.best; {hint}")
+    for metric, stop in settings.early_stop.items():
+        if stop.patience is None and stop.target is None:
+            raise UserError(f"{path}.early_stop.{metric}: set its patience or its target")
+    watched = {f"{path}.best.{metric}": metric for metric in settings.best}
+    watched |= {f"{path}.early_stop.{metric}": metric for metric in settings.early_stop}
+    if settings.schedule.decay is config.Decay.plateau:
+        watched[f"{path}.schedule.metric={settings.schedule.metric}"] = settings.schedule.metric
+    known = metric_names(settings)
+    for key, metric in watched.items():
+        if known is not None and metric not in known:
+            raise UserError(f"{key}: no such metric; {nearest(metric, sorted(known))}")
+
+
+def metric_names(settings: Any) -> set[str] | None:
+    """The metrics a stage is known to have before it runs; None when that is open."""
+    if not isinstance(settings, config.Stage):
+        return None
+    names = getattr(locate("stage", settings._target_), "metric_names", None)
+    found: set[str] | None = names(settings) if names is not None else None
+    return found
+
+
+def k_range(path: str, settings: config.ChooseClusters) -> None:
+    """Check that the numbers of clusters to try are in order."""
+    low, high = settings.k_range
+    if low > high:
+        raise UserError(f"{path}.k_range=[{low},{high}]: the smaller number comes first")
+
+
+def order(cfg: DictConfig, stages: Stages) -> None:
+    """Check that a stage comes after those it builds on; `init_from` stands for any of them."""
+    if cfg.init_from is not None:
+        return
+    trained = placed = False
+    for name, stage in stages.items():
+        needs_model = config.ChooseClusters | config.InitClusters | config.Evaluate
+        if isinstance(stage, needs_model) and not trained:
+            raise UserError(f"stage.{name} comes before any training; put it after a fit")
+        if isinstance(stage, config.Fit):
+            trained = True
+            for term, weight in stage.loss.items():
+                module = cfg.loss[term]._target_.rpartition(".")[0]
+                if module == "stagesweep.loss.clustering" and weight.weight > 0 and not placed:
+                    raise UserError(
+                        f"stage.{name}.loss.{term} needs cluster centres; put an init_clusters "
+                        f"stage before stage.{name}"
+                    )
+        placed = placed or isinstance(stage, config.InitClusters)
+
+
+def objective(cfg: DictConfig, stages: Stages) -> None:
+    """Check that the metric a sweep steers by will be there, as far as that is known."""
+    wanted = cfg.objective.metric
+    name, _, metric = wanted.partition("/")
+    if name not in stages:
+        hint = nearest(name, stages)
+        raise UserError(f"objective.metric={wanted}: no stage '{name}'; {hint}")
+    known = metric_names(stages[name])
+    if known is not None and metric not in known:
+        hint = nearest(metric, sorted(known))
+        raise UserError(f"objective.metric={wanted}: stage {name} has no '{metric}'; {hint}")
