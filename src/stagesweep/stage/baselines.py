@@ -42,7 +42,7 @@ class Baselines(config.Baselines):
     """
 
     def __call__(self, run: "Run") -> dict[str, float]:
-        """Leaves ``baselines.npz``: ``<method>/<split>`` (seeds, n), fitted on train alone."""
+        """Leaves ``baselines.npz``: ``<method>/<split>`` (fits, n), each fitted on train alone."""
         if unknown := [method for method in self.methods if method not in FITS]:
             raise UserError(
                 f"stage.{run.stage}.methods names '{unknown[0]}'; choose from {', '.join(FITS)}"
@@ -66,11 +66,11 @@ class Baselines(config.Baselines):
     def cluster(
         self, run: "Run", method: str, points: Mapping[str, Points], k: int
     ) -> dict[str, Clusters]:
-        """Clusters (seeds, n) of every split, by as many fits to the training split."""
+        """Clusters (fits, n) of every split; the first fit is the one to score."""
         if method == "spectral" and len(points["train"]) > SPECTRAL_ROWS:
             run.log.info("spectral clustering is fitted to %d rows", SPECTRAL_ROWS)
         with threadpool_limits(limits=1):
-            seeds = range(run.seed % 2**31, run.seed % 2**31 + self.seeds)
+            seeds = range(run.seed % 2**31, run.seed % 2**31 + 1 + self.stability_seeds)
             fits = [FITS[method](points["train"], k, seed) for seed in seeds]
             return {split: np.stack([fit(x) for fit in fits]) for split, x in points.items()}
 
