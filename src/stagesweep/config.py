@@ -170,7 +170,7 @@ class ChooseClusters(Stage):
     # Smallest and largest k tried, both included.
     k_range: tuple[int, int] = number((6, 18), least=2)
     # Bootstrap samples for each k, each clustered from so many starts.
-    resamples: int = number(20, least=2)
+    resamples: int = number(20, least=3)
     n_init: int = number(3, least=1)
     # Of a larger training set, a random sample of this many stands for all.
     max_rows: int = number(5000, least=1)
@@ -198,8 +198,8 @@ class Baselines(Stage):
     methods: list[str] = field(default_factory=lambda: ["kmeans", "gmm", "spectral", "autoencoder"])
     # How the autoencoder of that name is trained: the run's model, its reconstruction alone.
     autoencoder: Fit | None = None
-    # Refits of each method, the first of which is scored; all of them give its stability.
-    seeds: int = number(3, least=1)
+    # Refits of each method from other starts, whose agreement with the first is its stability.
+    stability_seeds: int = number(3, least=0)
 
 
 @dataclass
@@ -215,6 +215,7 @@ class Evaluate(Stage):
     enrichment: str | None = None
     # Label column that clusters should be independent of.
     leakage: str | None = None
+    # k-means refits on the latent means, whose agreement with the model is its stability.
     stability_seeds: int = number(3, least=0)
     min_active_units: int = number(2, least=0)
 
