@@ -47,11 +47,9 @@ class Baselines(config.Baselines):
             raise UserError(
                 f"stage.{run.stage}.methods names '{unknown[0]}'; choose from {', '.join(FITS)}"
             )
-        k = number_of_clusters(run, self.k)
         column = f"input/{self.column}"
         inputs = {s: run.predict(s, [column])[column] for s in ("train", "val", "test")}
-        if k > len(inputs["train"]):
-            raise UserError(f"{run.stage}: {k} clusters for {len(inputs['train'])} samples")
+        k = number_of_clusters(run, self.k, len(inputs["train"]))
         found: dict[str, Clusters] = {}
         metrics: dict[str, float] = {"k": k}
         for method in run.progress(self.methods, "methods"):

@@ -59,19 +59,17 @@ class ChooseClusters(config.ChooseClusters):
         return {name: float(value) for name, value in chosen.items()} | {"on_edge": float(on_edge)}
 
     def sample(self, run: "Run", points: Points) -> Points:
-        """At most ``max_rows`` of the points (n, d); UserError when ``k_range`` does not fit."""
-        low, high = self.k_range
-        where = f"stage.{run.stage}.k_range=[{low},{high}]"
-        if not 2 <= low <= high:
-            raise UserError(f"{where} must go up, from at least 2")
-        if self.resamples < 3:
-            raise UserError(f"stage.{run.stage}.resamples={self.resamples} must be at least 3")
-        rng = np.random.default_rng(run.seed)
+        """At most ``max_rows`` of the points (n, d); UserError when fewer than the largest k."""
         if len(points) > self.max_rows:
             run.log.info("k is chosen on %d of %d samples", self.max_rows, len(points))
+            rng = np.random.default_rng(run.seed)
             points = points[rng.choice(len(points), self.max_rows, replace=False)]
+        low, high = self.k_range
         if high > len(points):
-            raise UserError(f"{where} goes beyond the {len(points)} training samples; lower it")
+            raise UserError(
+                f"stage.{run.stage}.k_range=[{low},{high}] goes beyond the {len(points)} samples "
+                "there are; lower it"
+            )
         return points
 
     def score(self, points: Points, k: int, seed: int) -> dict[str, float]:

@@ -22,12 +22,7 @@ class InitClusters(config.InitClusters):
     def __call__(self, run: "Run") -> dict[str, float]:
         """Leaves weights with the new centres."""
         means = latent_means(run)
-        k = number_of_clusters(run, self.k)
-        if k > len(means):
-            raise UserError(
-                f"{run.stage}: {k} clusters for {len(means)} training samples; "
-                f"set stage.{run.stage}.k to at most {len(means)}"
-            )
+        k = number_of_clusters(run, self.k, len(means))
         with threadpool_limits(limits=1):
             fit = k_means(means, k, run.seed, self.n_init, self.max_iter)
         model: Any = run.model
@@ -40,13 +35,19 @@ class InitClusters(config.InitClusters):
         return {"k", "inertia", "active_units"}
 
 
-def number_of_clusters(run: "Run", k: int | None) -> int:
-    """`k` when it is set, else the choice of an earlier stage, else what the model has now."""
+def number_of_clusters(run: "Run", k: int | None, samples: int) -> int:
+    """`k` when it is set, else the choice of an earlier stage, else what the model has now.
+
+    UserError when there are fewer samples than that.
+    """
     if k is None and run.has("clusters.json"):
         k = int(run.load("clusters.json")["k"])
     if k is None:
         model: Any = run.model
         k = len(model.clusters.centres)
-    if k < 1:
-        raise UserError(f"stage.{run.stage}.k={k} must be at least 1")
+    if k > samples:
+        raise UserError(
+            f"{run.stage}: {k} clusters, but only {samples} training samples; "
+            f"set stage.{run.stage}.k to fewer"
+        )
     return k
