@@ -162,9 +162,14 @@ def metric_names(settings: Any) -> set[str] | None:
     """The metrics a stage is known to have before it runs; None when that is open."""
     if not isinstance(settings, config.Stage):
         return None
-    names = getattr(locate("stage", settings._target_), "metric_names", None)
-    found: set[str] | None = names(settings) if names is not None else None
+    stage = locate("stage", settings._target_)(**{f: getattr(settings, f) for f in names(settings)})
+    found: set[str] | None = stage.metric_names() if hasattr(stage, "metric_names") else None
     return found
+
+
+def names(settings: Any) -> list[str]:
+    """Names of the fields of a schema."""
+    return [field.name for field in fields(settings)]
 
 
 def k_range(path: str, settings: config.ChooseClusters) -> None:

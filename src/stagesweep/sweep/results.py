@@ -62,19 +62,20 @@ def ranked(trials: pd.DataFrame, mode: Mode) -> pd.DataFrame:
 def over_seeds(trials: pd.DataFrame) -> pd.DataFrame | None:
     """What every trial compared, method by method, as mean and 95 % interval over the trials.
 
-    Reads ``comparison.csv`` of each completed trial: a column ``method`` and a column for each
-    metric. Returns, for each metric, its mean and, in ``<metric>_low`` and ``<metric>_high``,
-    Student's t-interval; None when fewer than two trials left such a table.
+    Reads ``comparison.csv`` of each completed trial: columns ``method``, perhaps ``split``, and one
+    for each metric. Returns, for each metric, its mean and, in ``<metric>_low`` and
+    ``<metric>_high``, Student's t-interval; None when fewer than two trials left such a table.
     """
     done = trials.loc[trials["state"] == "complete", "dir"]
     files = [f for folder in done for f in Path(folder).glob("stages/*/artifacts/comparison.csv")]
     if len(files) < 2:
         return None
     tables = pd.concat([pd.read_csv(file) for file in files])
+    keys = [key for key in ("method", "split") if key in tables]
     rows = []
-    for method, group in tables.groupby("method", sort=False):
-        row: dict[str, Any] = {"method": method, "runs": len(group)}
-        for metric in group.columns.drop("method"):
+    for names, group in tables.groupby(keys, sort=False):
+        row: dict[str, Any] = dict(zip(keys, names, strict=True)) | {"runs": len(group)}
+        for metric in group.columns.drop(keys):
             found = mean_interval(group[metric].tolist())
             row |= {metric: found.mean, f"{metric}_low": found.low, f"{metric}_high": found.high}
         rows.append(row)
@@ -88,11 +89,12 @@ def leaderboard(best: pd.DataFrame, parameters: Sequence[str], rows: int = 10) -
 
 
 def with_intervals(table: pd.DataFrame) -> str:
-    """The table of `over_seeds` as aligned text: ``mean ± half of the interval``."""
-    metrics = [c for c in table.columns[2:] if f"{c}_low" in table.columns]
-    half = {m: (table[f"{m}_high"] - table[m]) for m in metrics}
-    cells = {
-        m: [f"{mean:.3f} ± {h:.3f}" for mean, h in zip(table[m], half[m], strict=True)]
-        for m in metrics
-    }
-    return str(pd.DataFrame({"method": table["method"], **cells}).to_string(index=False))
+    """The table of `over_seeds` (its first split) as aligned text: ``mean ± half an interval``."""
+    if "split" in table:
+        table = table[table["split"] == table["split"].iloc[0]]
+    metrics = [name for name in table if f"{name}_low" in table and table[name].notna().any()]
+    shown = table[["method", *(["split"] if "split" in table else [])]].copy()
+    for name in metrics:
+        half = table[f"{name}_high"] - table[name]
+        shown[name] = [f"{m:.3f} ± {h:.3f}" for m, h in zip(table[name], half, strict=True)]
+    return str(shown.to_string(index=False))
