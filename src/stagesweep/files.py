@@ -37,6 +37,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         refusal = _refusal(error)
         if refusal is None:
             raise
+        _remove(temporary)  # first, so that the free space named is the space that will be free
         raise explain(refusal, path) from error
     finally:
         _remove(temporary)

@@ -181,9 +181,9 @@ def _parse(path: Path, content: bytes, package: str) -> tuple[str, frozenset[str
 
 
 def _inert(statement: ast.stmt) -> bool:
-    """Whether a statement does nothing: a docstring, or imports for the type checker only."""
+    """Whether a statement changes no result: a docstring, a version, imports for type checkers."""
     match statement:
-        case ast.Expr(value=ast.Constant()):
+        case ast.Expr(value=ast.Constant()) | ast.Assign(targets=[ast.Name(id="__version__")]):
             return True
         case ast.If(test=ast.Name(id=name) | ast.Attribute(attr=name), orelse=[]):
             return name == "TYPE_CHECKING"

@@ -164,10 +164,13 @@ class Entry:
         lease = SoftFileLease(self._beside(".lease"), lease_duration=LEASE)
         with ExitStack() as stack:
             for lock in (native, lease):
+                if native.is_locked and _holder(lease)[1] == socket.gethostname():
+                    lease.force_break()  # of a process that is dead, though perhaps not buried
                 try:
                     stack.enter_context(lock.acquire(timeout=_PATIENCE))
                 except Timeout:
-                    holder = f"{self.fingerprint[:12]} is in use by {_name(lease)}"
+                    pid, host = _holder(lease)
+                    holder = f"{self.fingerprint[:12]} is in use by process {pid} on {host}"
                     if on_wait is None:
                         raise BusyError(f"{holder}; try again when it is done") from None
                     on_wait(f"waiting: {holder}")
@@ -176,7 +179,7 @@ class Entry:
                 except OSError as error:
                     if error.errno != errno.ENOSYS:  # no such lock here: the lease alone decides
                         raise explain(error, self.path) from error
-            stack.callback(self._tidy)
+            stack.callback(self._tidy, lease)
             yield
 
     def begin(self, fresh: bool, about: Mapping[str, object] | None = None) -> None:
@@ -237,9 +240,10 @@ class Entry:
         # Beside the folder and not in it: the folder can be thrown away while the lock is held.
         return self.path.with_name(self.path.name + suffix)
 
-    def _tidy(self) -> None:
+    def _tidy(self, lease: SoftFileLease) -> None:
         """Leave no lock file of an entry that is gone; whoever waits for it makes a new one."""
-        if not self.path.exists():
+        # A forked child that leaves the block holds nothing, and must leave its parent's lock alone.
+        if lease.is_locked and not self.path.exists():
             with suppress(OSError):
                 self._beside(".lock").unlink()
 
@@ -271,12 +275,11 @@ def _ignore(_: str) -> None:
     """Say nothing a second time."""
 
 
-def _name(lease: SoftFileLease) -> str:
-    owner = lease.owner
-    if owner is None:
-        return "another process"
-    host = owner.hostname.partition("?")[0]  # what follows tells containers apart
-    return f"process {owner.pid} on {host}"
+def _holder(lease: SoftFileLease) -> tuple[str, str]:
+    """Give the process and the host that a lease names."""
+    if (owner := lease.owner) is None:
+        return "?", "?"
+    return str(owner.pid), owner.hostname.partition("?")[0]  # what follows tells containers apart
 
 
 def _read_json(path: Path) -> dict[str, Any]:
