@@ -86,7 +86,8 @@ class Run:
         self.stages: list[StageResult] = []
         self.started = perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "result.json").exists():  # an earlier run's: all of it comes back, from the store
+        # What an earlier run left in this folder comes back from the store.
+        if (folder / "result.json").exists():
             for name in ("stages", "tensorboard"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             (folder / "metrics.jsonl").unlink(missing_ok=True)
