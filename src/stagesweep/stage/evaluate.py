@@ -103,7 +103,8 @@ class Evaluate(config.Evaluate):
         samples = [members(run.data, s, part, self.labels) for s, part in parts.items()]
         run.save("clusters.csv", pd.concat(samples, ignore_index=True))
         train, names = parts["train"], run.data.spec.features[self.column].names
-        run.save("profiles.csv", profiles(train["cluster"], native(train, self.column), names))
+        table = profiles(train["cluster"], native(train, self.column), names)
+        run.save("profiles.csv", table.assign(column=self.column))
         if self.enrichment is not None:
             codes = train[self.enrichment]
             found = enrichment(train["cluster"], codes, label_names(run.data, self.enrichment))
