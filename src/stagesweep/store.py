@@ -242,7 +242,7 @@ class Entry:
 
     def _tidy(self, lease: SoftFileLease) -> None:
         """Leave no lock file of an entry that is gone; whoever waits for it makes a new one."""
-        # A forked child that leaves the block holds nothing, and must leave its parent's lock alone.
+        # A forked child that leaves the block holds nothing, and the lock is its parent's.
         if lease.is_locked and not self.path.exists():
             with suppress(OSError):
                 self._beside(".lock").unlink()
