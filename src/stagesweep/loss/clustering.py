@@ -19,7 +19,10 @@ def sharpen(assignment: Tensor) -> Tensor:
 class Clustering(nn.Module):
     """KL(P || Q), a sum over samples (Xie et al. 2016, eq. 2).
 
-    P is computed over the full training set every `every` epochs, and held in between.
+    P is computed over the full training set every `every` epochs, and held in between. Where the
+    batch has positives, they are drawn towards the P of their samples as well, so that clusters
+    do not cut through what augmentation leaves the same (Guo et al. 2018, DEC with data
+    augmentation); the sum is then over both views.
     """
 
     target: Tensor
@@ -47,11 +50,12 @@ class Clustering(nn.Module):
         return change
 
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum over samples; `index` of the batch says which rows of P are theirs."""
-        assignment = outputs["assignment"].float()
+        """Sum over samples (and views); `index` of the batch says which rows of P are theirs."""
         target = self.target[batch["index"]]
-        total = (torch.xlogy(target, target) - target * assignment.log()).sum()
-        return total, total.new_tensor(len(assignment))
+        views = [outputs[name] for name in ("assignment", "positive/assignment") if name in outputs]
+        parts = [torch.xlogy(target, target) - target * view.float().log() for view in views]
+        total = torch.stack(parts).sum()
+        return total, total.new_tensor(len(views) * len(target))
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: P and the last labels."""

@@ -17,7 +17,7 @@ class KL(nn.Module):
         super().__init__()
         self.free_bits = free_bits
 
-    def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum over latents and samples."""
         mean, logvar = outputs["mean"].float(), outputs["logvar"].float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)

@@ -79,8 +79,9 @@ class ClusteringVAE(nn.Module):
 
         Returns `mean`, `logvar`, `latent` (B, d), `assignment` (B, k), every feature (B, w) in
         native units and every category's logits (B, n). `latent` is the mean unless the batch
-        has `noise` (B, d). With `positive/...` columns also `projection` and
-        `positive/projection` (B, p), of length one; positives go no further than their mean.
+        has `noise` (B, d). With `positive/...` columns also `positive/assignment` (B, k), and
+        `projection` and `positive/projection` (B, p), of length one; positives are encoded to
+        their mean and never decoded.
         """
         mean, logvar = self._run(self.encoder, batch)
         latent = mean
@@ -99,8 +100,10 @@ class ClusteringVAE(nn.Module):
             if name.startswith(POSITIVE)
         }
         if positive:
+            other, _ = self._run(self.encoder, positive)
             outputs["projection"] = self._project(mean)
-            outputs[POSITIVE + "projection"] = self._project(self._run(self.encoder, positive)[0])
+            outputs[POSITIVE + "projection"] = self._project(other)
+            outputs[POSITIVE + "assignment"] = self.clusters(other)
         return outputs
 
     def _project(self, mean: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from stagesweep.data.digits import Digits
+from stagesweep.errors import UserError
+
+
+def test_training_images_are_scikit_learns_scaled_to_one() -> None:
+    data = Digits()
+    train = data.split("train")
+    np.testing.assert_allclose(train["image"].numpy() * 16, load_digits().data)
+    assert train["image"].max() == 1
+    features = data.spec.features["image"]
+    assert features.grid == (8, 8)
+    assert len(features.names) == train["image"].shape[1]
+    assert data.spec.labels == {"digit": 10}
+
+
+def test_val_and_test_are_halves_with_the_same_share_of_each_digit() -> None:
+    data = Digits()
+    rows = {name: set(data.rows[name]) for name in ("val", "test")}
+    assert not rows["val"] & rows["test"]
+    assert rows["val"] | rows["test"] == set(range(1797))
+    counts = [data.split(name)["digit"].bincount() for name in ("val", "test")]
+    assert (counts[0] - counts[1]).abs().max() <= 1
+
+
+def test_seed_draws_the_halves() -> None:
+    assert Digits(seed=1).rows == Digits(seed=1).rows
+    assert Digits(seed=1).rows["val"] != Digits(seed=2).rows["val"]
+
+
+def test_views_number_their_own_rows() -> None:
+    val = Digits().split("val")
+    assert torch.equal(val["index"], torch.arange(len(val)))
+
+
+def test_an_unknown_split_is_named() -> None:
+    with pytest.raises(UserError, match="no split 'dev': choose from train, val, test"):
+        Digits().split("dev")
