@@ -36,6 +36,8 @@ CHANGES_NO_RESULT = frozenset(
         "tensorboard",
         "tqdm",
         f"{_OWN}.config",
+        f"{_OWN}.core.interrupt",
+        f"{_OWN}.core.log",
         f"{_OWN}.errors",
         f"{_OWN}.files",
         f"{_OWN}.fingerprint",
