@@ -156,7 +156,9 @@ class Fit(Stage):
     select: str = "last"
     ema: float | None = number(None, above=0, below=1)
     eval_every: int = number(1, least=1)
+    # A checkpoint every so many epochs, but no two within so many seconds.
     save_every: int = number(1, least=1, result=False)
+    save_seconds: float = number(5.0, least=0, result=False)
     keep_last: int = number(1, least=1, result=False)
     log_every: int = number(50, least=1, result=False)
     histogram_every: int = number(10, least=0, result=False)

@@ -21,6 +21,7 @@ QUICK = (
     "stage.pretrain.epochs=2",
     "stage.joint.epochs=12",
     "stage.joint.save_every=3",
+    "stage.joint.save_seconds=0",
     "stage.choose_clusters.k_range=[9,11]",
     "stage.choose_clusters.resamples=2",
     "stage.figures.umap=false",

@@ -30,18 +30,23 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"cannot read checkpoint {path}: truncated or foreign ({reason})"
         ) from error
-    if not isinstance(state, dict):
-        raise UserError(f"cannot read checkpoint {path}: foreign (it holds no dictionary)")
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"cannot read checkpoint {path}: foreign (it holds no 'model' weights)")
     return state
 
 
 def save_numbered(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-    """Write ``step_<n>.pt``, point ``last.pt`` at it and drop all but the newest `keep`."""
+    """Write ``step_<n>.pt``, point ``last.pt`` at it and keep the `keep` newest up to it.
+
+    Any of a later step is one that could not be read, or the fit would have gone on from there.
+    """
     newest = folder / f"step_{step:09d}.pt"
     save(newest, state)
     link(newest, folder / "last.pt")
-    for old in sorted(folder.glob("step_*.pt"))[: -max(keep, 1)]:
-        old.unlink()
+    found = sorted(folder.glob("step_*.pt"))
+    last = found.index(newest) + 1
+    for other in found[: max(last - keep, 0)] + found[last:]:
+        other.unlink()
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:

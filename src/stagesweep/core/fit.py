@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,7 +17,7 @@ from stagesweep.core import checkpoint, interrupt
 from stagesweep.core.log import MetricLog, peak_memory, progress_bar
 from stagesweep.core.optim import build_optimizer, freeze, learning_rate, train_mode
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
-from stagesweep.core.step import WeightedLoss
+from stagesweep.core.step import WeightedLoss, pairs
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import UserError
@@ -129,7 +129,7 @@ class Loop:
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         machine.set_threads(sum(p.numel() for p in self.parameters))
-        # Draws the order of batches; noise and augmentation have a stream of their own.
+        # Noise and augmentation have a stream of their own.
         self.noise = torch.Generator(machine.device)
         self.noise.manual_seed(derive(seed, "noise"))
         self.best = {name: Best(mode) for name, mode in settings.best.items()}
@@ -142,7 +142,7 @@ class Loop:
         # Numbers of the current epoch, and of the last one that ended.
         self.row: dict[str, float] = {}
         self.summary: dict[str, float] = {}
-        self.saved = -1
+        self.saved_at = perf_counter()
         self.sums = torch.zeros(len(self.loss.terms), 2, device=machine.device)
         self.recent: list[Tensor] = []
         self.norms: list[Tensor] = []
@@ -153,39 +153,39 @@ class Loop:
         """Train to the end, from the newest checkpoint if there is one; the last epoch's row."""
         self.restore()
         s = self.settings
-        steps = self.steps_per_epoch()
-        with (
-            interrupt.deferred(),
-            progress_bar(self.rows.stage, s.epochs * steps, self.step) as bar,
-        ):
+        with interrupt.deferred(), progress_bar(self.rows.stage, self.step) as bar:
             while self.epoch < s.epochs and not self.finished:
-                bar.set_description(f"{self.rows.stage} epoch {self.epoch + 1}/{s.epochs}", False)
                 if self.batch == 0:
                     self.row = self.refresh()
-                speed = self.train_epoch(steps, bar)
+                speed = self.train_epoch(bar)
                 self.epoch += 1
                 if self.epoch % s.eval_every == 0 or self.epoch == s.epochs:
                     self.row |= self.evaluate()
                     self.track(self.row)
-                self.rows.row("epoch", self.epoch, self.step, self.row | speed)
-                self.summary |= self.row
                 self.finished = self.should_stop(self.row)
+                self.summary |= self.row
+                self.rows.row("epoch", self.epoch, self.step, self.row | speed)
                 if s.histogram_every and self.epoch % s.histogram_every == 0:
                     self.rows.histograms(self.model, self.step)
-                if self.epoch % s.save_every == 0:
+                recent = perf_counter() - self.saved_at < s.save_seconds
+                if self.epoch % s.save_every == 0 and not recent:
                     self.save()
-        self.save()
+                self.stop_if_told()
+            self.save()
         self.take_selected()
         return self.summary | {"epochs": float(self.epoch)}
 
-    def steps_per_epoch(self) -> int:
-        """Number of optimizer steps in one epoch."""
-        return sum(1 for _ in self.order())
-
-    def order(self) -> Iterator[Tensor]:
+    def order(self) -> list[Tensor]:
         """The rows of each batch of this epoch; depends on seed and epoch alone."""
         generator = torch.Generator().manual_seed(derive(self.seed, "order", self.epoch))
-        return self.train.order(self.settings.batch_size, generator, self.settings.sampler)
+        return list(self.train.order(self.settings.batch_size, generator, self.settings.sampler))
+
+    def stop_if_told(self) -> None:
+        """Save and raise when a signal has come."""
+        if (stop := interrupt.pending()) is not None:
+            self.check()
+            self.save()
+            raise stop
 
     def refresh(self) -> dict[str, float]:
         """Let terms that need a pass over the whole training set take it when due."""
@@ -195,19 +195,23 @@ class Loop:
 
         row: dict[str, float] = {}
         for term in self.loss.terms.values():
-            if hasattr(term, "refresh"):
-                row |= term.refresh(self.epoch, over_train)
+            if (refresh := getattr(term, "refresh", None)) is not None:
+                row |= refresh(self.epoch, over_train)
         return row
 
-    def train_epoch(self, steps: int, bar: Any) -> dict[str, float]:
+    def train_epoch(self, bar: Any) -> dict[str, float]:
         """Every batch of the epoch that is not done yet, one step each; returns the speed."""
         started, samples = perf_counter(), 0
+        order, epochs = self.order(), self.settings.epochs
+        bar.total = epochs * len(order)
+        bar.set_description(f"{self.rows.stage} epoch {self.epoch + 1}/{epochs}", refresh=False)
         train_mode(self.model)
-        for batch in self.train.gather(self.order(), start=self.batch):
+        for batch in self.train.gather(order, start=self.batch):
             batch = self.prepare(to_device(batch, self.machine.device))
-            self.set_rates(self.epoch + self.batch / steps)
+            position = self.epoch + self.batch / len(order)
+            self.set_rates(position)
             self.optimizer.zero_grad()
-            values = self.loss.backward(batch, self.epoch + self.batch / steps)
+            values = self.loss.backward(batch, position)
             self.update()
             self.sums += values
             self.recent.append(values)
@@ -217,10 +221,7 @@ class Loop:
             bar.update()
             if self.step % self.settings.log_every == 0:
                 self.log_step(bar)
-            if (stop := interrupt.pending()) is not None:
-                self.check()
-                self.save()
-                raise stop
+            self.stop_if_told()
         self.check()
         self.row |= self.means(self.sums, self.loss.terms, "train")
         self.row["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -231,8 +232,8 @@ class Loop:
 
     def prepare(self, batch: Batch) -> Batch:
         """Add what is drawn at random for the undivided batch: noise and augmented copies."""
-        if hasattr(self.model, "sample_noise"):
-            batch |= self.model.sample_noise(len(batch["index"]), self.noise)
+        if (sample := getattr(self.model, "sample_noise", None)) is not None:
+            batch |= sample(len(batch["index"]), self.noise)
         if self.settings.augment is not None:
             batch |= self.settings.augment(batch, self.spec, self.noise)
         return batch
@@ -246,10 +247,11 @@ class Loop:
 
     def update(self) -> None:
         """Clip, step, and follow with the running average of the weights."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.settings.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-            self.norms.append(norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
+        self.norms.append(norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
@@ -257,36 +259,36 @@ class Loop:
 
     # ---------------------------------------------------------------- numbers
 
-    def check(self) -> Tensor | None:
-        """End the run if a step since the last check had a bad value; the latest step's values.
+    def check(self) -> None:
+        """End the run if a step since the last check had a bad value.
 
         The values stay on the device until now, so that no step waits for another.
         """
         if not self.recent:
-            return None
-        values = torch.stack(self.recent).cpu()
+            return
+        totals = torch.stack(self.recent)[:, :, 0]
+        names = [f"loss term '{name}'" for name in self.loss.terms]
+        if not self.scaler.is_enabled():  # which skips the steps of gradients that overflow
+            totals = torch.cat([totals, torch.stack(self.norms).unsqueeze(1)], 1)
+            names.append("the gradient")
         self.recent.clear()
-        bad = (~torch.isfinite(values)).any(dim=2).nonzero().tolist()
-        if bad:
-            row, term = bad[0]
-            stage, name = self.rows.stage, list(self.loss.terms)[term]
+        self.norms.clear()
+        for row, column in (~totals.isfinite()).nonzero().tolist():
+            stage = self.rows.stage
             raise UserError(
-                f"{stage}: loss term '{name}' became {values[row, term, 0].item()} in epoch "
-                f"{self.epoch + 1}, step {self.step - len(values) + row + 1}; lower "
+                f"{stage}: {names[column]} became {totals[row, column].item()} in epoch "
+                f"{self.epoch + (self.batch > 0)}, step {self.step - len(totals) + row + 1}; lower "
                 f"stage.{stage}.optimizer.lr, set stage.{stage}.clip_norm or use "
                 f"hardware.precision=fp32"
             )
-        return values[-1]
 
     def log_step(self, bar: Any) -> None:
         """One row of numbers of the latest step."""
-        values = self.check()
-        assert values is not None
+        values, norm = self.recent[-1], self.norms[-1]
+        self.check()
         row = self.means(values, self.loss.terms, "train")
         row |= {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-        if self.norms:
-            row["grad_norm"] = self.norms[-1].item()
-            self.norms.clear()
+        row["grad_norm"] = norm.item()
         self.rows.row("step", self.epoch + 1, self.step, row)
         rate = self.optimizer.param_groups[0]["lr"]
         bar.set_postfix_str(f"loss {row['train_loss']:.4g} lr {rate:.1e}", refresh=False)
@@ -313,11 +315,12 @@ class Loop:
         arrays: dict[str, list[Tensor]] = {}
         model = self.loss.model if self.ema is None else self.averaged
         model.eval()
-        size = min(1024, self.machine.micro_batch or 1024)
+        size = min(1024, self.loss.micro_batch or 1024)
         with torch.no_grad():
             for batch in self.val.batches(size):
-                outputs, values = self.loss.sums(model, to_device(batch, self.machine.device))
-                sums += values
+                batch = to_device(batch, self.machine.device)
+                outputs = self.loss.forward(model, batch)
+                sums += pairs(terms, outputs, batch)
                 for name, value in (batch | outputs).items() if self.settings.metrics else ():
                     arrays.setdefault(name, []).append(value)
         row = self.means(sums, terms, "val")
@@ -335,7 +338,7 @@ class Loop:
         schedule = self.settings.schedule
         if schedule.decay is config.Decay.plateau:
             self.plateau.update(self.value(row, schedule.metric, "schedule.metric"))
-            if self.plateau.since > schedule.patience:
+            if self.plateau.since >= max(schedule.patience, 1):
                 self.lr_scale, self.plateau.since = self.lr_scale * schedule.factor, 0
 
     def should_stop(self, row: Mapping[str, float]) -> bool:
@@ -348,10 +351,10 @@ class Loop:
             if best.reaches(rule.target, row[name]):
                 log.info("%s: stopped, %s reached %g", self.rows.stage, name, row[name])
                 return True
-            if rule.patience is not None and best.since > rule.patience:
+            if rule.patience is not None and best.since >= max(rule.patience, 1):
                 log.info(
-                    "%s: stopped, %s has not improved for %d evaluations (best %g)",
-                    self.rows.stage, name, best.since, best.value or math.nan,
+                    "%s: stopped, %s has not improved for %d evaluations (best %s)",
+                    self.rows.stage, name, best.since, best.value,
                 )  # fmt: skip
                 return True
         return False
@@ -372,13 +375,10 @@ class Loop:
 
     def save(self) -> None:
         """Write the best weights, then everything that the loop needs to go on."""
-        if self.saved == self.step:
-            return
+        self.saved_at = perf_counter()
         for name, weights in self.best_weights.items():
             checkpoint.save(self.folder / f"best_{name}.pt", {"model": weights})
         self.best_weights.clear()
-        self.rows.flush()
-        self.saved = self.step
         state = {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -397,7 +397,7 @@ class Loop:
         """Go back to the newest checkpoint; without one, start."""
         state = checkpoint.load_newest(self.folder)
         if state is None:
-            self.rows.rewind(-1)
+            self.rows.rewind(epoch=0, step=0)
             return
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
@@ -413,7 +413,7 @@ class Loop:
         self.sums = state["sums"].to(self.machine.device)
         for key, value in state["loop"].items():
             setattr(self, key, value)
-        self.rows.rewind(self.step)
+        self.rows.rewind(self.epoch, self.step)
         log.info("%s: goes on from epoch %d, step %d", self.rows.stage, self.epoch, self.step)
 
     def take_selected(self) -> None:

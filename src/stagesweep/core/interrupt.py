@@ -39,13 +39,15 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Hold a signal back until `pending` is asked, so that a step is never cut in two."""
+    """Hold a signal back until `pending` is asked, or to the end of the block."""
     global _deferred
     _deferred = True
     try:
         yield
     finally:
         _deferred = False
+    if (stop := pending()) is not None:
+        raise stop
 
 
 def pending() -> Interrupted | None:

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from tensorboard.compat.proto.summary_pb2 import (  # type: ignore[import-untyped]
+    HistogramProto,
+    Summary,
+)
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from stagesweep.files import atomic_text
+from stagesweep.files import atomic_text, explained
 
 
 class MetricLog:
@@ -28,29 +32,31 @@ class MetricLog:
     def row(self, kind: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Write one row; its values become TensorBoard scalars ``<stage>/<name>``."""
         row = {"stage": self.stage, "kind": kind, "epoch": epoch, "step": step, **values}
-        self.stream.write(json.dumps(row) + "\n")
-        to_board(self.board, row)
+        with explained(self.path):
+            self.stream.write(json.dumps(row) + "\n")
+            self.stream.flush()
+            to_board(self.board, row)
 
     def histograms(self, model: nn.Module, step: int) -> None:
-        """Distributions of every parameter and of its gradient."""
+        """Distributions of every trained parameter and of its gradient."""
+        values = []
         for name, parameter in model.named_parameters():
-            if parameter.numel() and parameter.requires_grad:
-                self.board.add_histogram(f"{self.stage}/{name}", parameter.detach(), step)
+            if parameter.requires_grad:
+                values.append(histogram(f"{self.stage}/{name}", parameter.detach()))
                 if parameter.grad is not None:
-                    self.board.add_histogram(f"{self.stage}/{name}.grad", parameter.grad, step)
+                    values.append(histogram(f"{self.stage}/{name}.grad", parameter.grad))
+        with explained(self.path):
+            add_values(self.board, values, step)
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows after `step`: an interrupted fit writes them again."""
+    def rewind(self, epoch: int, step: int) -> None:
+        """Keep the rows up to `step` and of whole epochs up to `epoch`: the others come again."""
         self.stream.close()
-        rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        last = {"step": step, "epoch": epoch}
+        rows = [row for row in read_rows(self.path) if row[row["kind"]] <= last[row["kind"]]]
         atomic_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.stream = self.path.open("a")
         for row in rows:
             to_board(self.board, row)
-
-    def flush(self) -> None:
-        """Let readers see all rows written so far."""
-        self.stream.flush()
 
     def close(self) -> None:
         """Close the file."""
@@ -70,19 +76,42 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def to_board(board: SummaryWriter, row: Mapping[str, Any]) -> None:
     """One row of numbers as TensorBoard scalars."""
-    for name, value in row.items():
-        if name not in ("stage", "kind", "epoch", "step"):
-            tag = (
-                f"{row['stage']}/{name}"
-                if row["kind"] == "epoch"
-                else f"{row['stage']}_step/{name}"
-            )
-            board.add_scalar(tag, value, row["step"])
+    prefix = row["stage"] if row["kind"] == "epoch" else f"{row['stage']}_step"
+    values = [
+        Summary.Value(tag=f"{prefix}/{name}", simple_value=value)
+        for name, value in row.items()
+        if name not in ("stage", "kind", "epoch", "step")
+    ]
+    add_values(board, values, row["step"])
 
 
-def progress_bar(stage: str, total: int, done: int) -> "tqdm[Any]":
+def histogram(tag: str, values: Tensor, bins: int = 30) -> Summary.Value:
+    """The finite `values` counted in equal bins, as many as TensorBoard draws."""
+    values = values[values.isfinite()].float()
+    low, high = (float(v) for v in values.aminmax()) if len(values) else (0.0, 0.0)
+    counts = values.histc(bins, low, high)
+    # The edges of equal values are those that histc takes.
+    low, high = (low - 1, high + 1) if low == high else (low, high)
+    histogram = HistogramProto(
+        min=low,
+        max=high,
+        num=len(values),
+        sum=float(values.sum()),
+        sum_squares=float(values.square().sum()),
+        bucket_limit=torch.linspace(low, high, bins + 1)[1:].tolist(),
+        bucket=counts.tolist(),
+    )
+    return Summary.Value(tag=tag, histo=histogram)
+
+
+def add_values(board: SummaryWriter, values: list[Summary.Value], step: int) -> None:
+    """Many values in one record: one by one they cost more than a training step."""
+    board._get_file_writer().add_summary(Summary(value=values), step)
+
+
+def progress_bar(stage: str, done: int) -> "tqdm[Any]":
     """A bar over the optimizer steps of a fit; silent when stderr is not a terminal."""
-    return tqdm(total=total, initial=done, desc=stage, unit="step", disable=None, leave=False)
+    return tqdm(initial=done, desc=stage, unit="step", disable=None, leave=False)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -21,24 +21,36 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def torch_state() -> list[torch.Tensor]:
+    """The state of torch's generators: CPU, and the current GPU when one is in use."""
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *gpu]
+
+
+def set_torch_state(state: list[torch.Tensor]) -> None:
+    """Put torch's generators back to a state of `torch_state`."""
+    torch.set_rng_state(state[0])
+    if state[1:] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1])
+
+
 def rng_state() -> dict[str, Any]:
     """The state of every global generator, in types that ``weights_only`` loading allows."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    numpy = dict(np.random.get_state(legacy=False))
+    twister = numpy.pop("state")
     version, words, gauss_next = random.getstate()
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, torch.tensor(words, dtype=torch.int64), gauss_next],
+        "torch": torch_state(),
+        "numpy": numpy | {"pos": twister["pos"], "key": torch.tensor(twister["key"].tolist())},
+        "python": [version, torch.tensor(words), gauss_next],
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put every global generator back to a state of `rng_state`."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
-    keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    set_torch_state(state["torch"])
+    numpy = dict(state["numpy"])
+    key = numpy.pop("key").numpy().astype(np.uint32)
+    np.random.set_state(numpy | {"state": {"key": key, "pos": numpy.pop("pos")}})
     version, words, gauss_next = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss_next))

@@ -1,21 +1,37 @@
 """The loss of one effective batch and its gradient, the same for any micro-batch."""
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from stagesweep import config
-from stagesweep.core.seeding import rng_state, set_rng_state
+from stagesweep.core.seeding import set_torch_state, torch_state
 from stagesweep.data.view import Batch
+from stagesweep.errors import UserError
 from stagesweep.hardware import Machine
 
+log = logging.getLogger(__name__)
 
-def split(batch: Batch, size: int | None) -> Iterator[Batch]:
+Terms = Mapping[str, nn.Module]
+
+
+def split(batch: Batch, size: int) -> Iterator[Batch]:
     """The batch cut into micro-batches of at most `size` samples."""
-    n = len(batch["index"])
-    for start in range(0, n, size or n):
-        yield {name: column[start : start + (size or n)] for name, column in batch.items()}
+    for start in range(0, len(batch["index"]), size):
+        yield {name: column[start : start + size] for name, column in batch.items()}
+
+
+def pairs(terms: Terms, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+    """The (total, weight) of each term: shape (terms, 2)."""
+    values = [value for term in terms.values() for value in term(outputs, batch)]
+    return torch.stack(values).view(-1, 2) if values else batch["index"].new_zeros(0, 2).float()
+
+
+def reads(term: nn.Module) -> tuple[str, ...]:
+    """The outputs that a term must see of the whole batch at once; none for most terms."""
+    return getattr(term, "whole_batch", ())
 
 
 class WeightedLoss:
@@ -25,29 +41,44 @@ class WeightedLoss:
     effective batch and divided once, so the gradient does not depend on the micro-batch. A term
     that couples samples (``whole_batch`` names the outputs it reads) sees the undivided batch: its
     gradient with respect to those outputs is computed first and replayed through each
-    micro-batch (gradient cache, Gao et al. 2021, arXiv:2101.06983).
+    micro-batch (gradient cache, Gao et al. 2021, arXiv:2101.06983). What couples samples inside
+    the model (batch norm) sees micro-batches, as everywhere.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        terms: Mapping[str, nn.Module],
+        terms: Terms,
         weights: Mapping[str, config.Weight],
         machine: Machine,
         scaler: torch.amp.GradScaler,
     ) -> None:
-        self.weights = {name: weight for name, weight in weights.items() if weight.weight > 0}
-        self.terms = {name: terms[name] for name in self.weights}
-        self.model = torch.compile(model) if machine.compile else model
-        self.machine = machine
-        self.scaler = scaler
+        used = {name: terms[name] for name, weight in weights.items() if weight.weight > 0}
+        self.whole = {name: term for name, term in used.items() if reads(term)}
+        self.single = {n: t for n, t in used.items() if n not in self.whole}
+        # Rows of (total, weight) are in this order.
+        self.terms = self.single | self.whole
+        self.weights = {name: weights[name] for name in self.terms}
+        self.model: nn.Module = torch.compile(model) if machine.compile else model  # type: ignore[assignment]
+        self.machine, self.scaler, self.micro_batch = machine, scaler, machine.micro_batch
+        # A factor is start + slope * position, at most full.
+        ramps = [(w.weight, w.ramp) for w in self.weights.values()]
+        self.start, self.slope, self.full = (
+            torch.tensor(values, device=machine.device)
+            for values in (
+                [0.0 if ramp else weight for weight, ramp in ramps],
+                [weight / ramp if ramp else 0.0 for weight, ramp in ramps],
+                [weight for weight, _ in ramps],
+            )
+        )
 
-    def factors(self, position: float) -> list[float]:
-        """The weight of each term `position` epochs into the fit."""
-        return [
-            w.weight * (min(1.0, position / w.ramp) if w.ramp else 1.0)
-            for w in self.weights.values()
-        ]
+    def factors(self, position: float) -> Tensor:
+        """The weight of each term `position` epochs into the fit: shape (terms,)."""
+        return torch.add(self.start, self.slope, alpha=position).minimum(self.full)
+
+    def per_sample(self) -> dict[str, nn.Module]:
+        """The terms that need neither the whole batch nor the whole training set."""
+        return {name: term for name, term in self.single.items() if not hasattr(term, "refresh")}
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Model outputs under the machine's precision, handed to the terms as fp32."""
@@ -58,80 +89,79 @@ class WeightedLoss:
             outputs = model(batch)
         return {k: v.float() if v.is_floating_point() else v for k, v in outputs.items()}
 
-    def sums(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """Outputs of a batch, and (total, weight) of each per-sample term: shape (terms, 2)."""
-        outputs = self.forward(model, batch)
-        pairs = [term(outputs, batch) for term in self.per_sample().values()]
-        return outputs, torch.stack([torch.stack(pair) for pair in pairs])
-
-    def per_sample(self) -> dict[str, nn.Module]:
-        """The terms that need neither the whole batch nor the whole training set."""
-        return {
-            name: term
-            for name, term in self.terms.items()
-            if not hasattr(term, "whole_batch") and not hasattr(term, "refresh")
-        }
-
     def backward(self, batch: Batch, position: float) -> Tensor:
-        """Add the gradient of the batch to ``.grad``; returns (total, weight): (terms, 2)."""
+        """Add the gradient of the batch to ``.grad``; returns (total, weight): (terms, 2).
+
+        When the GPU has too little memory the step starts again with half the micro-batch, and so
+        do all after it.
+        """
         factors = self.factors(position)
-        if self.machine.micro_batch and self.machine.micro_batch < len(batch["index"]):
-            return self._accumulate(batch, factors)
-        outputs = self.forward(self.model, batch)
-        flat = [value for term in self.terms.values() for value in term(outputs, batch)]
-        loss = self._combine(flat[::2], flat[1::2], factors)
-        self.scaler.scale(loss).backward()
-        return torch.stack(flat).detach().view(-1, 2)
+        while True:
+            try:
+                if self.micro_batch and self.micro_batch < len(batch["index"]):
+                    return self._accumulate(batch, factors)
+                values = pairs(self.terms, self.forward(self.model, batch), batch)
+                self.scaler.scale(combine(values, values[:, 1], factors)).backward()
+                return values.detach()
+            except torch.OutOfMemoryError as error:
+                self._halve(len(batch["index"]), error)
+            # Here, outside the handler, nothing holds on to the tensors of the failed attempt.
+            self.model.zero_grad()
+            torch.cuda.empty_cache()
 
-    @staticmethod
-    def _combine(totals: list[Tensor], weights: list[Tensor], factors: list[float]) -> Tensor:
-        # A weight of zero (no known label, no pair) comes with a total of zero.
-        parts = [
-            total * (factor / weight.clamp(min=1e-12))
-            for total, weight, factor in zip(totals, weights, factors, strict=True)
-        ]
-        return torch.stack(parts).sum()
+    def _halve(self, samples: int, error: Exception) -> None:
+        size = min(samples, self.micro_batch or samples)
+        if size == 1:
+            raise UserError(
+                "the GPU has too little memory for one sample: make the model smaller, or set "
+                "hardware.activation_checkpointing=true or hardware.device=cpu"
+            ) from error
+        self.micro_batch = size // 2
+        log.warning("out of GPU memory: going on with hardware.micro_batch=%d", self.micro_batch)
 
-    def _accumulate(self, batch: Batch, factors: list[float]) -> Tensor:
+    def _accumulate(self, batch: Batch, factors: Tensor) -> Tensor:
         """The same gradient in two passes over micro-batches.
 
         The first, without gradient, finds the weights and the outputs that whole-batch terms read;
         the second repeats each micro-batch with the same random numbers and adds its gradient.
         """
-        pieces = list(split(batch, self.machine.micro_batch))
-        whole = {n: t for n, t in self.terms.items() if hasattr(t, "whole_batch")}
-        reads = {output for term in whole.values() for output in term.whole_batch}
-        sums = torch.zeros(len(self.terms), 2, device=batch["index"].device)
-        seen: dict[str, list[Tensor]] = {name: [] for name in reads}
-        states = []
+        assert self.micro_batch is not None
+        batches = list(split(batch, self.micro_batch))
+        states, parts = [], []
+        seen: dict[str, list[Tensor]] = {n: [] for t in self.whole.values() for n in reads(t)}
         with torch.no_grad():
-            for piece in pieces:
-                states.append(rng_state())
+            for piece in batches:
+                states.append(torch_state())
                 outputs = self.forward(self.model, piece)
-                for row, (name, term) in enumerate(self.terms.items()):
-                    if name not in whole:
-                        sums[row] += torch.stack(term(outputs, piece))
-                for name in reads:
-                    seen[name].append(outputs[name])
-        joined = {name: torch.cat(parts).requires_grad_() for name, parts in seen.items()}
-        cached: dict[str, Tensor] = {}
-        if whole:
-            rows = [row for row, name in enumerate(self.terms) if name in whole]
-            pairs = [term(joined, batch) for term in whole.values()]
-            sums[rows] = torch.stack([torch.stack(pair) for pair in pairs]).detach()
-            totals, weights = (list(column) for column in zip(*pairs, strict=True))
-            loss = self._combine(totals, weights, [factors[row] for row in rows])
-            gradients = torch.autograd.grad(loss, list(joined.values()), allow_unused=True)
-            cached = {k: g for k, g in zip(joined, gradients, strict=True) if g is not None}
-        start = 0
-        for piece, state in zip(pieces, states, strict=True):
-            set_rng_state(state)
+                parts.append(pairs(self.single, outputs, piece))
+                for name, found in seen.items():
+                    found.append(outputs[name])
+        values = torch.stack(parts).sum(0)
+        count = len(values)
+        cached: dict[str, tuple[Tensor, ...]] = {}
+        if self.whole:
+            joined = {name: torch.cat(found).requires_grad_() for name, found in seen.items()}
+            whole = pairs(self.whole, joined, batch)
+            combine(whole, whole[:, 1], factors[count:]).backward()
+            cached = {
+                name: output.grad.split(self.micro_batch)
+                for name, output in joined.items()
+                if output.grad is not None
+            }
+            values = torch.cat([values.to(whole), whole.detach()])
+        for number, (piece, state) in enumerate(zip(batches, states, strict=True)):
+            set_torch_state(state)
             outputs = self.forward(self.model, piece)
-            rows = [row for row, name in enumerate(self.terms) if name not in whole]
-            totals = [t(outputs, piece)[0] for n, t in self.terms.items() if n not in whole]
-            stop = start + len(piece["index"])
-            parts = [(outputs[k] * g[start:stop]).sum() for k, g in cached.items()]
-            parts.append(self._combine(totals, list(sums[rows, 1]), [factors[row] for row in rows]))
-            self.scaler.scale(torch.stack(parts).sum()).backward()
-            start = stop
-        return sums
+            own = pairs(self.single, outputs, piece)
+            losses = [(outputs[name] * g[number]).sum() for name, g in cached.items()]
+            losses.append(combine(own, values[:count, 1], factors[:count]))
+            self.scaler.scale(torch.stack(losses).sum()).backward()
+        return values
+
+
+def combine(values: Tensor, weights: Tensor, factors: Tensor) -> Tensor:
+    """The sum of factor * total / weight over terms; a weight of zero comes with a total of zero
+    (no known label, no pair).
+    """
+    scale = factors / weights.detach().clamp(min=1e-12)
+    return (values[:, 0] * scale).sum()
