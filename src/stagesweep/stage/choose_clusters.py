@@ -92,7 +92,7 @@ class ChooseClusters(config.ChooseClusters):
 
 def latent_means(run: "Run") -> Points:
     """Latent means (n, d) of the training split; UserError when the posterior has collapsed."""
-    means: Points = run.predict("train", ["mean"])["mean"]
+    means: Points = run.predict("train", ["mean"])["mean"].astype(np.float64)
     if (active := active_units(means)) < 2:
         raise UserError(
             f"{run.stage}: posterior collapse: {active} of {means.shape[1]} latent units carry "
