@@ -17,7 +17,7 @@ from stagesweep.core import checkpoint, interrupt
 from stagesweep.core.log import MetricLog, peak_memory, progress_bar
 from stagesweep.core.optim import build_optimizer, freeze, learning_rate, train_mode
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
-from stagesweep.core.step import WeightedLoss, pairs
+from stagesweep.core.step import WeightedLoss, add_up
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import UserError
@@ -210,7 +210,8 @@ class Loop:
             batch = self.prepare(to_device(batch, self.machine.device))
             position = self.epoch + self.batch / len(order)
             self.set_rates(position)
-            self.optimizer.zero_grad()
+            for parameter in self.parameters:
+                parameter.grad = None
             values = self.loss.backward(batch, position)
             self.update()
             self.sums += values
@@ -320,7 +321,7 @@ class Loop:
             for batch in self.val.batches(size):
                 batch = to_device(batch, self.machine.device)
                 outputs = self.loss.forward(model, batch)
-                sums += pairs(terms, outputs, batch)
+                sums += torch.stack(add_up(terms, outputs, batch), 1)
                 for name, value in (batch | outputs).items() if self.settings.metrics else ():
                     arrays.setdefault(name, []).append(value)
         row = self.means(sums, terms, "val")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,14 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
         yield {name: column[start : start + size] for name, column in batch.items()}
 
 
-def pairs(terms: Terms, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-    """The (total, weight) of each term: shape (terms, 2)."""
-    values = [value for term in terms.values() for value in term(outputs, batch)]
-    return torch.stack(values).view(-1, 2) if values else batch["index"].new_zeros(0, 2).float()
+def add_up(terms: Terms, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    """The totals of the terms and the weights they are sums over, both (terms,)."""
+    values = [term(outputs, batch) for term in terms.values()]
+    if not values:
+        none = batch["index"].new_zeros(0).float()
+        return none, none
+    totals, weights = zip(*values, strict=True)
+    return torch.stack(totals), torch.stack(weights).detach()
 
 
 def reads(term: nn.Module) -> tuple[str, ...]:
@@ -100,9 +105,9 @@ class WeightedLoss:
             try:
                 if self.micro_batch and self.micro_batch < len(batch["index"]):
                     return self._accumulate(batch, factors)
-                values = pairs(self.terms, self.forward(self.model, batch), batch)
-                self.scaler.scale(combine(values, values[:, 1], factors)).backward()
-                return values.detach()
+                totals, weights = add_up(self.terms, self.forward(self.model, batch), batch)
+                self.scaler.scale(combine(totals, weights, factors)).backward()
+                return torch.stack([totals.detach(), weights], 1)
             except torch.OutOfMemoryError as error:
                 self._halve(len(batch["index"]), error)
             # Here, outside the handler, nothing holds on to the tensors of the failed attempt.
@@ -127,41 +132,47 @@ class WeightedLoss:
         """
         assert self.micro_batch is not None
         batches = list(split(batch, self.micro_batch))
-        states, parts = [], []
-        seen: dict[str, list[Tensor]] = {n: [] for t in self.whole.values() for n in reads(t)}
-        with torch.no_grad():
-            for piece in batches:
-                states.append(torch_state())
-                outputs = self.forward(self.model, piece)
-                parts.append(pairs(self.single, outputs, piece))
-                for name, found in seen.items():
-                    found.append(outputs[name])
-        values = torch.stack(parts).sum(0)
-        count = len(values)
+        own, of_whole = factors.split([len(self.single), len(self.whole)])
+        values, seen, states = self._survey(batches)
+        weights = values[:, 1]
         cached: dict[str, tuple[Tensor, ...]] = {}
         if self.whole:
-            joined = {name: torch.cat(found).requires_grad_() for name, found in seen.items()}
-            whole = pairs(self.whole, joined, batch)
-            combine(whole, whole[:, 1], factors[count:]).backward()
+            joined = {name: torch.cat(parts).requires_grad_() for name, parts in seen.items()}
+            whole = add_up(self.whole, joined, batch)
+            combine(*whole, of_whole).backward()
             cached = {
                 name: output.grad.split(self.micro_batch)
                 for name, output in joined.items()
                 if output.grad is not None
             }
-            values = torch.cat([values.to(whole), whole.detach()])
+            values = torch.cat([values, torch.stack(whole, 1).detach()])
         for number, (piece, state) in enumerate(zip(batches, states, strict=True)):
             set_torch_state(state)
             outputs = self.forward(self.model, piece)
-            own = pairs(self.single, outputs, piece)
-            losses = [(outputs[name] * g[number]).sum() for name, g in cached.items()]
-            losses.append(combine(own, values[:count, 1], factors[:count]))
+            totals, _ = add_up(self.single, outputs, piece)
+            losses = [(outputs[name] * parts[number]).sum() for name, parts in cached.items()]
+            losses.append(combine(totals, weights, own))
             self.scaler.scale(torch.stack(losses).sum()).backward()
         return values
 
+    @torch.no_grad()
+    def _survey(self, batches: list[Batch]) -> tuple[Tensor, dict[str, list[Tensor]], list[Any]]:
+        """Over all micro-batches: (total, weight) of per-sample terms, the outputs that
+        whole-batch terms read, and the state of the random generators before each.
+        """
+        sums, states = [], []
+        seen: dict[str, list[Tensor]] = {n: [] for t in self.whole.values() for n in reads(t)}
+        for piece in batches:
+            states.append(torch_state())
+            outputs = self.forward(self.model, piece)
+            sums.append(torch.stack(add_up(self.single, outputs, piece), 1))
+            for name, parts in seen.items():
+                parts.append(outputs[name])
+        return torch.stack(sums).sum(0), seen, states
 
-def combine(values: Tensor, weights: Tensor, factors: Tensor) -> Tensor:
+
+def combine(totals: Tensor, weights: Tensor, factors: Tensor) -> Tensor:
     """The sum of factor * total / weight over terms; a weight of zero comes with a total of zero
     (no known label, no pair).
     """
-    scale = factors / weights.detach().clamp(min=1e-12)
-    return (values[:, 0] * scale).sum()
+    return totals.dot((factors / weights.clamp(min=1e-12)).to(totals))

@@ -54,7 +54,7 @@ class View:
         device = self["index"].device
         for rows in islice(order, start, None):
             rows = rows.to(device)
-            yield {name: column[rows] for name, column in self.columns.items()}
+            yield {name: column.index_select(0, rows) for name, column in self.columns.items()}
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The whole split in order; the last batch may be smaller."""
