@@ -312,8 +312,8 @@ def register() -> None:
     OmegaConf.register_resolver("list_groups", catalogue.groups, replace=True)
     OmegaConf.register_resolver("list_experiments", catalogue.experiments, replace=True)
     store = ConfigStore.instance()
-    store.store(name="base_config", node=Config)
-    store.store(group="hardware", name="base_hardware", node=Hardware)
+    store.store(name="base_config", node=Config, replace=True)
+    store.store(group="hardware", name="base_hardware", node=Hardware, replace=True)
     for name, node in {
         "fit": Fit,
         "choose_clusters": ChooseClusters,
@@ -322,4 +322,4 @@ def register() -> None:
         "evaluate": Evaluate,
         "figures": Figures,
     }.items():
-        store.store(group="stage", name=f"base_{name}", node=node)
+        store.store(group="stage", name=f"base_{name}", node=node, replace=True)

@@ -1,13 +1,14 @@
 """Errors of composition, said in one line that names the key and the remedy."""
 
+import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import get_origin
 
 from hydra.errors import (
+    ConfigCompositionException,
     HydraException,
-    InstantiationException,
     MissingConfigException,
     OverrideParseException,
 )
@@ -34,21 +35,22 @@ def explain(error: BaseException) -> str | None:
             return str(link)
     for link in chain:
         match link:
-            case InstantiationException():
-                return _construction(link)
             case MissingConfigException(missing_cfg_file=str(path)):
                 return _missing_option(path, link.options or ())
             case OverrideParseException():
                 cause = link.__cause__ or link.__context__
                 return f"cannot read '{link.override}': {_flat(str(cause or link))}"
+            case ConfigCompositionException() if "Error merging override +" in str(link):
+                return _addition(str(link).partition("+")[2], link.__cause__ or link)
             case OmegaConfBaseException(full_key=str(key)) if key:
-                return _about(key, link)
+                place = re.match(r"In '(.+)': ", str(error))
+                return (f"{place[1]}.yaml: " if place else "") + _about(key, link)
             case OSError(filename=str(path)):
                 return str(files.explain(link, Path(path)))
     said_by_hydra = isinstance(error, HydraException) or (
         isinstance(error, ValueError) and _raised_in(error).startswith("hydra.")
     )
-    return _flat(str(error)) if said_by_hydra else None
+    return _flat(str(error)) if said_by_hydra else _construction(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -85,13 +87,23 @@ def _about(key: str, error: OmegaConfBaseException) -> str:
     return f"{key} must not be null" if "is not Optional" in said else f"{key}: {said}"
 
 
-def _construction(error: InstantiationException) -> str:
-    """What the constructor of a node said; it may be the code's fault as well as the config's."""
-    if (cause := error.__cause__) is None:
-        return _flat(str(error))
-    _, _, key = str(error).rpartition("full_key: ")
-    said = f"{type(cause).__name__}: {_flat(str(cause))}"
-    return f"{key}: {said} (HYDRA_FULL_ERROR=1 shows where)"
+def _addition(override: str, error: BaseException) -> str:
+    """Why something could not be added; a mapping into a typed one must be merged (OmegaConf)."""
+    key, _, value = override.lstrip("+").partition("=")
+    group, _, name = key.rpartition(".")
+    said = str(error).splitlines()[0]
+    if "is not a subclass of" in said:
+        return f"cannot add '{key}' like this; use '+{group}={{{name}: {value}}}'"
+    return f"{key}: {said}"
+
+
+def _construction(error: BaseException) -> str | None:
+    """What the making of a node said (Hydra notes its key), be it the config's fault or not."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("full_key: ")]
+    if not notes:
+        return None
+    key = notes[0].removeprefix("full_key: ")
+    return f"{key}: {type(error).__name__}: {_flat(str(error))} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 def _missing_option(path: str, options: Iterable[str]) -> str:
