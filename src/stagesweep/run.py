@@ -290,8 +290,10 @@ class Run:
 
     def history(self, stage: str) -> pd.DataFrame:
         """The epoch rows of a fit: one column a number."""
-        rows = [r for f in self._folders() for r in read_rows(f / "metrics.jsonl")]
-        return pd.DataFrame([r for r in rows if r["stage"] == stage and r["kind"] == "epoch"])
+        files = [f / "metrics.jsonl" for f in self._folders()]
+        rows = [row for file in files if file.exists() for row in read_rows(file)]
+        chosen = [row for row in rows if row["stage"] == stage and row["kind"] == "epoch"]
+        return pd.DataFrame(chosen)
 
     @property
     def fit_stages(self) -> list[str]:
