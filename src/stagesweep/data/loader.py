@@ -1,0 +1,108 @@
+"""A split that does not fit in memory: its samples are read in batches, ahead of their use."""
+
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from stagesweep.data.view import Batch, View
+from stagesweep.errors import UserError
+
+
+class Samples(Protocol):
+    """Samples by number, as a torch ``Dataset`` gives them.
+
+    An item is a dict of tensors whose shapes are the same for all, and depends on its number
+    alone: random augmentation has a place of its own (``augment`` of a fit).
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+
+
+class LoaderView(View):
+    """A view that reads `samples` when a batch needs them, in worker processes if there are any.
+
+    `columns` are those known without reading a sample (labels), for samplers; every batch carries
+    them, the columns of the samples and ``index``.
+    """
+
+    def __init__(self, samples: Samples, columns: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__({**(columns or {}), "index": torch.arange(len(samples))})
+        self.samples = samples
+        self.workers, self.pinned = 0, False
+
+    def prepare(self, device: torch.device, workers: int) -> "LoaderView":
+        """Read with so many processes, for use on `device`; the columns stay on the CPU."""
+        self.workers, self.pinned = workers, device.type == "cuda"
+        return self
+
+    def gather(self, order: Iterable[Tensor], start: int = 0) -> Iterator[Batch]:
+        """The batches of `order`, from batch number `start` on; nothing before it is read.
+
+        Raises:
+            UserError: a sample raised it, or a worker process died.
+        """
+        order = list(islice(order, start, None))
+        loader: DataLoader[Any] = DataLoader(
+            _Batches(self.samples),
+            batch_sampler=[rows.tolist() for rows in order],
+            collate_fn=_as_is,
+            num_workers=self.workers,
+            pin_memory=self.pinned,
+            worker_init_fn=_leave_signals_to_the_run,
+            # Of its own: the loader draws a seed, and the global generators are not to notice.
+            generator=torch.Generator(),
+        )
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = iter(loader)
+        # The loader would raise the death of a worker anywhere, even in the middle of a step;
+        # without its handler it is raised here, where the batch is missing.
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before)
+        try:
+            for rows, batch in zip(order, batches, strict=True):
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch | {name: c.index_select(0, rows) for name, c in self.columns.items()}
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise UserError(
+                f"a loader process died ({str(error).splitlines()[0]}), most often for want of "
+                f"memory: lower hardware.workers={self.workers}; 0 reads without processes"
+            ) from error
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The whole split in order; the last batch may be smaller."""
+        return self.gather(torch.arange(len(self)).split(size))
+
+
+class _Batches(Dataset[Any]):
+    """The samples by lists of numbers, as the loader asks for them."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitems__(self, rows: list[int]) -> Batch | UserError:
+        try:
+            items = [self.samples[row] for row in rows]
+        except (
+            UserError
+        ) as error:  # raised in a worker it would arrive with a traceback as its text
+            return error
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the run decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
