@@ -5,7 +5,7 @@ from math import pi
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 from stagesweep.data.spec import Features, Spec
 from stagesweep.data.view import Batch
@@ -23,12 +23,14 @@ def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 class AugmentImages:
-    """Move, turn, slant, zoom and blur with noise every image of a batch, each by its own
-    uniform draw.
+    """Deform every image of a batch, each by its own draw.
 
-    `shift` is in pixels, `rotate` in degrees, `shear` and `zoom` in shares of the image's size;
-    each is the largest change in either direction. `noise` is the standard deviation of normal
-    noise, in native units.
+    Uniform draws, of which these are the largest in either direction: `shift` in pixels, `rotate`
+    in degrees, `shear` and `stretch` (of height and width apart) in shares of the image, `stroke`
+    in thickness: a pixel p becomes p ** exp(stroke * u). Normal draws, of which these are the
+    standard deviations: `elastic`, the pixels by which a 3 x 3 net over the image is pulled about
+    (Simard et al. 2003, with a coarse net in place of a smoothed field), and `noise`, added to
+    each pixel.
     """
 
     def __init__(
@@ -36,17 +38,21 @@ class AugmentImages:
         shift: float = 1.0,
         rotate: float = 10.0,
         shear: float = 0.0,
-        zoom: float = 0.0,
+        stretch: float = 0.0,
+        elastic: float = 0.0,
+        stroke: float = 0.0,
         noise: float = 0.05,
     ) -> None:
         self.shift = shift
         self.rotate = rotate
         self.shear = shear
-        self.zoom = zoom
+        self.stretch = stretch
+        self.elastic = elastic
+        self.stroke = stroke
         self.noise = noise
 
     def __call__(self, batch: Batch, spec: Spec, generator: torch.Generator) -> Batch:
-        """`positive/<feature>` of every feature that is an image."""
+        """`positive/<feature>` of every feature that is an image; its pixels lie in 0..1."""
         images = {name: features for name, features in spec.features.items() if features.grid}
         if not images:
             raise UserError("augment: the data has no images (features on a grid) to augment")
@@ -58,19 +64,31 @@ class AugmentImages:
     def _augment(self, pixels: Tensor, features: Features, generator: torch.Generator) -> Tensor:
         assert features.grid is not None, "only images are augmented here"
         height, width = features.grid
-        draw = 2 * uniform((5, len(pixels)), generator) - 1
-        angle = draw[0] * self.rotate * pi / 180
-        zoom = 1 + draw[1] * self.zoom
-        cosine, sine = zoom * angle.cos(), zoom * angle.sin()
-        slant = draw[2] * self.shear
+        draw = 2 * uniform((7, len(pixels)), generator) - 1
         # affine_grid's coordinates run from -1 to 1, so that a pixel is 2 / size
-        right, down = draw[3] * self.shift * 2 / width, draw[4] * self.shift * 2 / height
-        rows = [cosine, slant * cosine - sine, right, sine, slant * sine + cosine, down]
-        matrix = torch.stack(rows, 1).view(-1, 2, 3)
-        grid = affine_grid(matrix, [len(pixels), 1, height, width], align_corners=False)
+        pixel = torch.tensor([2 / width, 2 / height], device=pixels.device)
+        grid = affine_grid(
+            self._matrix(draw, pixel), [len(pixels), 1, height, width], align_corners=False
+        )
+        net = self.elastic * normal((len(pixels), 2, 3, 3), generator)
+        pull = interpolate(net, (height, width), mode="bilinear", align_corners=True)
+        grid = grid + pull.permute(0, 2, 3, 1) * pixel
         image = pixels.view(-1, 1, height, width)
         moved = grid_sample(image, grid, align_corners=False).view_as(pixels)
-        return moved + self.noise * normal(moved.shape, generator)
+        # interpolation may leave a rounding error below 0
+        stroked = moved.clamp(0, 1) ** torch.exp(self.stroke * draw[6]).unsqueeze(1)
+        return stroked + self.noise * normal(pixels.shape, generator)
+
+    def _matrix(self, draw: Tensor, pixel: Tensor) -> Tensor:
+        """Rotation after shear after stretch, and the shift: (B, 2, 3)."""
+        angle = draw[0] * self.rotate * pi / 180
+        cosine, sine = angle.cos(), angle.sin()
+        slant = draw[1] * self.shear
+        wide, high = 1 + draw[2] * self.stretch, 1 + draw[3] * self.stretch
+        right, down = draw[4] * self.shift * pixel[0], draw[5] * self.shift * pixel[1]
+        first = [wide * cosine, high * (slant * cosine - sine), right]
+        second = [wide * sine, high * (slant * sine + cosine), down]
+        return torch.stack(first + second, 1).view(-1, 2, 3)
 
 
 class AugmentTable:
