@@ -116,6 +116,8 @@ class Loop:
         self.model, self.settings, self.machine, self.folder = model, settings, machine, folder
         self.train, self.val, self.spec, self.rows = views["train"], views["val"], spec, rows
         self.seed = seed
+        if empty := [name for name, view in views.items() if not len(view)]:
+            raise UserError(f"{rows.stage}: the {empty[0]} split has no samples; check data")
         seed_everything(seed)
         freeze(model, settings.train, settings.freeze)
         self.optimizer = build_optimizer(model, settings.optimizer)
@@ -226,6 +228,7 @@ class Loop:
         self.check()
         self.row |= self.means(self.sums, self.loss.terms, "train")
         self.row["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.show(bar, self.row["train_loss"])
         self.sums.zero_()
         self.batch = 0
         speed = {"samples_per_second": samples / max(perf_counter() - started, 1e-9)}
@@ -291,8 +294,12 @@ class Loop:
         row |= {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
         row["grad_norm"] = norm.item()
         self.rows.row("step", self.epoch + 1, self.step, row)
+        self.show(bar, row["train_loss"])
+
+    def show(self, bar: Any, loss: float) -> None:
+        """Put the latest numbers behind the bar."""
         rate = self.optimizer.param_groups[0]["lr"]
-        bar.set_postfix_str(f"loss {row['train_loss']:.4g} lr {rate:.1e}", refresh=False)
+        bar.set_postfix_str(f"loss {loss:.4g} lr {rate:.1e}", refresh=False)
 
     def means(self, sums: Tensor, terms: Mapping[str, nn.Module], split: str) -> dict[str, float]:
         """Each term's mean and their weighted sum (full weights, so that ramps do not show)."""

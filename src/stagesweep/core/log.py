@@ -1,6 +1,7 @@
 """What a fit says while it runs: metrics.jsonl, TensorBoard, a progress bar."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ class MetricLog:
 
     def row(self, kind: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Write one row; its values become TensorBoard scalars ``<stage>/<name>``."""
-        row = {"stage": self.stage, "kind": kind, "epoch": epoch, "step": step, **values}
+        # JSON has no word for NaN and infinity.
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        row = {"stage": self.stage, "kind": kind, "epoch": epoch, "step": step, **known}
         with explained(self.path):
             self.stream.write(json.dumps(row) + "\n")
             self.stream.flush()
@@ -80,7 +83,7 @@ def to_board(board: SummaryWriter, row: Mapping[str, Any]) -> None:
     values = [
         Summary.Value(tag=f"{prefix}/{name}", simple_value=value)
         for name, value in row.items()
-        if name not in ("stage", "kind", "epoch", "step")
+        if name not in ("stage", "kind", "epoch", "step") and value is not None
     ]
     add_values(board, values, row["step"])
 

@@ -52,11 +52,7 @@ def nmi(labels: Labels, clusters: Labels) -> float:
 def ari(labels: Labels, clusters: Labels) -> float:
     """Adjusted Rand index: 0 for chance, 1 for the same partition (Hubert & Arabie 1985)."""
     known = labels >= 0
-    return (
-        float(adjusted_rand_score(labels[known], clusters[known]))
-        if known.any()
-        else nan
-    )
+    return float(adjusted_rand_score(labels[known], clusters[known])) if known.any() else nan
 
 
 def external(labels: Labels, clusters: Labels) -> dict[str, float]:
@@ -69,9 +65,7 @@ def external(labels: Labels, clusters: Labels) -> dict[str, float]:
     }
 
 
-def silhouette(
-    points: Points, clusters: Labels, *, sample: int = 5000, seed: int = 0
-) -> float:
+def silhouette(points: Points, clusters: Labels, *, sample: int = 5000, seed: int = 0) -> float:
     """Mean silhouette (Rousseeuw 1987) of points (n, d), in [-1, 1].
 
     It needs all pairwise distances, so above `sample` points a seeded sample stands for all.
@@ -86,18 +80,12 @@ def silhouette(
 
 def davies_bouldin(points: Points, clusters: Labels) -> float:
     """Davies-Bouldin index of points (n, d): mean overlap of neighbouring clusters, low is good."""
-    return (
-        float(davies_bouldin_score(points, clusters)) if _partitioned(clusters) else nan
-    )
+    return float(davies_bouldin_score(points, clusters)) if _partitioned(clusters) else nan
 
 
 def calinski_harabasz(points: Points, clusters: Labels) -> float:
     """Calinski-Harabasz index of points (n, d): between over within variance, high is good."""
-    return (
-        float(calinski_harabasz_score(points, clusters))
-        if _partitioned(clusters)
-        else nan
-    )
+    return float(calinski_harabasz_score(points, clusters)) if _partitioned(clusters) else nan
 
 
 def internal(points: Points, clusters: Labels) -> dict[str, float]:

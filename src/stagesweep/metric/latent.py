@@ -24,8 +24,4 @@ class ActiveUnits:
 
     def __call__(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, float]:
         """Return active_units."""
-        return {
-            "active_units": active_units(
-                np.asarray(arrays[self.latent]), self.threshold
-            )
-        }
+        return {"active_units": active_units(np.asarray(arrays[self.latent]), self.threshold)}

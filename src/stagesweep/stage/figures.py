@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 from stagesweep import config
@@ -169,7 +170,8 @@ def embedding(means: NDArray[np.floating], samples: pd.DataFrame, seed: int | No
     shown = samples.iloc[rows]
     maps = [principal(means[rows])]
     if seed is not None and len(rows) > 3:
-        maps.append((neighbours(means[rows], seed), "UMAP 1", "UMAP 2"))
+        points = neighbours(means[rows], maps[0][0], seed)
+        maps.append((points, "UMAP 1", "UMAP 2"))
     colourings = ["cluster", *few_valued(samples)]
     size = (1 + 5.2 * len(maps), 0.6 + 4.4 * len(colourings))
     figure = Figure(size, layout="constrained")
@@ -197,15 +199,27 @@ def principal(means: NDArray[np.floating]) -> tuple[NDArray[np.floating], str, s
     return points, f"PC 1 ({first:.0%} of variance)", f"PC 2 ({second:.0%} of variance)"
 
 
-def neighbours(means: NDArray[np.floating], seed: int) -> NDArray[np.floating]:
-    """A UMAP (McInnes et al. 2018) of the means."""
+def neighbours(means: NDArray[np.floating], start: NDArray[Any], seed: int) -> NDArray[np.floating]:
+    """A UMAP of the means (McInnes et al. 2018) that begins with the points of `start` (n, 2).
+
+    UMAP's own search for neighbours compiles for many seconds, and calls Python for every pair.
+    """
+    near = min(15, len(means) - 1)
+    distances, rows = NearestNeighbors(n_neighbors=near).fit(means).kneighbors(means)
     with warnings.catch_warnings():
         # What umap and numba have to say about themselves is of no use to a reader.
         warnings.simplefilter("ignore")
         from umap import UMAP  # takes seconds to import
 
-        near = min(15, len(means) - 1)
-        umap = UMAP(n_neighbors=near, n_epochs=200, n_jobs=1, random_state=seed % 2**32)
+        umap = UMAP(
+            n_neighbors=near,
+            precomputed_knn=(rows, distances, None),
+            force_approximation_algorithm=True,
+            init=start.astype(np.float32),
+            n_epochs=200,
+            n_jobs=1,
+            random_state=seed % 2**32,
+        )
         points: NDArray[np.floating] = umap.fit_transform(means)
     return points
 

@@ -1,0 +1,165 @@
+"""Sweeps by the real command: every method, bad trials, refusals, Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# The stages that take a while are left out; the pretraining is trained once and then reused.
+QUICK = (
+    "experiment=tiny",
+    "~stage.init_clusters",
+    "~stage.joint",
+    "~stage.evaluate",
+    "objective.metric=pretrain/val_loss",
+    "objective.mode=min",
+    "stage.pretrain.epochs=1",
+    "hydra.sweep.dir=sweep",
+)
+
+
+def summary(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "results_summary.csv")
+
+
+def test_bayesian_search_of_the_experiments_own_space(stagesweep: Command, tmp_path: Path) -> None:
+    process = stagesweep(
+        "-m", "search=bayes", "experiment=tiny", "search.n_trials=3", "search.study=first"
+    )
+    folder = tmp_path / "multirun" / "tiny" / "first"
+    table = summary(folder)
+    space = ["stage.joint.optimizer.lr", "stage.joint.loss.clustering.weight"]
+    columns = ["number", "state", "reason", "evaluate/nmi", "seconds", "reused", "dir"]
+    assert list(table.columns) == [*columns, *space]
+    assert list(table["state"]) == ["complete"] * 3
+    assert table["stage.joint.optimizer.lr"].between(1e-4, 1e-2).all()
+    assert set(table["stage.joint.loss.clustering.weight"]) <= {0.1, 0.3}
+    assert list(table["reused"]) == [0, 2, 2]  # pretraining and initialisation, once
+    study = optuna.load_study(study_name="first", storage=f"sqlite:///{folder / 'study.db'}")
+    assert [trial.value for trial in study.trials] == pytest.approx(list(table["evaluate/nmi"]))
+    assert study.direction is optuna.study.StudyDirection.MAXIMIZE
+    assert (folder / "optimization_results.yaml").exists()
+    assert "3 of 3 trials finished; the best:" in process.stdout
+    assert f"tensorboard --logdir {folder.relative_to(tmp_path)}" in process.stdout
+    best = table.sort_values("evaluate/nmi").iloc[-1]
+    assert f"best trial  {best['dir']}" in process.stdout
+
+
+def test_the_same_command_proposes_the_same_points(stagesweep: Command, tmp_path: Path) -> None:
+    lr = "stage.pretrain.optimizer.lr"
+    for place in ("one", "two"):
+        stagesweep(
+            "-m",
+            "search=random",
+            "search/space=none",
+            "search.n_trials=2",
+            *QUICK,
+            f"hydra.sweep.dir={place}",
+            f"{lr}=tag(log, interval(1e-5, 1e-4))",
+        )
+    one, two = summary(tmp_path / "one"), summary(tmp_path / "two")
+    assert list(one[lr]) == list(two[lr])
+    assert len(set(one[lr])) == 2
+    assert list(two["reused"]) == [1, 1]
+
+
+def test_seeds_are_compared_with_intervals(stagesweep: Command, tmp_path: Path) -> None:
+    process = stagesweep("-m", "experiment=tiny", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert "Mean ± half the 95 % interval over 2 seeds:" in process.stdout
+    table = pd.read_csv(tmp_path / "sweep" / "comparison.csv")
+    model = table[(table["method"] == "model") & (table["split"] == "train")].iloc[0]
+    assert model["runs"] == 2
+    assert model["nmi_low"] < model["nmi"] < model["nmi_high"]
+    assert model["nmi"] == pytest.approx(summary(tmp_path / "sweep")["evaluate/nmi"].mean())
+
+
+def test_a_bad_trial_is_recorded_and_the_sweep_goes_on(stagesweep: Command, tmp_path: Path) -> None:
+    # A grid is visited in a random order: with both ends bad, the last trial is a bad one, too.
+    process = stagesweep("-m", *QUICK, "stage.pretrain.batch_size=0,512,-1")
+    table = summary(tmp_path / "sweep").set_index("stage.pretrain.batch_size")
+    assert table["state"].to_dict() == {0: "failed", 512: "complete", -1: "failed"}
+    assert table["reason"][0] == "stage.pretrain.batch_size=0: must be at least 1"
+    assert "Failed experiment: stage.pretrain.batch_size=0: must be at least 1" in process.stdout
+    assert "Traceback" not in process.stderr
+    assert "1 of 3 trials finished" in process.stdout
+
+
+def test_a_sweep_without_a_good_trial_fails(stagesweep: Command, tmp_path: Path) -> None:
+    process = stagesweep("-m", *QUICK, "stage.pretrain.batch_size=0,-1", status=1)
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("stagesweep: none of 2 trials finished; the first: stage.pretrain.batch")
+    assert "Traceback" not in process.stderr
+    assert list(summary(tmp_path / "sweep")["state"]) == ["failed", "failed"]
+
+
+REFUSED = {
+    "an unknown objective": (
+        ("experiment=tiny", "seed=0,1", "objective.metric=evaluate/nmy"),
+        "objective.metric=evaluate/nmy: stage evaluate has no 'nmy'; did you mean 'nmi'?",
+    ),
+    "nothing to search": (
+        ("experiment=tiny", "search=bayes", "search/space=none"),
+        "nothing to search; choose search/space=<name>, or sweep a key: ",
+    ),
+    "an unknown space": (
+        ("experiment=tiny", "search=bayes", "search/space=tinny"),
+        "no 'tinny' in group 'search/space': did you mean 'tiny'? there are ",
+    ),
+    "an unknown method": (
+        ("experiment=tiny", "search=bayse"),
+        "no 'bayse' in group 'search': did you mean 'bayes'? there are ",
+    ),
+    "an unknown swept key": (
+        ("experiment=tiny", "stage.joint.epoch=1,2"),
+        "unknown key 'stage.joint.epoch': did you mean 'epochs'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_trial_could_do_is_refused_at_once(
+    stagesweep: Command, tmp_path: Path, case: str
+) -> None:
+    arguments, line = REFUSED[case]
+    process = stagesweep("-m", *arguments, status=1)
+    assert process.stderr.startswith(f"stagesweep: {line}")
+    assert len(process.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_folder_with_results_is_not_written_over(stagesweep: Command, tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "study.db").write_text("a study")
+    process = stagesweep("-m", *QUICK, "seed=0,1", status=1)
+    assert process.stderr.startswith("stagesweep: sweep holds results already; ")
+    assert (tmp_path / "sweep" / "study.db").read_text() == "a study"
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_told_to_stop_it_sums_up_what_is_done(tmp_path: Path, signum: int, status: int) -> None:
+    own = f"--config-dir={Path(__file__).parents[1] / 'conf'}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stagesweep", "-m", "seed=range(0,500)", *QUICK, own],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "STAGESWEEP_STORE": str(tmp_path / "store")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "sweep" / "1" / "result.json").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signum)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    assert "trials finished; the best:" in said
+    assert summary(tmp_path / "sweep")["state"][0] == "complete"

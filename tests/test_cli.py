@@ -1,0 +1,128 @@
+"""The command as a person meets it: help, completion, errors, exit status."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stagesweep import config
+from stagesweep.catalogue import summary
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+WATCHED = """
+import sys
+from stagesweep.cli import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("--cfg", "job"),
+        ("--info", "defaults"),
+        ("-sc", "install=bash"),
+        ("-sc", "query=bash"),
+        ("stage.joint.epoch=3",),
+    ],
+)
+def test_what_is_asked_at_a_prompt_imports_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", WATCHED, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"COMP_LINE": "stagesweep model="},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stdout.splitlines()[-1] == "False", process.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_every_experiment_and_group(stagesweep: Command) -> None:
+    said = stagesweep("--help").stdout
+    for file in config.folder().rglob("*.yaml"):
+        group, name = file.parent.relative_to(config.folder()).as_posix(), file.stem
+        if group == "experiment":
+            assert re.search(rf"^  {name} +{re.escape(summary(file))}$", said, re.MULTILINE), name
+        elif not group.startswith((".", "hydra")):
+            assert re.search(rf"^  {group} .*\b{name}\b", said, re.MULTILINE), f"{group}/{name}"
+    assert re.search(r"^  tiny +A whole run in seconds", said, re.MULTILINE)  # the user's own
+    assert "base_" not in said
+    assert "${" not in said
+    for word in ("outputs/", "multirun/", "STAGESWEEP_STORE", "-sc install=bash"):
+        assert word in said
+
+
+def test_the_composed_config_is_shown(stagesweep: Command) -> None:
+    said = stagesweep("--cfg", "job", "experiment=tiny", "seed=3", "-p", "stage.joint").stdout
+    assert "epochs: 2" in said
+    assert "seed: 3" in stagesweep("--cfg", "job", "experiment=tiny", "seed=3").stdout
+
+
+def test_completion_knows_options_and_keys(stagesweep: Command) -> None:
+    said = stagesweep("-sc", "query=bash", COMP_LINE="stagesweep model=").stdout.split()
+    models = {f"model={file.stem}" for file in (config.folder() / "model").glob("*.yaml")}
+    assert models <= set(said)
+    said = stagesweep("-sc", "query=bash", COMP_LINE="stagesweep objective.").stdout.split()
+    assert {"objective.metric=", "objective.mode="} <= set(said)
+
+
+def assert_one_line(process: "subprocess.CompletedProcess[str]", start: str) -> None:
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith(f"stagesweep: {start}")
+
+
+def test_an_error_of_composition_is_one_line_and_leaves_nothing(
+    stagesweep: Command, tmp_path: Path
+) -> None:
+    process = stagesweep("experiment=tiny", "stage.joint.epoch=3", status=1)
+    assert_one_line(process, "unknown key 'stage.joint.epoch': did you mean 'epochs'?")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_validation_is_one_line_and_leaves_no_stage(
+    stagesweep: Command, tmp_path: Path
+) -> None:
+    process = stagesweep("experiment=tiny", "model.latent=wide", "hydra.run.dir=run", status=1)
+    assert_one_line(process, "model.latent=wide: ClusteringVAE wants int")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_traceback_comes_when_asked_for(stagesweep: Command) -> None:
+    process = stagesweep("experiment=tiny", "stage.joint.epoch=3", status=1, HYDRA_FULL_ERROR="1")
+    assert "Traceback" in process.stderr
+
+
+def test_flags_that_exclude_each_other_are_one_line(stagesweep: Command) -> None:
+    process = stagesweep("--cfg", "job", "--info", "all", status=1)
+    assert_one_line(process, "Only one of --run, --multirun, --cfg, --info")
+
+
+def test_an_unwritable_folder_is_one_line(stagesweep: Command, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file, where a folder is wanted")
+    process = stagesweep("experiment=tiny", "hydra.run.dir=taken/run", status=1)
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert "taken" in process.stderr
+
+
+def test_a_run_names_its_folder_by_experiment_time_and_host(
+    stagesweep: Command, tmp_path: Path
+) -> None:
+    process = stagesweep("experiment=tiny", "~stage.evaluate", "objective.metric=joint/val_loss")
+    assert not process.stderr
+    (folder,) = (tmp_path / "outputs" / "tiny").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\S+", folder.name)
+    assert {"config.yaml", ".hydra", "run.log", "result.json"} <= {p.name for p in folder.iterdir()}
+    assert "joint/val_loss" in (folder / "run.log").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "store"] == ["outputs"]
