@@ -159,7 +159,7 @@ class Fit(Stage):
     # A checkpoint every so many epochs, but no two within so many seconds.
     save_every: int = number(1, least=1, result=False)
     save_seconds: float = number(5.0, least=0, result=False)
-    keep_last: int = number(1, least=1, result=False)
+    keep_last: int = number(2, least=1, result=False)
     log_every: int = number(50, least=1, result=False)
     histogram_every: int = number(10, least=0, result=False)
 

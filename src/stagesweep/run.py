@@ -102,9 +102,7 @@ class Run:
 
     def walk(self) -> None:
         """Run or reuse every stage in order."""
-        previous = None
-        if self.cfg.init_from is not None:
-            previous = content_hash(Path(self.cfg.init_from))
+        previous = None if self.init_from is None else content_hash(self.init_from)
         for number, name in enumerate(self.cfg.stage, 1):
             key = fingerprint(self.inputs(name), self.modules(name), previous)
             self.one(number, name, self.store.entry(key), key)
@@ -186,6 +184,14 @@ class Run:
 
     # ------------------------------------------------------------- what stages use
 
+    @property
+    def init_from(self) -> Path | None:
+        """The checkpoint to start from: a file, or the weights in a stage's folder."""
+        if self.cfg.init_from is None:
+            return None
+        path = Path(self.cfg.init_from)
+        return path / "weights.pt" if path.is_dir() else path
+
     @cached_property
     def data(self) -> Any:
         """The data set of the run."""
@@ -201,8 +207,8 @@ class Run:
         model = self.build_model()
         if self._weights is not None:
             model.load_state_dict(checkpoint.load(self._weights)["model"])
-        elif self.cfg.init_from is not None:
-            init_from(model, Path(self.cfg.init_from), self.log)
+        elif self.init_from is not None:
+            init_from(model, self.init_from, self.log)
         return model
 
     def build_model(self) -> nn.Module:
@@ -428,8 +434,6 @@ def init_from(model: nn.Module, path: Path, log: logging.Logger) -> None:
     Says how many it left as they were; UserError when none fits.
     """
     state = checkpoint.load(path)
-    if not isinstance(state.get("model"), dict):
-        raise UserError(f"init_from={path} is a foreign checkpoint: it holds no 'model' weights")
     own = model.state_dict()
     fits = {k: v for k, v in state["model"].items() if k in own and v.shape == own[k].shape}
     if not fits:

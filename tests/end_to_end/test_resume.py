@@ -22,6 +22,7 @@ QUICK = (
     "stage.joint.epochs=12",
     "stage.joint.save_every=3",
     "stage.joint.save_seconds=0",
+    "stage.joint.save_seconds=0",
     "stage.choose_clusters.k_range=[9,11]",
     "stage.choose_clusters.resamples=2",
     "stage.figures.umap=false",
@@ -177,7 +178,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(
     undisturbed: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    overrides = (*QUICK, "stage.joint.keep_last=2", "hydra.run.dir=run")
+    overrides = (*QUICK, "hydra.run.dir=run")
     process = start(tmp_path, store, *overrides)
     wait_for_rows(process, store, 8)
     process.kill()

@@ -1,0 +1,160 @@
+"""What a run makes of its config, and how stages hand things on."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from stagesweep import config
+from stagesweep.core import checkpoint
+from stagesweep.errors import UserError
+from stagesweep.run import (
+    Run,
+    build_stage,
+    content_hash,
+    init_from,
+    targets,
+    what_counts,
+    without_nan,
+)
+from stagesweep.stage.fit import Fit
+
+
+@pytest.fixture
+def run(compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run of digits that has not walked its stages; its first stage's entry is open."""
+    monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
+    made = Run(compose("experiment=digits"), tmp_path / "run", overrides=["seed=0"])
+    entry = made.store.entry("0" * 32)
+    made._entry, made.stage = entry, "pretrain"
+    entry.begin(fresh=False)
+    yield made
+    made.board.close()
+
+
+def test_fields_that_change_no_result_are_left_out() -> None:
+    node = OmegaConf.structured(config.Fit(epochs=3))
+    counted = what_counts(node)
+    assert counted["epochs"] == 3
+    assert counted["optimizer"]["lr"] == config.Optimizer().lr
+    assert counted["optimizer"]["betas"] == (0.9, 0.999)
+    skipped = {"save_every", "save_seconds", "keep_last", "log_every", "histogram_every"}
+    assert not skipped & set(counted)
+
+
+def inputs(compose: Any, tmp_path: Path, *overrides: str) -> dict[str, dict[str, Any]]:
+    """What each stage of digits reads from its config."""
+    made = Run(compose("experiment=digits", *overrides), tmp_path / "run", overrides=[])
+    made.board.close()
+    return {name: made.inputs(name) for name in made.cfg.stage}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("seed=7", "all"),
+        ("model.latent=3", "all"),
+        ("hardware.precision=bf16", "all"),
+        ("stage.joint.optimizer.lr=0.5", "joint"),
+        ("stage.joint.loss.kl.weight=0.123", "joint"),
+        ("loss.clustering.every=3", "joint"),
+        ("stage.joint.save_every=9", "none"),
+        ("hardware.workers=3", "none"),
+        ("hardware.micro_batch=9", "none"),
+        ("objective.mode=min", "none"),
+    ],
+)
+def test_a_stage_reads_what_can_change_it_and_no_more(
+    compose: Any, tmp_path: Path, override: str, changed: str
+) -> None:
+    before, after = inputs(compose, tmp_path), inputs(compose, tmp_path, override)
+    found = {name for name in before if before[name] != after[name]}
+    assert found == {"all": set(before), "joint": {"joint"}, "none": set()}[changed]
+
+
+def test_a_data_file_counts_by_its_content_not_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n1\n")
+    (tmp_path / "b.csv").write_text("x\n1\n")
+    assert content_hash(tmp_path / "a.csv") == content_hash(tmp_path / "b.csv")
+    (tmp_path / "b.csv").write_text("x\n2\n")
+    assert content_hash(tmp_path / "a.csv") != content_hash(tmp_path / "b.csv")
+    before = content_hash(tmp_path)
+    (tmp_path / "c.csv").write_text("")
+    assert content_hash(tmp_path) != before
+    with pytest.raises(UserError, match=r"no such file or folder: .*nowhere"):
+        content_hash(tmp_path / "nowhere")
+
+
+def test_every_target_is_found_at_any_depth() -> None:
+    nested = {"_target_": "a.B", "x": [{"_target_": "c.D", "y": {"_target_": "e.F"}}], "z": 1}
+    assert targets(nested) == {"a.B", "c.D", "e.F"}
+
+
+def test_a_stage_is_built_from_its_schema_with_open_fields_instantiated() -> None:
+    node = OmegaConf.structured(config.Fit(epochs=2, sampler={"_target_": "torch.nn.Identity"}))
+    stage = build_stage(node)
+    assert isinstance(stage, Fit)
+    assert isinstance(stage.optimizer, config.Optimizer)
+    assert isinstance(stage.sampler, nn.Identity)
+
+
+def test_artifacts_come_back_as_they_were_left(run: Run) -> None:
+    run.save("table.csv", pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
+    run.save("arrays.npz", {"x": np.arange(3), "names": np.array(["a", "b"])})
+    run.save("plain.json", {"k": 3})
+    assert run.load("table.csv")["b"].tolist() == ["x", "y"]
+    assert run.load("arrays.npz")["x"].tolist() == [0, 1, 2]
+    assert run.load("plain.json") == {"k": 3}
+    assert run.has("plain.json")
+    assert not run.has("other.json")
+    with pytest.raises(UserError, match=r"needs 'other.json', which no stage before it left"):
+        run.load("other.json")
+
+
+def test_a_model_is_the_same_whenever_it_is_built(run: Run) -> None:
+    first = run.build_model().state_dict()
+    torch.rand(3)
+    state = torch.get_rng_state()
+    second = run.build_model().state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_predictions_cover_a_split_in_order(run: Run) -> None:
+    found = run.predict("val", ["mean", "index"])
+    assert found["index"].tolist() == list(range(len(run.view("val"))))
+    assert found["mean"].shape == (len(run.view("val")), run.cfg.model.latent)
+    with pytest.raises(UserError, match="the model gives no 'nothing'"):
+        run.predict("val", ["nothing"])
+
+
+def test_init_from_takes_what_fits_and_says_what_it_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("test")
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    path = tmp_path / "weights.pt"
+    state = {"weight": source.weight.detach(), "bias": torch.zeros(5)}
+    checkpoint.save(path, {"model": state})
+    with caplog.at_level(logging.INFO):
+        init_from(target, path, log)
+    assert torch.equal(target.weight, source.weight)
+    assert "1 of 2 tensors" in caplog.text
+    assert "left as initialised: bias" in caplog.text
+    checkpoint.save(path, {"model": {"other": torch.zeros(1)}})
+    with pytest.raises(UserError, match="fits no parameter of this model"):
+        init_from(target, path, log)
+
+
+def test_json_has_no_nan() -> None:
+    assert without_nan({"a": [math.nan, math.inf, 1.0], "b": "x"}) == {
+        "a": [None, None, 1.0],
+        "b": "x",
+    }
