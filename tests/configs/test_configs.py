@@ -1,0 +1,210 @@
+"""Every YAML there is composes, validates and binds: found by looking, never from a list."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from stagesweep import config
+from stagesweep.bind import SPECIAL, bind, locate, nodes
+from stagesweep.fingerprint import sources
+from stagesweep.validate import validate
+
+Compose = Callable[..., DictConfig]
+
+CONF = config.folder()
+SRC = Path(config.__file__).parent
+# What is composed but builds nothing.
+NO_COMPONENTS = ("experiment", "search", "hydra")
+# Arguments that the framework supplies.
+SUPPLIED = {"model": ("spec",)}
+
+
+def options(*groups: str) -> list[str]:
+    """``group/option`` of every YAML in conf/, or in some of its groups."""
+    found = (file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*/*.yaml"))
+    return sorted(name for name in found if not groups or name.partition("/")[0] in groups)
+
+
+def groups() -> list[str]:
+    """Groups whose options are built into something."""
+    return sorted({name.partition("/")[0] for name in options()} - set(NO_COMPONENTS))
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    return found
+
+
+def components() -> dict[str, dict[str, Any]]:
+    """Every `_target_` node that a YAML of a component spells out."""
+    found = ((name, path, node) for name in options(*groups()) for path, node in nodes(read(name)))
+    return {f"{name}:{path}".rstrip(":"): node for name, path, node in found}
+
+
+COMPONENTS = components()
+
+
+def given(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The config with a value for everything that only a person can give."""
+    file = folder / "given.csv"
+    file.touch()
+    for key in OmegaConf.missing_keys(cfg):
+        OmegaConf.update(cfg, key, str(file) if key.endswith("path") else "image")
+    return cfg
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes_and_validates(
+    compose: Compose, tmp_path: Path, name: str
+) -> None:
+    group, _, option = name.partition("/")
+    validate(given(compose(f"{group}={option}"), tmp_path))
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_says_how_it_is_run(name: str) -> None:
+    """The header has the command, how long it takes on which machine, and what to expect."""
+    lines = (CONF / f"{name}.yaml").read_text().splitlines()
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    option = name.partition("/")[2]
+    command = "stagesweep" if option == "digits" else f"experiment={option}"
+    assert command in header
+    assert re.search(r"\d+ ?(s|seconds?|min|minutes?)\b", header), "expected time"
+
+
+@pytest.mark.parametrize("name", options("model", "hardware"))
+def test_every_model_and_profile_fits_the_default_experiment(compose: Compose, name: str) -> None:
+    group, _, option = name.partition("/")
+    validate(compose(f"{group}={option}"))
+
+
+@pytest.mark.parametrize("name", options("data", "loss"))
+def test_every_data_set_and_loss_binds(compose: Compose, tmp_path: Path, name: str) -> None:
+    group, _, option = name.partition("/")
+    choice = f"data={option}" if group == "data" else f"+loss@loss.this={option}"
+    cfg = given(compose("experiment=tiny", choice), tmp_path)
+    plain = OmegaConf.to_container(cfg.data if group == "data" else cfg.loss.this)
+    bound = list(nodes(plain, group))
+    assert bound
+    for path, node in bound:
+        bind(path, node)
+
+
+@pytest.mark.parametrize("name", options("stage"))
+def test_every_stage_composes_and_validates(compose: Compose, tmp_path: Path, name: str) -> None:
+    option = name.partition("/")[2]
+    extra = ["stage.this.loss={kl: {weight: 1}}", "stage.this.epochs=1"] if option == "fit" else []
+    extra = [f"+{each}" if "loss" in each else each for each in extra]
+    cfg = given(compose("experiment=tiny", f"+stage@stage.this={option}", *extra), tmp_path)
+    validate(cfg)
+
+
+@pytest.mark.parametrize("name", [name for name in options("search") if "/space/" not in name])
+def test_every_search_composes(compose: Compose, name: str) -> None:
+    method = name.partition("/")[2]
+    assert compose("experiment=tiny", f"search={method}").search.n_trials > 0
+
+
+SPACES = [name for name in options("search") if "/space/" in name and not name.endswith("/none")]
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_space_is_of_keys_that_there_are(compose: Compose, tmp_path: Path, name: str) -> None:
+    """A space is named after its experiment, perhaps with a suffix: ``digits_grid``."""
+    space = read(name)
+    experiment = Path(name).name.partition("_")[0]
+    cfg = given(compose(f"experiment={experiment}"), tmp_path)
+    for key, text in space.items():
+        assert OmegaConf.select(cfg, key, throw_on_missing=True) is not None, key
+        assert isinstance(text, str), f"{key}: quote what Hydra's sweep grammar is to read"
+
+
+@pytest.mark.parametrize("group", groups())
+def test_a_group_of_components_is_a_package(group: str) -> None:
+    assert (SRC / group / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_component_lies_in_the_package_of_its_group(name: str) -> None:
+    group = name.partition("/")[0]
+    assert COMPONENTS[name]["_target_"].startswith((f"stagesweep.{group}.", "torch."))
+
+
+@pytest.mark.parametrize("name", [name for name in COMPONENTS if not name.startswith("stage/")])
+def test_a_component_lists_every_parameter(name: str) -> None:
+    group, node = name.partition("/")[0], COMPONENTS[name]
+    wanted = dict(inspect.signature(locate(name, node["_target_"])).parameters)
+    for key in SUPPLIED.get(group, ()):
+        wanted.pop(key)
+    assert set(wanted) == set(node) - set(SPECIAL)
+
+
+@pytest.mark.parametrize("name", options("stage", "hardware"))
+def test_every_field_of_a_schema_is_shown_with_its_default(name: str) -> None:
+    config.register()
+    group, _, option = name.partition("/")
+    (base,) = [each for each in read(name)["defaults"] if str(each).startswith("base_")]
+    schema = ConfigStore.instance().load(f"{group}/{base}.yaml").node
+    kind = OmegaConf.get_type(schema)
+    assert kind is not None
+    shown = {key: value for key, value in read(name).items() if key != "defaults"}
+    assert list(shown) == [field.name for field in fields(kind)]
+    if option in ("auto", base.removeprefix("base_")):
+        merged = OmegaConf.merge(schema, shown)
+        assert OmegaConf.to_container(merged) == OmegaConf.to_container(schema)
+
+
+# Building blocks for data sets outside this package.
+FOR_OTHERS = {"stagesweep.data.loader"}
+
+
+@pytest.mark.parametrize("group", ["model", "data", "loss", "stage"])
+def test_every_module_is_reached_from_a_yaml(group: str) -> None:
+    """Directly as a `_target_` of a component or an experiment, or imported by one."""
+    every = [node for name in options() for _, node in nodes(read(name))]
+    targets = {node["_target_"].rpartition(".")[0] for node in every}
+    reached = sources([*sorted(targets), "stagesweep.run"])
+    modules = {f"stagesweep.{group}.{file.stem}" for file in (SRC / group).glob("[!_]*.py")}
+    assert modules - set(reached) <= FOR_OTHERS
+
+
+PUBLIC_KEYS = [
+    "experiment",
+    "seed",
+    "resume",
+    "init_from",
+    "objective.metric",
+    "objective.mode",
+    "search.n_trials",
+    "stage.joint.epochs",
+    "stage.joint.optimizer.lr",
+    "hardware.devices",
+    "hardware.precision",
+    "hardware.micro_batch",
+]
+
+
+@pytest.mark.parametrize("key", PUBLIC_KEYS)
+def test_the_keys_that_people_rely_on_are_there(compose: Compose, key: str) -> None:
+    cfg = compose("experiment=tiny")
+    parent, _, name = key.rpartition(".")
+    assert name in (OmegaConf.select(cfg, parent) if parent else cfg)
+
+
+def test_the_other_names_that_people_rely_on(compose: Compose) -> None:
+    assert {"search/grid", "search/random", "search/bayes"} <= set(options())
+    assert {"experiment/digits", "experiment/audiogram"} <= set(options())
+    assert {"hardware/auto", "hardware/cpu"} <= set(options())
+    assert "path" in compose("experiment=audiogram").data
+    root = Path(__file__).parents[2]
+    scripts = re.findall(r'^(stagesweep\S*) = "', (root / "pyproject.toml").read_text(), re.M)
+    assert {"stagesweep", "stagesweep-store"} <= set(scripts)
+    assert "STAGESWEEP_STORE" in (SRC / "store.py").read_text()
