@@ -1,19 +1,23 @@
 import logging
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from stagesweep.errors import UserError
 from stagesweep.stage.choose_clusters import (
     ChooseClusters,
+    agreements,
     k_means,
     largest_stable,
-    mean_agreement,
+    mean_and_error,
 )
 
 
@@ -51,17 +55,23 @@ def test_indices_agree_with_their_definitions() -> None:
     assert scores == ChooseClusters(resamples=3).score(points, 4, seed=1)
 
 
+@given(arrays(np.int64, (4, 20), elements=st.integers(0, 3)))
+def test_agreements_are_adjusted_rand_indices(fits: Any) -> None:
+    assume(all(len(np.unique(fit)) > 1 for fit in fits))
+    found = agreements(fits)
+    for i, j in product(range(4), repeat=2):
+        assert found[i, j] == pytest.approx(adjusted_rand_score(fits[i], fits[j]), abs=1e-9)
+
+
 def test_error_of_the_mean_agreement_is_a_jackknife() -> None:
-    rng = np.random.default_rng(0)
-    fits = rng.integers(3, size=(5, 40))
-    pairs = [adjusted_rand_score(a, b) for a, b in combinations(fits, 2)]
-    mean, error = mean_agreement(pairs, 5)
-    without = [
-        np.mean([adjusted_rand_score(a, b) for a, b in combinations(np.delete(fits, i, 0), 2)])
-        for i in range(5)
-    ]
-    assert mean == pytest.approx(np.mean(pairs))
-    assert error == pytest.approx(np.sqrt(4 / 5 * np.sum((without - np.mean(without)) ** 2)))
+    fits = np.random.default_rng(0).integers(3, size=(5, 40))
+
+    def mean(rows: Any) -> float:
+        return float(np.mean([adjusted_rand_score(a, b) for a, b in combinations(rows, 2)]))
+
+    without = np.array([mean(np.delete(fits, i, 0)) for i in range(5)])
+    error = np.sqrt(4 / 5 * np.sum((without - without.mean()) ** 2))
+    assert mean_and_error(agreements(fits)) == pytest.approx((mean(fits), error))
 
 
 @pytest.mark.parametrize(

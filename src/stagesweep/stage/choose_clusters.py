@@ -79,7 +79,7 @@ class ChooseClusters(config.ChooseClusters):
         for _ in range(self.resamples):
             sample = points[rng.integers(len(points), size=len(points))]
             fits.append(k_means(sample, k, int(rng.integers(2**32)), self.n_init).predict(points))
-        stability, error = mean_agreement(clustering.stability(fits), self.resamples)
+        stability, error = mean_and_error(agreements(np.stack(fits)))
         whole = k_means(points, k, seed)
         scores = {"k": k, "stability": stability, "stability_se": error, "inertia": whole.inertia_}
         return scores | clustering.internal(points, whole.labels_)
@@ -111,17 +111,33 @@ def k_means(points: Points, k: int, seed: int, n_init: int = 10, max_iter: int =
         return fit.fit(points.astype(np.float64))
 
 
-def mean_agreement(pairs: list[float], fits: int) -> tuple[float, float]:
-    """Mean over all pairs of fits, and its jackknife standard error (Efron & Stein 1981).
+def agreements(fits: NDArray[np.integer]) -> Points:
+    """Adjusted Rand index of every pair of r clusterings of n samples: (r, n) to (r, r).
 
-    Pairs share fits, so the spread of the pairs themselves would be too small an error.
+    Hubert & Arabie 1985, eq. 5, with the contingency tables of all pairs from one matrix product:
+    one call for each pair would take longer than the clusterings.
     """
-    table = np.zeros((fits, fits))
-    table[np.triu_indices(fits, 1)] = pairs
-    per_fit = (table + table.T).sum(axis=0)
-    without = (sum(pairs) - per_fit) / ((fits - 1) * (fits - 2) / 2)
-    error = np.sqrt((fits - 1) / fits * ((without - without.mean()) ** 2).sum())
-    return float(np.mean(pairs)), float(error)
+    r, n = fits.shape
+    members = np.eye(fits.max() + 1, dtype=np.float32)[fits]
+    flat = members.transpose(1, 0, 2).reshape(n, -1)
+    tables = (flat.T @ flat).reshape(r, -1, r, members.shape[2]).astype(np.float64)
+    together = (tables * (tables - 1) / 2).sum(axis=(1, 3))
+    own = together.diagonal()
+    chance = np.outer(own, own) / (n * (n - 1) / 2)
+    index: Points = (together - chance) / (np.add.outer(own, own) / 2 - chance)
+    return index
+
+
+def mean_and_error(pairs: Points) -> tuple[float, float]:
+    """Mean of a value of all pairs (r, r), and its jackknife standard error (Efron & Stein 1981).
+
+    Pairs share members, so the spread of the pairs themselves would be too small an error.
+    """
+    r = len(pairs)
+    sums = pairs.sum(axis=0) - pairs.diagonal()
+    without = (sums.sum() - 2 * sums) / ((r - 1) * (r - 2))
+    error = np.sqrt((r - 1) / r * ((without - without.mean()) ** 2).sum())
+    return float(sums.sum() / (r * (r - 1))), float(error)
 
 
 def largest_stable(table: pd.DataFrame) -> int:
