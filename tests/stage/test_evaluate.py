@@ -9,7 +9,7 @@ import torch
 from stagesweep.errors import UserError
 from stagesweep.metric.clustering import ari, davies_bouldin, silhouette
 from stagesweep.stage.baselines import Baselines
-from stagesweep.stage.evaluate import Evaluate, agreement, label_names
+from stagesweep.stage.evaluate import Evaluate, agreement, dimensions, label_names
 
 STAGE = Evaluate(column="points", label="blob", enrichment="blob", leakage="site")
 
@@ -152,6 +152,23 @@ def test_agreement_is_that_of_the_first_with_each_other() -> None:
     expected = (ari(fits[0], fits[1]) + ari(fits[0], fits[2])) / 2
     assert agreement(fits) == pytest.approx(expected)
     assert isnan(agreement(fits[:1]))
+
+
+def test_effective_dimensions_see_units_that_vary_together(
+    make_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    assert dimensions(rng.normal(size=(5000, 6))) == pytest.approx(6, abs=0.1)
+    line = rng.normal(size=(100, 1)) * np.ones(5)
+    assert dimensions(line) == pytest.approx(1)
+    assert isnan(dimensions(np.ones((10, 3))))
+    run = make_run()
+    run.data.columns["points"][:, 1:] = run.data.columns["points"][:, :1]
+    with caplog.at_level(logging.WARNING):
+        metrics = STAGE(run)
+    assert metrics["active_units"] == 4
+    assert metrics["latent_dimensions"] == pytest.approx(1, abs=1e-3)
+    assert "it: the latent means lie close to a line (1.00 effective dimensions)" in caplog.text
 
 
 def test_labels_without_names_go_by_their_codes(make_run: Any) -> None:

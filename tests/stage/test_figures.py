@@ -165,7 +165,7 @@ def test_more_or_fewer_clusters_than_labels_can_be_shown(clusters: int) -> None:
 def test_the_surest_labels_are_in_the_heatmap() -> None:
     rng = np.random.default_rng(0)
     rows = [(c, f"gene{g}", rng.uniform()) for c in range(3) for g in range(50)]
-    table = pd.DataFrame(rows, columns=["cluster", "label", "q"])
+    table = pd.DataFrame(rows, columns=["cluster", "label", "q"]).assign(kind="gene")
     table.loc[table["label"] == "gene7", "q"] = [0.0, 1.0, 1.0]
     figure = enrichment(table)
     picture(figure)
@@ -173,7 +173,7 @@ def test_the_surest_labels_are_in_the_heatmap() -> None:
     assert len(shown) == 30
     assert shown[0] == "gene7"
     found = (table.groupby("label")["q"].min() < 0.05).sum()
-    assert f"{found} of 50 labels at q < 0.05" in texts(figure)
+    assert f"Enrichment of gene in clusters: {found} of 50 at q < 0.05" in texts(figure)
 
 
 def test_the_chosen_k_is_marked() -> None:
@@ -199,7 +199,9 @@ def test_every_fit_has_a_column_of_curves() -> None:
 def test_methods_are_compared_by_labels_or_else_by_geometry(labelled: bool) -> None:
     scores = dict.fromkeys(["acc", "nmi", "ari"], 0.8 if labelled else np.nan)
     geometry = {"silhouette": 0.2, "silhouette_input": -0.1, "stability": np.nan}
-    rows = [{"method": m, "split": "train", **scores, **geometry} for m in ("model", "kmeans")]
+    rows = [
+        {"method": m, "split": "train", "n": 9, **scores, **geometry} for m in ("model", "kmeans")
+    ]
     figure = comparison(pd.DataFrame(rows))
     picture(figure)
     titles = [ax.get_title() for ax in figure.axes]

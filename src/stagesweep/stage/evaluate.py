@@ -54,7 +54,8 @@ class Evaluate(config.Evaluate):
         metrics = self.summarise(table)
         for split, prefix in PREFIX.items():
             metrics[f"{prefix}reconstruction_mae"] = overall_mae(errors, split, self.column)
-        metrics["active_units"] = active_units(parts["train"]["mean"])
+        means = parts["train"]["mean"]
+        metrics |= {"active_units": active_units(means), "latent_dimensions": dimensions(means)}
         self.refuse_collapse(run, metrics)
         return metrics
 
@@ -65,7 +66,7 @@ class Evaluate(config.Evaluate):
         scores |= {"leakage_ari"} if self.leakage else set()
         best = {f"baseline_{name}" for name in EXTERNAL} if self.label else set()
         split = {f"{prefix}{name}" for prefix in PREFIX.values() for name in scores}
-        return split | best | {"stability", "active_units"}
+        return split | best | {"stability", "active_units", "latent_dimensions"}
 
     @property
     def labels(self) -> list[str]:
@@ -108,7 +109,7 @@ class Evaluate(config.Evaluate):
         if self.enrichment is not None:
             codes = train[self.enrichment]
             found = enrichment(train["cluster"], codes, label_names(run.data, self.enrichment))
-            run.save("enrichment.csv", found)
+            run.save("enrichment.csv", found.assign(kind=self.enrichment))
 
     def compare(self, run: "Run", parts: Mapping[str, Arrays]) -> pd.DataFrame:
         """One row for each method and split, the model first."""
@@ -125,7 +126,7 @@ class Evaluate(config.Evaluate):
                 scores = self.score(parts[split], clusters[0])
                 # Of the training split, on which methods are fitted.
                 scores["stability"] = agreement(fits) if split == "train" else nan
-                rows.append({"method": method, "split": split, **scores})
+                rows.append({"method": method, "split": split, "n": clusters.shape[1], **scores})
         return pd.DataFrame(rows)
 
     def refits(self, run: "Run", part: Arrays) -> list[Array]:
@@ -178,6 +179,12 @@ class Evaluate(config.Evaluate):
 
     def refuse_collapse(self, run: "Run", metrics: Mapping[str, float]) -> None:
         """Raise UserError when the latent or the clusters are too few to mean anything."""
+        if metrics["latent_dimensions"] < 1.5:
+            run.log.warning(
+                "%s: the latent means lie close to a line (%.2f effective dimensions): units vary "
+                "together, and so clusters are little more than slices of one number",
+                *(run.stage, metrics["latent_dimensions"]),
+            )
         active, used = int(metrics["active_units"]), int(metrics["clusters_used"])
         if active < self.min_active_units:
             raise UserError(
@@ -200,6 +207,15 @@ def kinds(codes: Array) -> int:
 def scorable(codes: Array) -> bool:
     """Whether label codes (n,) can score clusters: at least two samples that differ."""
     return kinds(codes) > 1
+
+
+def dimensions(means: Array) -> float:
+    """Effective dimensions of latent means (n, d): the participation ratio of their variances.
+
+    Where units vary together it is near 1, however many are active; NaN where none varies.
+    """
+    variances = np.linalg.eigvalsh(np.cov(means.T))
+    return float(variances.sum() ** 2 / (variances**2).sum()) if variances.any() else nan
 
 
 def agreement(fits: Sequence[Array]) -> float:

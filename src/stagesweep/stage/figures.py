@@ -109,7 +109,7 @@ def curves(ax: Axes, history: pd.DataFrame, row: str) -> None:
     names = (
         {"lr": "learning rate"} if row == "lr" else {f"train_{row}": "train", f"val_{row}": "val"}
     )
-    drawn = {column: label for column, label in names.items() if column in history}
+    drawn = {c: label for c, label in names.items() if c in history and history[c].notna().any()}
     if not drawn:
         ax.set_axis_off()
         return
@@ -183,9 +183,11 @@ def embedding(means: NDArray[np.floating], samples: pd.DataFrame, seed: int | No
             ax.set_title(f"by {colouring}")
             tidy(ax, grid=False)
         if colouring != "cluster":
-            axes[-1].legend(
+            legend = axes[-1].legend(
                 loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2
             )
+            for handle in legend.legend_handles:
+                handle.set_alpha(1)
     some = f"{len(rows):,} of " if len(rows) < len(means) else ""
     figure.suptitle(f"Latent means (n = {some}{len(means):,})")
     return figure
@@ -257,7 +259,7 @@ def confusion(labels: pd.Series, clusters: pd.Series) -> Figure:
     heatmap(figure, ax, shares, f"share of the {labels.name}", vmax=1)
     for (row, column), count in np.ndenumerate(counts.to_numpy()):
         if count:
-            colour = "white" if shares.iat[row, column] < 0.6 else "black"
+            colour = "white" if shares.iat[row, column] > 0.6 else "black"
             ax.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     ax.set(xlabel="cluster", ylabel=labels.name)
     ax.set_title(f"{labels.name} by cluster (n = {int(counts.to_numpy().sum()):,})")
@@ -287,16 +289,11 @@ def cluster_profiles(table: pd.DataFrame, features: Features) -> Figure:
         ax.set_title(f"{cluster} (n = {profile['count'].max():,})", fontsize="medium")
     for ax in grid.flat[len(clusters) :]:
         ax.set_axis_off()
-    if not image:
+    if image:
+        figure.suptitle("Mean image of each cluster")
+    else:
         label_profiles(grid, len(clusters), features)
-    what = (
-        "image"
-        if image
-        else "audiogram ± s.d., that of all in grey"
-        if features.ordered
-        else "± s.d."
-    )
-    figure.suptitle(f"Mean {what} of each cluster")
+        figure.suptitle("Mean ± s.d. of each cluster, and the mean of all samples (grey)")
     return figure
 
 
@@ -342,23 +339,24 @@ def label_profiles(grid: NDArray[Any], used: int, features: Features) -> None:
 def enrichment(table: pd.DataFrame) -> Figure:
     """How sure it is that a label is overrepresented in a cluster, for the surest labels."""
     best = table.groupby("label")["q"].min().nsmallest(MAX_ROWS)
-    shown = table[table["label"].isin(best.index)].assign(
-        surety=lambda t: -np.log10(t["q"].clip(lower=1e-300))
-    )
-    values = shown.pivot(index="label", columns="cluster", values="surety").loc[best.index]
-    order = values.to_numpy().argmax(axis=1)
-    values = values.iloc[np.lexsort((best.to_numpy(), order))]
-    size = (3 + 0.42 * values.shape[1], 1.8 + 0.24 * len(values))
+    shown = table[table["label"].isin(best.index)]
+    surety = -np.log10(shown["q"].clip(lower=1e-300))
+    values = shown.assign(surety=surety).pivot(index="label", columns="cluster", values="surety")
+    values = values.loc[best.index]
+    # Labels of one cluster together, the surest first.
+    values = values.iloc[np.lexsort((best.to_numpy(), values.to_numpy().argmax(axis=1)))]
+    size = (3.5 + 0.42 * values.shape[1], 1.8 + 0.24 * len(values))
     figure = Figure(size, layout="constrained")
     ax = figure.subplots()
-    heatmap(
-        figure, ax, values, "$-\\log_{10}$ q (dot: q < 0.05)", vmax=max(values.to_numpy().max(), 2)
-    )
+    heatmap(figure, ax, values, "$-\\log_{10}$ q (dot: q < 0.05)", vmax=10)
     for row, column in np.argwhere(values.to_numpy() > -np.log10(0.05)):
         ax.plot(column, row, "o", ms=4, mfc="white", mec="black")
-    ax.set(xlabel="cluster")
-    found = (table.groupby("label")["q"].min() < 0.05).sum()
-    ax.set_title(f"Enrichment: {found} of {table['label'].nunique()} labels at q < 0.05")
+    ax.set_xlabel("cluster")
+    kind, labels = table["kind"].iloc[0], table.groupby("label")["q"].min()
+    ax.set_title(
+        f"Enrichment of {kind} in clusters: {(labels < 0.05).sum()} of {len(labels)} at q < 0.05"
+        + (f"\n(the {MAX_ROWS} surest)" if len(labels) > MAX_ROWS else "")
+    )
     return figure
 
 
@@ -379,10 +377,14 @@ def comparison(table: pd.DataFrame) -> Figure:
         colours = [ORANGE if method == "model" else GREY for method in table.index]
         bars = ax.barh(table.index, values, color=colours)
         ax.bar_label(bars, [f"{v:.3f}" for v in table[column]], padding=3, fontsize=9)
-        ax.set_xlim(min(0, values.min() * 1.3), max(values.max() * 1.25, 0.1))
+        # Most scores end at 1: one scale for them, with room for the numbers.
+        room = (
+            (0, 1.2) if values.between(0.3, 1).any() else (1.4 * values.min(), 1.4 * values.max())
+        )
+        ax.set_xlim(min(room[0], 0), max(room[1], 0.1))
         ax.set_title(title, fontsize="medium")
         tidy(ax)
-    figure.suptitle("The model and the baselines, on all samples trained on")
+    figure.suptitle(f"The model and the baselines (n = {table['n'].iloc[0]:,}, those trained on)")
     return figure
 
 
@@ -397,10 +399,11 @@ def few_valued(samples: pd.DataFrame) -> list[str]:
 
 def heatmap(figure: Figure, ax: Axes, values: pd.DataFrame, legend: str, vmax: float) -> None:
     """A labelled matrix with a bar that says what its colours mean."""
-    image = ax.imshow(values.to_numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=vmax)
+    image = ax.imshow(values.to_numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=vmax)
     ax.set_xticks(range(values.shape[1]), values.columns)
     ax.set_yticks(range(len(values)), values.index)
-    figure.colorbar(image, label=legend)
+    beyond = "max" if values.max(axis=None) > vmax else "neither"
+    figure.colorbar(image, label=legend, extend=beyond)
 
 
 def tidy(ax: Axes, grid: bool = True) -> None:
