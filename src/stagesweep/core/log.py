@@ -63,7 +63,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Close the file."""
-        self.stream.close()
+        with explained(self.path):
+            self.stream.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -91,20 +92,18 @@ def to_board(board: SummaryWriter, row: Mapping[str, Any]) -> None:
 def histogram(tag: str, values: Tensor, bins: int = 30) -> Summary.Value:
     """The finite `values` counted in equal bins, as many as TensorBoard draws."""
     values = values[values.isfinite()].float()
-    low, high = (float(v) for v in values.aminmax()) if len(values) else (0.0, 0.0)
-    counts = values.histc(bins, low, high)
-    # The edges of equal values are those that histc takes.
-    low, high = (low - 1, high + 1) if low == high else (low, high)
-    histogram = HistogramProto(
+    low, high = (value.item() for value in values.aminmax()) if len(values) else (0.0, 0.0)
+    left, right = (low, high) if low < high else (low - 1, high + 1)
+    counted = HistogramProto(
         min=low,
         max=high,
         num=len(values),
-        sum=float(values.sum()),
-        sum_squares=float(values.square().sum()),
-        bucket_limit=torch.linspace(low, high, bins + 1)[1:].tolist(),
-        bucket=counts.tolist(),
+        sum=values.sum().item(),
+        sum_squares=values.square().sum().item(),
+        bucket_limit=torch.linspace(left, right, bins + 1)[1:].tolist(),
+        bucket=values.histc(bins, left, right).tolist(),
     )
-    return Summary.Value(tag=tag, histo=histogram)
+    return Summary.Value(tag=tag, histo=counted)
 
 
 def add_values(board: SummaryWriter, values: list[Summary.Value], step: int) -> None:
