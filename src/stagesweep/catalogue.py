@@ -25,8 +25,11 @@ def groups() -> str:
 
 def experiments() -> str:
     """A line for every experiment: its name and the first line of its YAML's header."""
-    files = [file for folder in folders() for file in sorted(folder.glob("experiment/**/*.yaml"))]
-    return _table((file.stem, summary(file)) for file in files)
+    roots = [folder / "experiment" for folder in folders()]
+    files = [(root, file) for root in roots for file in sorted(root.rglob("*.yaml"))]
+    return _table(
+        (file.relative_to(root).with_suffix("").as_posix(), summary(file)) for root, file in files
+    )
 
 
 def summary(file: Path) -> str:
