@@ -40,8 +40,9 @@ class Results(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         # Each trial is composed anew: its folder stays here, even when the experiment is swept.
+        quoted = str(folder).replace("'", r"\'")
         with read_write(config.hydra):
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Remember why a trial failed, in case it could not write a result."""
