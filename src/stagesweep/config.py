@@ -175,7 +175,7 @@ class ChooseClusters(Stage):
     resamples: int = number(20, least=3)
     n_init: int = number(3, least=1)
     # Of a larger training set, a random sample of this many stands for all.
-    max_rows: int = number(5000, least=1)
+    max_rows: int = number(3000, least=1)
 
 
 @dataclass
