@@ -165,8 +165,9 @@ def test_more_or_fewer_clusters_than_labels_can_be_shown(clusters: int) -> None:
 def test_the_surest_labels_are_in_the_heatmap() -> None:
     rng = np.random.default_rng(0)
     rows = [(c, f"gene{g}", rng.uniform()) for c in range(3) for g in range(50)]
-    table = pd.DataFrame(rows, columns=["cluster", "label", "q"]).assign(kind="gene")
-    table.loc[table["label"] == "gene7", "q"] = [0.0, 1.0, 1.0]
+    table = pd.DataFrame(rows, columns=["cluster", "label", "p"]).assign(kind="gene")
+    table.loc[table["label"] == "gene7", "p"] = [0.0, 1.0, 1.0]
+    table["q"] = (table["p"] * 10).clip(upper=1)
     figure = enrichment(table)
     picture(figure)
     shown = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]

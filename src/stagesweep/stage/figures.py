@@ -338,13 +338,13 @@ def label_profiles(grid: NDArray[Any], used: int, features: Features) -> None:
 
 def enrichment(table: pd.DataFrame) -> Figure:
     """How sure it is that a label is overrepresented in a cluster, for the surest labels."""
-    best = table.groupby("label")["q"].min().nsmallest(MAX_ROWS)
+    # By p: many a q is exactly 1.
+    best = table.groupby("label")["p"].min().nsmallest(MAX_ROWS)
     shown = table[table["label"].isin(best.index)]
-    surety = -np.log10(shown["q"].clip(lower=1e-300))
-    values = shown.assign(surety=surety).pivot(index="label", columns="cluster", values="surety")
-    values = values.loc[best.index]
+    p, q = (shown.pivot(index="label", columns="cluster", values=v).loc[best.index] for v in "pq")
     # Labels of one cluster together, the surest first.
-    values = values.iloc[np.lexsort((best.to_numpy(), values.to_numpy().argmax(axis=1)))]
+    order = np.lexsort((best.to_numpy(), p.to_numpy().argmin(axis=1)))
+    values = -np.log10(q.iloc[order].clip(lower=1e-300))
     size = (3.5 + 0.42 * values.shape[1], 1.8 + 0.24 * len(values))
     figure = Figure(size, layout="constrained")
     ax = figure.subplots()
@@ -378,10 +378,8 @@ def comparison(table: pd.DataFrame) -> Figure:
         bars = ax.barh(table.index, values, color=colours)
         ax.bar_label(bars, [f"{v:.3f}" for v in table[column]], padding=3, fontsize=9)
         # Most scores end at 1: one scale for them, with room for the numbers.
-        room = (
-            (0, 1.2) if values.between(0.3, 1).any() else (1.4 * values.min(), 1.4 * values.max())
-        )
-        ax.set_xlim(min(room[0], 0), max(room[1], 0.1))
+        high = 1.2 if values.max() > 0.3 else max(1.4 * values.max(), 0.1)
+        ax.set_xlim(min(0, 1.5 * values.min()), high)
         ax.set_title(title, fontsize="medium")
         tidy(ax)
     figure.suptitle(f"The model and the baselines (n = {table['n'].iloc[0]:,}, those trained on)")
