@@ -1,7 +1,9 @@
 """What there is to choose from, found by looking into the config folders: for ``--help``."""
 
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
+from textwrap import shorten
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -24,7 +26,7 @@ def groups() -> str:
 
 
 def experiments() -> str:
-    """A line for every experiment: its name and the first line of its YAML's header."""
+    """A line for every experiment: its name and the first sentence of its YAML's header."""
     roots = [folder / "experiment" for folder in folders()]
     files = [(root, file) for root in roots for file in sorted(root.rglob("*.yaml"))]
     return _table(
@@ -33,9 +35,10 @@ def experiments() -> str:
 
 
 def summary(file: Path) -> str:
-    """The first comment of a YAML file, less Hydra's package directive."""
-    comments = (line.lstrip("# ").strip() for line in file.read_text().splitlines())
-    return next((line for line in comments if line and not line.startswith("@package")), "")
+    """The first sentence of a YAML file's header, less Hydra's package directive."""
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    said = (line.lstrip("# ") for line in lines if "@package" not in line)
+    return shorten(" ".join(said).partition(". ")[0], width=88, placeholder=" …")
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
