@@ -1,0 +1,311 @@
+"""The documentation is true: its commands compose, its code runs, its trees and links are there."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from stagesweep import config, store_cli
+from stagesweep.validate import validate
+
+Compose = Callable[..., DictConfig]
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    page.relative_to(ROOT).as_posix()
+    for page in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("multirun/*.md")])
+]
+GUIDE = (ROOT / "docs/guide.md").read_text()
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Commands of others, which are shown and not checked.
+FOREIGN = {"eval", "export", "git", "pip", "python3.11", "source", "tensorboard"}
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall(text(page)) if kind == language]
+
+
+def files(page: str) -> dict[str, str]:
+    """Code blocks that begin with a comment naming their file: path -> content."""
+    found = {}
+    for _, body in BLOCK.findall(text(page)):
+        head, _, rest = body.partition("\n")
+        if re.fullmatch(r"# \S+/\S+\.(py|yaml)", head):
+            found[head.removeprefix("# ")] = rest
+    return found
+
+
+def write_files(page: str, folder: Path) -> None:
+    for name, content in files(page).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def commands(page: str) -> list[list[str]]:
+    """Every command of the page's bash blocks, as words, without variables set before it."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in map(without_environment, found) if words]
+
+
+def without_environment(words: list[str]) -> list[str]:
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    return words
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+def of(name: str) -> list[Any]:
+    """The commands of one program, once each."""
+    seen = {shlex.join(words): (page, words) for page, words in COMMANDS if words[0] == name}
+    return [pytest.param(page, words[1:], id=key) for key, (page, words) in seen.items()]
+
+
+# ------------------------------------------------------------------------------ commands
+
+
+def test_every_command_is_one_that_is_checked() -> None:
+    known = {"stagesweep", "stagesweep-store", "make", *FOREIGN}
+    assert [words for _, words in COMMANDS if words[0] not in known] == []
+
+
+@pytest.mark.parametrize(("page", "words"), of("stagesweep"))
+def test_a_command_composes_and_validates(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page: str, words: list[str]
+) -> None:
+    """A sweep: with the first value of every key, and with the last."""
+    if "-sc" in words:
+        return  # completion, which takes a word of its own instead of overrides
+    flags, overrides = parse(words)
+    monkeypatch.chdir(tmp_path)
+    write_files(page, tmp_path)
+    if flags.config_dir == "conf":  # the example of a package, which a test of its own runs
+        return
+    folders = [tmp_path / flags.config_dir] if flags.config_dir else []
+    for override in overrides:
+        if override.key_or_group in ("data.path", "init_from"):
+            place = tmp_path / str(override.value())
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+    assert flags.multirun or not any(o.is_sweep_override() for o in overrides)
+    for point in points(overrides):
+        cfg = compose(*point, folders=folders)
+        if flags.package:
+            assert OmegaConf.select(cfg, flags.package) is not None
+        elif not flags.cfg and not flags.info and not flags.help:
+            validate(cfg)
+
+
+def parse(words: list[str]) -> tuple[Any, list[Override]]:
+    """Hydra's own flags, and the overrides; flags may come after overrides."""
+    flags, rest = get_args_parser().parse_known_args(words)
+    assert not [word for word in rest if word.startswith("-")]
+    return flags, OverridesParser.create().parse_overrides([*flags.overrides, *rest])
+
+
+def points(overrides: list[Override]) -> list[list[str]]:
+    """The overrides with the first value of every sweep, and with the last."""
+    values = [values_of(override) for override in overrides]
+    first, last = ([each[end] for each in values] for end in (0, -1))
+    return [first] if first == last else [first, last]
+
+
+def values_of(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        assert override.input_line is not None
+        return [override.input_line]
+    if override.is_interval_sweep():
+        interval: Any = override.value()
+        return [f"{override.key_or_group}={end}" for end in (interval.start, interval.end)]
+    return [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+
+
+@pytest.mark.parametrize(("page", "words"), of("stagesweep-store"))
+def test_a_command_of_the_store_is_understood(page: str, words: list[str]) -> None:
+    store_cli._parser().parse_args(words)
+
+
+def test_every_make_target_that_is_named_is_there() -> None:
+    targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
+    named = {words[1] for _, words in COMMANDS if words[0] == "make"}
+    named |= {name for page in PAGES for name in re.findall(r"`make (\w+)`", text(page))}
+    assert named
+    assert named <= targets
+
+
+# ------------------------------------------------------------------------------ worked examples
+
+
+def test_the_package_of_the_guide_runs(tmp_path: Path) -> None:
+    write_files("docs/guide.md", tmp_path)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"PYTHONPATH": path, "STAGESWEEP_TRUST": "mylab", "OMP_NUM_THREADS": "1"}
+    (words,) = (w[1:] for _, w in COMMANDS if w[1:] == ["--config-dir=conf", "experiment=tumours"])
+    process = subprocess.run(
+        [sys.executable, "-m", "stagesweep", *words, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["objective"]["name"] == "train/val_accuracy"
+    assert result["objective"]["value"] > 0.9
+
+
+PACKAGES = ("data", "loss", "metric", "model", "stage")
+
+
+@pytest.fixture
+def contributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files of CONTRIBUTING's examples, as if they lay in this checkout."""
+    write_files("CONTRIBUTING.md", tmp_path)
+    for name in PACKAGES:
+        package = import_module(f"stagesweep.{name}")
+        place = str(tmp_path / "src/stagesweep" / name)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, place])
+    return tmp_path
+
+
+def test_the_examples_of_contributing_pass_their_tests(contributed: Path) -> None:
+    pages = sorted(contributed.glob("tests/*/*.py"))
+    assert {page.parent.name for page in pages} == set(PACKAGES)
+    for page in pages:
+        names: dict[str, Any] = {}
+        exec(compile(page.read_text(), page, "exec"), names)
+        for name, test in names.items():
+            if name.startswith("test_"):
+                test()
+
+
+def test_the_experiment_of_contributing_validates(compose: Compose, contributed: Path) -> None:
+    validate(compose("experiment=wine", folders=[contributed / "conf"]))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_that_is_shown_is_python(page: str) -> None:
+    for body in blocks(page, "python"):
+        ast.parse(body)
+
+
+# ------------------------------------------------------------------------------ trees and links
+
+
+def entries(folder: Path) -> set[str]:
+    """What a person sees of a folder that git does not ignore: folders end with a slash."""
+    ignored = [line.strip("/") for line in text(".gitignore").splitlines() if line[:1] != "#"]
+    found = {path.name + "/" * path.is_dir() for path in folder.glob("[!.]*")}
+    return {name for name in found if not any(fnmatch(name.strip("/"), each) for each in ignored)}
+
+
+def tree(heading: str) -> dict[str, list[str]]:
+    """A tree drawn below a heading of the README: its entries, and those inside each folder."""
+    _, body = BLOCK.findall(text("README.md").partition(f"\n{heading}\n")[2])[0]
+    found: dict[str, list[str]] = {}
+    for line in body.splitlines():
+        indent, names = re.match(r"( *)([^\s,]+(?:, [^\s,]+)*)", line).groups()  # type: ignore[union-attr]
+        if indent:
+            found[list(found)[-1]] += names.split(", ")
+        else:
+            found |= {name: [] for name in names.split(", ")}
+    return found
+
+
+def test_the_readmes_tree_is_that_of_the_disk() -> None:
+    drawn = tree("## Repository")
+    assert [name for name in drawn if not (ROOT / name).exists()] == []
+    top = {name.partition("/")[0] + "/" * ("/" in name) for name in drawn}
+    assert {name for name in top if not name.startswith(".")} == entries(ROOT)
+    for name, inside in drawn.items():
+        if inside:
+            assert set(inside) == entries(ROOT / name) - {"__init__.py"}, name
+    assert drawn["src/stagesweep/"]
+    assert drawn["conf/"]
+
+
+def anchors(page: str) -> set[str]:
+    """What a heading is called in a link."""
+    prose = BLOCK.sub("", text(page))
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text(page))):
+        if link.startswith(("http:", "https:", "mailto:")):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        if anchor:
+            assert anchor in anchors(path.resolve().relative_to(ROOT).as_posix()), link
+
+
+# ------------------------------------------------------------------------------ completeness
+
+
+def options() -> list[str]:
+    """``group/option`` of every group that the guide has a table of."""
+    groups = ("model", "data", "loss", "stage", "hardware", "search")
+    return [
+        f"{g}/{file.stem}" for g in groups for file in sorted((ROOT / "conf" / g).glob("*.yaml"))
+    ]
+
+
+@pytest.mark.parametrize("option", options())
+def test_every_option_has_a_row(option: str) -> None:
+    group, _, name = option.partition("/")
+    tables = re.findall(rf"^\| {group} \|.*?(?=\n\n)", GUIDE, re.MULTILINE | re.DOTALL)
+    assert re.search(rf"^\| `{name}`.* \|", "\n".join(tables), re.MULTILINE)
+
+
+def schema_keys() -> list[str]:
+    config.register()
+    repo = ConfigStore.instance().repo
+    kinds = [
+        OmegaConf.get_type(node.node)
+        for group in ("stage", "hardware")
+        for name, node in repo[group].items()
+        if name.startswith("base_")
+    ]
+    kinds += [config.Optimizer, config.Schedule, config.EarlyStop, config.Weight, config.Search]
+    return sorted({field.name for kind in kinds for field in fields(kind)})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", schema_keys())
+def test_every_key_of_a_schema_is_explained(key: str) -> None:
+    assert re.search(rf"`[^`\n]*\b{key}\b[^`\n]*`", GUIDE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_prose_stays_within_its_margin(page: str) -> None:
+    prose = BLOCK.sub("", text(page)).splitlines()
+    assert [line for line in prose if len(line) > 100 and not line.startswith("|")] == []
