@@ -194,6 +194,15 @@ def test_every_fit_has_a_column_of_curves() -> None:
     assert len(figure.axes) == 6
     assert "joint (5 epochs)" in texts(figure)
     assert figure.axes[1].get_title() == "joint (5 epochs)"
+    # A term of one fit alone is named beside its curve.
+    assert [ax.get_ylabel() for ax in figure.axes] == [
+        "total loss",
+        "",
+        "",
+        "kl",
+        "learning rate",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -99,8 +99,10 @@ def training(histories: dict[str, pd.DataFrame]) -> Figure:
         axes[0].set_title(f"{stage} ({int(history['epoch'].max())} epochs)")
         axes[-1].set_xlabel("epoch")
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax, row in zip(grid[:, 0], rows, strict=True):
-        ax.set_ylabel({"lr": "learning rate", "loss": "total loss"}.get(row, row.replace("_", " ")))
+    named = {"lr": "learning rate", "loss": "total loss"}
+    for axes, row in zip(grid, rows, strict=True):
+        first = next((ax for ax in axes if ax.axison), axes[0])
+        first.set_ylabel(named.get(row, row.replace("_", " ")))
     return figure
 
 
@@ -377,9 +379,11 @@ def comparison(table: pd.DataFrame) -> Figure:
         colours = [ORANGE if method == "model" else GREY for method in table.index]
         bars = ax.barh(table.index, values, color=colours)
         ax.bar_label(bars, [f"{v:.3f}" for v in table[column]], padding=3, fontsize=9)
-        # Most scores end at 1: one scale for them, with room for the numbers.
-        high = 1.2 if values.max() > 0.3 else max(1.4 * values.max(), 0.1)
-        ax.set_xlim(min(0, 1.5 * values.min()), high)
+        low, high = min(0, values.min()), max(0, values.max())
+        room = 0.25 * (high - low)
+        # Most scores end at 1: one scale for them.
+        unit = low == 0 and high > 0.3
+        ax.set_xlim(low - room * (low < 0), 1.2 if unit else high + room + 0.01)
         ax.set_title(title, fontsize="medium")
         tidy(ax)
     figure.suptitle(f"The model and the baselines (n = {table['n'].iloc[0]:,}, those trained on)")
