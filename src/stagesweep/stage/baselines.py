@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,8 @@ class Baselines(config.Baselines):
             )
         column = f"input/{self.column}"
         inputs = {s: run.predict(s, [column])[column] for s in ("train", "val", "test")}
-        k = number_of_clusters(run, self.k, len(inputs["train"]))
+        model: Any = run.model
+        k = number_of_clusters(run, self.k or len(model.clusters.centres), len(inputs["train"]))
         found: dict[str, Clusters] = {}
         metrics: dict[str, float] = {"k": k}
         for method in run.progress(self.methods, "methods"):
