@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.datasets import make_blobs
@@ -55,11 +55,12 @@ def test_indices_agree_with_their_definitions() -> None:
     assert scores == ChooseClusters(resamples=3).score(points, 4, seed=1)
 
 
-@given(arrays(np.int64, (4, 20), elements=st.integers(0, 3)))
+@settings(max_examples=20, deadline=None)
+@given(arrays(np.int64, (3, 20), elements=st.integers(0, 3)))
 def test_agreements_are_adjusted_rand_indices(fits: Any) -> None:
     assume(all(len(np.unique(fit)) > 1 for fit in fits))
     found = agreements(fits)
-    for i, j in product(range(4), repeat=2):
+    for i, j in product(range(3), repeat=2):
         assert found[i, j] == pytest.approx(adjusted_rand_score(fits[i], fits[j]), abs=1e-9)
 
 
