@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydra.utils import execution_whitelist
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -35,7 +36,8 @@ def run(compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     entry = made.store.entry("0" * 32)
     made._entry, made.stage = entry, "pretrain"
     entry.begin(fresh=False)
-    yield made
+    with execution_whitelist(config.trusted()):
+        yield made
     made.board.close()
 
 
@@ -99,7 +101,8 @@ def test_every_target_is_found_at_any_depth() -> None:
 
 def test_a_stage_is_built_from_its_schema_with_open_fields_instantiated() -> None:
     node = OmegaConf.structured(config.Fit(epochs=2, sampler={"_target_": "torch.nn.Identity"}))
-    stage = build_stage(node)
+    with execution_whitelist(config.trusted()):
+        stage = build_stage(node)
     assert isinstance(stage, Fit)
     assert isinstance(stage.optimizer, config.Optimizer)
     assert isinstance(stage.sampler, nn.Identity)
@@ -158,3 +161,11 @@ def test_json_has_no_nan() -> None:
         "a": [None, None, 1.0],
         "b": "x",
     }
+
+
+def test_a_fit_inside_another_stage_counts_with_its_loss_terms(
+    compose: Any, tmp_path: Path
+) -> None:
+    found = inputs(compose, tmp_path)
+    assert set(found["baselines"]["loss"]) == {"reconstruction"}
+    assert set(found["evaluate"]["loss"]) == set()

@@ -162,7 +162,6 @@ class Run:
     def inputs(self, name: str) -> dict[str, Any]:
         """Everything in the config that can change what a stage computes."""
         node = self.cfg.stage[name]
-        terms = [t for t, use in (node.get("loss") or {}).items() if use.weight > 0]
         data = what_counts(self.cfg.data)
         for key, value in data.items():
             if key == "path" and value is not None:
@@ -170,7 +169,7 @@ class Run:
         return {
             "name": name,
             "stage": what_counts(node),
-            "loss": {term: what_counts(self.cfg.loss[term]) for term in terms},
+            "loss": {term: what_counts(self.cfg.loss[term]) for term in sorted(terms_of(node))},
             "model": what_counts(self.cfg.model),
             "data": data,
             "seed": self.cfg.seed,
@@ -406,6 +405,15 @@ def what_counts(node: Any) -> Any:
         else set()
     )
     return {str(k): what_counts(v) for k, v in node.items() if k not in skipped}
+
+
+def terms_of(node: Any) -> set[str]:
+    """The loss terms that a stage uses, in its own fit or in one among its fields."""
+    if not isinstance(node, DictConfig):
+        return set()
+    own = node.loss if issubclass(OmegaConf.get_type(node) or object, config.Fit) else {}
+    used = {str(term) for term, use in own.items() if use.weight > 0}
+    return used.union(*(terms_of(value) for value in node.values()))
 
 
 def targets(value: Any) -> set[str]:

@@ -39,7 +39,7 @@ def assert_one_line(finished: "subprocess.CompletedProcess[str]", *parts: str) -
 COMPOSITION = {
     "misspelled key": ("stage.joint.epoch=3", "stage.joint.epoch", "did you mean 'epochs'?"),
     "wrong type": ("stage.joint.epochs=many", "stage.joint.epochs", "'many'"),
-    "unknown option": ("model=vae_bse", "no 'vae_bse' in group 'model'", "did you mean 'vae_base'?"),
+    "unknown option": ("model=vae_bse", "no 'vae_bse' in group 'model'", "'vae_base'"),
     "unknown experiment": ("experiment=digit", "no 'digit' in group 'experiment'", "digits"),
     "unknown model argument": ("+model.latnt=3", "latnt", "did you mean 'latent'?"),
     "unknown term": ("+stage.joint.loss.klx={weight: 1}", "klx", "kl"),

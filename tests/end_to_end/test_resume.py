@@ -208,4 +208,4 @@ def test_another_run_starts_from_a_checkpoint(undisturbed: Path, tmp_path: Path)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "init_from: " in (tmp_path / "run" / "run.log").read_text()
-    assert list(statuses(tmp_path / "run"))[0] == "init_clusters"
+    assert next(iter(statuses(tmp_path / "run"))) == "init_clusters"
