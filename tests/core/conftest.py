@@ -128,6 +128,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.boards: list[SummaryWriter] = []
+        self.rows: list[MetricLog] = []
 
     def loop(
         self,
@@ -149,30 +150,41 @@ class Bench:
         if terms is None:
             terms = {term: TERMS[term]() for term in settings["loss"]}
         defaults = {"epochs": 3, "batch_size": 10, "save_seconds": 0, "histogram_every": 0}
+        train = View(columns()) if train is None else train
+        val = View(columns(30, seed=1)) if val is None else val
         machine = resolve(
             config.Hardware(**{"device": config.Device.cpu, "threads": 1, **(hardware or {})})
         )
         folder = self.folder / name
         board = SummaryWriter(str(folder / f"tensorboard_{len(self.boards)}"))
         self.boards.append(board)
+        self.rows.append(MetricLog(folder / "metrics.jsonl", board, "fit"))
         return Loop(
             model=model.to(machine.device),
             terms={key: term.to(machine.device) for key, term in terms.items()},
             settings=config.Fit(**{**defaults, **settings}),
             views={
-                "train": (train or View(columns())).prepare(machine.device, 0),
-                "val": (val or View(columns(30, seed=1))).prepare(machine.device, 0),
+                "train": train.prepare(machine.device, 0),
+                "val": val.prepare(machine.device, 0),
             },
             spec=SPEC,
             machine=machine,
             seed=7,
             folder=folder / "checkpoints",
-            rows=MetricLog(folder / "metrics.jsonl", board, "fit"),
+            rows=self.rows[-1],
         )
 
     def close(self) -> None:
+        for log in self.rows:
+            log.close()
         for board in self.boards:
             board.close()
+
+
+@pytest.fixture(scope="session")
+def open_bench() -> Callable[[Path], Bench]:
+    """Fits of the small model in a folder of your choice."""
+    return Bench
 
 
 @pytest.fixture
@@ -192,7 +204,7 @@ def make_batch() -> Callable[..., Batch]:
     return columns
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
     """The small model, the same every time."""
 

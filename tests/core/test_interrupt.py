@@ -98,7 +98,7 @@ def test_afterwards_all_is_as_before() -> None:
     before = [signal.getsignal(s) for s, _ in SIGNALS]
     stopped(held_back)
     assert [signal.getsignal(s) for s, _ in SIGNALS] == before
-    with handled(), deferred():
+    with deferred():
         assert pending() is None
     stopped(lambda: signal.raise_signal(signal.SIGTERM))
 

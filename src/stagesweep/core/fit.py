@@ -118,7 +118,6 @@ class Loop:
         self.seed = seed
         if empty := [name for name, view in views.items() if not len(view)]:
             raise UserError(f"{rows.stage}: the {empty[0]} split has no samples; check data")
-        seed_everything(seed)
         freeze(model, settings.train, settings.freeze)
         self.optimizer = build_optimizer(model, settings.optimizer)
         fp16 = machine.precision is config.Precision.fp16
@@ -153,6 +152,7 @@ class Loop:
 
     def run(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; the last epoch's row."""
+        seed_everything(self.seed)
         self.restore()
         s = self.settings
         with interrupt.deferred(), progress_bar(self.rows.stage, self.step) as bar:

@@ -28,11 +28,11 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 def handled() -> Iterator[None]:
     """Turn SIGINT and SIGTERM into `Interrupted` for the length of a run."""
     global _pending
-    _pending = None
     before = {s: signal.signal(s, _handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        _pending = None
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
