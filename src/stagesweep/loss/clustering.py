@@ -55,7 +55,7 @@ class Clustering(nn.Module):
         views = [outputs[name] for name in ("assignment", "positive/assignment") if name in outputs]
         parts = [torch.xlogy(target, target) - target * view.float().log() for view in views]
         total = torch.stack(parts).sum()
-        return total, total.new_tensor(len(views) * len(target))
+        return total, total.new_full((), len(views) * len(target))
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: P and the last labels."""

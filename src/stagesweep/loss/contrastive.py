@@ -38,4 +38,4 @@ class Contrastive(nn.Module):
         others = similarity.masked_fill(itself, -1e9)
         log_share = others.log_softmax(1)
         total = -((log_share * positives).sum(1) / positives.sum(1)).sum()
-        return total, total.new_tensor(len(views))
+        return total, total.new_full((), len(views))

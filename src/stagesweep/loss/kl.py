@@ -22,4 +22,4 @@ class KL(nn.Module):
         mean, logvar = outputs["mean"].float(), outputs["logvar"].float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         total = divergence.clamp(min=self.free_bits).sum()
-        return total, total.new_tensor(len(mean))
+        return total, total.new_full((), len(mean))

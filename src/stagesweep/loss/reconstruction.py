@@ -39,7 +39,7 @@ class Reconstruction(nn.Module):
         total = outputs["mean"].new_zeros((), dtype=torch.float32)
         for name in decoded:
             total = total + self.weights.get(name, 1.0) * self._error(outputs[name], batch, name)
-        return total, total.new_tensor(len(outputs["mean"]))
+        return total, total.new_full((), len(outputs["mean"]))
 
     def _error(self, output: Tensor, batch: Batch, name: str) -> Tensor:
         target = batch[name]

@@ -23,4 +23,4 @@ class Smoothness(nn.Module):
         """Sum over samples and second differences."""
         value = standardised(outputs[self.feature], batch, self.feature)[:, : self.count]
         total = value.diff(n=2, dim=1).square().sum()
-        return total, total.new_tensor(len(value))
+        return total, total.new_full((), len(value))
