@@ -470,6 +470,13 @@ class TestBest:
             assert same(state, history[epoch - 1]), name
         assert same(weights(loop.model), history[2])
 
+    def test_one_that_never_was_a_number(self, bench: "Bench") -> None:
+        score = Scripted("score", [math.nan] * 3)
+        loop = bench.loop(metrics={"s": score}, best={"val_score": Mode.max}, select="val_score")
+        with pytest.raises(UserError) as caught:
+            loop.run()
+        assert str(caught.value) == "stage.fit.select=val_score: it never was a number"
+
     def test_last_is_the_last(self, bench: "Bench") -> None:
         loop = bench.loop(best={"val_loss": Mode.max})
         loop.run()
@@ -535,6 +542,15 @@ class TestCheckpoints:
         loop = bench.loop(epochs=7, keep_last=9, save_seconds=1000)
         loop.run()
         assert self.saved(loop) == [35]
+
+    def test_numbers_of_numpy_go_through_a_checkpoint(self, bench: "Bench") -> None:
+        def metric(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+            return {"spread": arrays["mean"].std(), "rank": np.float64(2)}
+
+        first, again = (
+            bench.loop(metrics={"mine": metric}, best={"val_spread": Mode.max}) for _ in range(2)
+        )
+        assert first.run() == again.run()
 
     def test_nothing_is_trained_twice(self, bench: "Bench", tiny: Make) -> None:
         first = bench.loop(model=tiny(), epochs=4)

@@ -199,7 +199,7 @@ class Loop:
         for term in self.loss.terms.values():
             if (refresh := getattr(term, "refresh", None)) is not None:
                 row |= refresh(self.epoch, over_train)
-        return row
+        return {name: float(value) for name, value in row.items()}
 
     def train_epoch(self, bar: Any) -> dict[str, float]:
         """Every batch of the epoch that is not done yet, one step each; returns the speed."""
@@ -281,7 +281,7 @@ class Loop:
             stage = self.rows.stage
             raise UserError(
                 f"{stage}: {names[column]} became {totals[row, column].item()} in epoch "
-                f"{self.epoch + (self.batch > 0)}, step {self.step - len(totals) + row + 1}; lower "
+                f"{self.epoch + 1}, step {self.step - len(totals) + row + 1}; lower "
                 f"stage.{stage}.optimizer.lr, set stage.{stage}.clip_norm or use "
                 f"hardware.precision=fp32"
             )
@@ -334,7 +334,7 @@ class Loop:
         row = self.means(sums, terms, "val")
         whole: dict[str, np.ndarray] = {n: torch.cat(v).cpu().numpy() for n, v in arrays.items()}
         for metric in self.settings.metrics.values():
-            row |= {f"val_{name}": value for name, value in metric(whole).items()}
+            row |= {f"val_{name}": float(value) for name, value in metric(whole).items()}
         return row
 
     def track(self, row: Mapping[str, float]) -> None:
@@ -431,6 +431,8 @@ class Loop:
             if self.ema is not None:
                 self.model.load_state_dict(self.averaged.state_dict())
             return
+        if self.best[select].value is None:
+            raise UserError(f"stage.{self.rows.stage}.select={select}: it never was a number")
         state = checkpoint.load(self.folder / f"best_{select}.pt")
         self.model.load_state_dict(state["model"])
 
