@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -214,11 +214,11 @@ class Run:
         """A new model as the config says, sized by the data, the same for the same seed."""
         state = rng_state()
         seed_everything(derive(self.cfg.seed, "model"))
-        model: nn.Module = instantiate(self.cfg.model, spec=self.data.spec, _convert_="all")
+        model: Any = instantiate(self.cfg.model, spec=self.data.spec, _convert_="all")
         set_rng_state(state)
         if hasattr(model, "checkpointed"):
             model.checkpointed = self.machine.activation_checkpointing
-        return model.to(self.device)
+        return cast(nn.Module, model.to(self.device))
 
     def fit(self, model: nn.Module, settings: config.Fit, name: str) -> dict[str, float]:
         """Train `model` as `settings` say; returns the numbers of the last epoch."""
@@ -305,7 +305,7 @@ class Run:
         """Names of the earlier stages that trained something, in order."""
         return [s.name for s in self.stages if len(self.history(s.name))]
 
-    def progress(self, iterable: Iterable[Any], description: str) -> Iterable[Any]:
+    def progress(self, iterable: Iterable[Any], description: str) -> "tqdm[Any]":
         """The iterable with a progress bar, silent when stderr is not a terminal."""
         return tqdm(iterable, desc=f"{self.stage} {description}", disable=None, leave=False)
 

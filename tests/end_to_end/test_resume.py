@@ -23,8 +23,8 @@ QUICK = (
     "stage.joint.save_every=3",
     "stage.joint.save_seconds=0",
     "stage.joint.save_seconds=0",
-    "stage.choose_clusters.k_range=[9,11]",
-    "stage.choose_clusters.resamples=2",
+    "stage.choose_clusters.k_range=[9,10]",
+    "stage.choose_clusters.resamples=3",
     "stage.figures.umap=false",
     "~stage.baselines",
 )
