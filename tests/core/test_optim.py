@@ -9,7 +9,14 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from stagesweep import config
-from stagesweep.core.optim import build_optimizer, freeze, learning_rate, matching, train_mode
+from stagesweep.core.optim import (
+    build_optimizer,
+    freeze,
+    frozen_modules,
+    learning_rate,
+    matching,
+    train_mode,
+)
 from stagesweep.errors import UserError
 
 Make = Callable[..., nn.Module]
@@ -67,7 +74,7 @@ class TestTrainMode:
     def test_norms_of_frozen_modules_keep_their_statistics(self, tiny: Make) -> None:
         model = tiny(dropout=0.5, norm=True)
         freeze(model, ["*"], ["norm.*", "encoder.*"])
-        train_mode(model)
+        train_mode(model, frozen_modules(model))
         norm, encoder = model.get_submodule("norm"), model.get_submodule("encoder")
         before = {key: value.clone() for key, value in norm.state_dict().items()}
         model({"x": torch.randn(20, 6) + 5})
@@ -80,14 +87,14 @@ class TestTrainMode:
     def test_norms_that_are_trained_follow_the_data(self, tiny: Make) -> None:
         model = tiny(norm=True)
         freeze(model, ["*"], ["encoder.*"])
-        train_mode(model)
+        train_mode(model, frozen_modules(model))
         model({"x": torch.randn(20, 6) + 5})
         assert model.get_buffer("norm.num_batches_tracked") == 1
 
     def test_a_module_that_is_trained_in_part_is_in_training(self, tiny: Make) -> None:
         model = tiny(norm=True)
         freeze(model, ["*"], ["norm.bias"])
-        train_mode(model)
+        train_mode(model, frozen_modules(model))
         assert model.get_submodule("norm").training
 
 

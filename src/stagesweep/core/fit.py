@@ -15,7 +15,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from stagesweep import config
 from stagesweep.core import checkpoint, interrupt
 from stagesweep.core.log import MetricLog, peak_memory, progress_bar
-from stagesweep.core.optim import build_optimizer, freeze, learning_rate, train_mode
+from stagesweep.core.optim import (
+    build_optimizer,
+    freeze,
+    frozen_modules,
+    learning_rate,
+    train_mode,
+)
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
 from stagesweep.data.spec import Spec
@@ -119,6 +125,7 @@ class Loop:
         if empty := [name for name, view in views.items() if not len(view)]:
             raise UserError(f"{rows.stage}: the {empty[0]} split has no samples; check data")
         freeze(model, settings.train, settings.freeze)
+        self.frozen = frozen_modules(model)
         self.optimizer = build_optimizer(model, settings.optimizer)
         fp16 = machine.precision is config.Precision.fp16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=fp16)
@@ -207,7 +214,7 @@ class Loop:
         order, epochs = self.order(), self.settings.epochs
         bar.total = epochs * len(order)
         bar.set_description(f"{self.rows.stage} epoch {self.epoch + 1}/{epochs}", refresh=False)
-        train_mode(self.model)
+        train_mode(self.model, self.frozen)
         for batch in self.train.gather(order, start=self.batch):
             batch = self.prepare(to_device(batch, self.machine.device))
             position = self.epoch + self.batch / len(order)
@@ -360,9 +367,10 @@ class Loop:
                 log.info("%s: stopped, %s reached %g", self.rows.stage, name, row[name])
                 return True
             if rule.patience is not None and best.since >= max(rule.patience, 1):
+                value = math.nan if best.value is None else best.value
                 log.info(
-                    "%s: stopped, %s has not improved for %d evaluations (best %s)",
-                    self.rows.stage, name, best.since, best.value,
+                    "%s: stopped, %s has not improved for %d evaluations (best %g)",
+                    self.rows.stage, name, best.since, value,
                 )  # fmt: skip
                 return True
         return False

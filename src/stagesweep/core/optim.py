@@ -37,13 +37,21 @@ def freeze(model: nn.Module, train: list[str], frozen: list[str]) -> None:
         parameter.requires_grad_(name in chosen)
 
 
-def train_mode(model: nn.Module) -> None:
-    """Training mode, but for modules that are frozen whole: their norms keep their statistics."""
+def frozen_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that have parameters, none of them trained."""
+    return [
+        module
+        for module in model.modules()
+        if (parameters := list(module.parameters()))
+        and not any(parameter.requires_grad for parameter in parameters)
+    ]
+
+
+def train_mode(model: nn.Module, frozen: list[nn.Module]) -> None:
+    """Training mode, but for frozen modules: their norms keep their statistics."""
     model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            module.eval()
+    for module in frozen:
+        module.eval()
 
 
 def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.Optimizer:
