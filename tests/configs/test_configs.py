@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from stagesweep import config
@@ -113,18 +114,27 @@ def test_every_search_composes(compose: Compose, name: str) -> None:
     assert compose("experiment=tiny", f"search={method}").search.n_trials > 0
 
 
-SPACES = [name for name in options("search") if "/space/" in name and not name.endswith("/none")]
+EXPERIMENTS = [name.partition("/")[2] for name in options("experiment")]
+SPACES = [Path(name).name for name in options("search") if "/space/" in name]
 
 
-@pytest.mark.parametrize("name", SPACES)
-def test_every_space_is_of_keys_that_there_are(compose: Compose, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("space", sorted(set(SPACES) - {"none"}))
+def test_every_space_is_of_keys_that_there_are(
+    compose: Compose, tmp_path: Path, space: str
+) -> None:
     """A space is named after its experiment, perhaps with a suffix: ``digits_grid``."""
-    space = read(name)
-    experiment = Path(name).name.partition("_")[0]
-    cfg = given(compose(f"experiment={experiment}"), tmp_path)
-    for key, text in space.items():
+    experiment = max((e for e in EXPERIMENTS if f"{space}_".startswith(f"{e}_")), key=len)
+    cfg = given(compose(f"experiment={experiment}", f"search/space={space}"), tmp_path)
+    assert cfg.search.space
+    for key, text in cfg.search.space.items():
         assert OmegaConf.select(cfg, key, throw_on_missing=True) is not None, key
-        assert isinstance(text, str), f"{key}: quote what Hydra's sweep grammar is to read"
+        assert OverridesParser.create().parse_override(f"{key}={text}").is_sweep_override(), key
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_search_finds_the_space_of_the_experiment(compose: Compose, experiment: str) -> None:
+    for method in ("random", "bayes"):
+        assert compose(f"experiment={experiment}", f"search={method}").search.space
 
 
 @pytest.mark.parametrize("group", groups())
@@ -203,7 +213,7 @@ def test_the_other_names_that_people_rely_on(compose: Compose) -> None:
     assert {"search/grid", "search/random", "search/bayes"} <= set(options())
     assert {"experiment/digits", "experiment/audiogram"} <= set(options())
     assert {"hardware/auto", "hardware/cpu"} <= set(options())
-    assert "path" in compose("experiment=audiogram").data
+    assert "path" in list(compose("experiment=audiogram").data)
     root = Path(__file__).parents[2]
     scripts = re.findall(r'^(stagesweep\S*) = "', (root / "pyproject.toml").read_text(), re.M)
     assert {"stagesweep", "stagesweep-store"} <= set(scripts)
