@@ -46,8 +46,12 @@ class Deadly(Samples):
 
 
 class Faulty(Samples):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        raise RuntimeError("a mistake in the data set")
+        raise self.error
 
 
 def pair(workers: int) -> tuple[View, LoaderView]:
@@ -125,16 +129,17 @@ def test_the_death_of_a_worker_is_one_line() -> None:
     loader = LoaderView(Deadly()).prepare(CPU, workers=1)
     with pytest.raises(UserError) as caught:
         list(loader.batches(4))
-    assert str(caught.value).startswith("a loader process died (DataLoader worker (pid")
+    assert str(caught.value).startswith("a loader process died, most often for want of memory: ")
     assert str(caught.value).endswith("lower hardware.workers=1; 0 reads without processes")
     assert "\n" not in str(caught.value)
     assert signal.getsignal(signal.SIGCHLD) == handler
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_in_the_data_set_keeps_its_own_error(workers: int) -> None:
-    loader = LoaderView(Faulty()).prepare(CPU, workers)
-    with pytest.raises(RuntimeError, match="a mistake in the data set"):
+@pytest.mark.parametrize("kind", [RuntimeError, FileNotFoundError, EOFError, KeyError])
+def test_a_mistake_in_the_data_set_keeps_its_own_error(workers: int, kind: type[Exception]) -> None:
+    loader = LoaderView(Faulty(kind("a mistake in the data set"))).prepare(CPU, workers)
+    with pytest.raises(kind, match="a mistake in the data set"):
         list(loader.batches(4))
 
 

@@ -70,12 +70,12 @@ class LoaderView(View):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch | {name: c.index_select(0, rows) for name, c in self.columns.items()}
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
+        except Exception as error:
+            if not (self.workers and _is_death(error)):
                 raise
             raise UserError(
-                f"a loader process died ({str(error).splitlines()[0]}), most often for want of "
-                f"memory: lower hardware.workers={self.workers}; 0 reads without processes"
+                "a loader process died, most often for want of memory: lower "
+                f"hardware.workers={self.workers}; 0 reads without processes"
             ) from error
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -97,6 +97,16 @@ class _Batches(Dataset[Any]):
         ) as error:  # raised in a worker it would arrive with a traceback as its text
             return error
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether the loader found a worker gone, or lost it while it handed over a batch.
+
+    What a sample raises in a worker arrives as "Caught … in DataLoader worker process".
+    """
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error)
+    return isinstance(error, EOFError | OSError) and "in DataLoader worker" not in str(error)
 
 
 def _as_is(batch: Any) -> Any:
