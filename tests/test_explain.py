@@ -39,6 +39,7 @@ LINES = {
     "reconstruction, kl, clustering; add it with '+stage.joint.loss={zzz: …}'",
     "+stage.joint.loss.kll={weight: 1}": "cannot add 'stage.joint.loss.kll' like this; use "
     "'+stage.joint.loss={kll: {weight: 1}}'",
+    "model=???": "In 'config': You must specify 'model', e.g, model=<OPTION>; Available options: ",
     "=3": "Config group override must be a string or a list. Got int",
 }
 

@@ -70,7 +70,8 @@ def _raised_in(error: BaseException) -> str:
 def _flat(text: str) -> str:
     """The lines of a message that say something, on one line."""
     lines = (line.strip().rstrip(".") for line in text.splitlines())
-    return "; ".join(line for line in lines if line and not line.startswith("See http"))
+    said = "; ".join(line for line in lines if line and not line.startswith("See http"))
+    return said.replace(":; ", ": ")
 
 
 def _about(key: str, error: OmegaConfBaseException) -> str:

@@ -89,10 +89,13 @@ def leaderboard(best: pd.DataFrame, parameters: Sequence[str], rows: int = 10) -
 
 
 def with_intervals(table: pd.DataFrame) -> str:
-    """The table of `over_seeds` (its first split) as aligned text: ``mean ± half an interval``."""
+    """The table of `over_seeds` as aligned text: ``mean ± half an interval``.
+
+    Only its first split, and only metrics that tell the methods apart.
+    """
     if "split" in table:
         table = table[table["split"] == table["split"].iloc[0]]
-    metrics = [name for name in table if f"{name}_low" in table and table[name].notna().any()]
+    metrics = [name for name in table if f"{name}_low" in table and table[name].nunique() > 1]
     shown = table[["method", *(["split"] if "split" in table else [])]].copy()
     for name in metrics:
         half = table[f"{name}_high"] - table[name]
