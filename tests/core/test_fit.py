@@ -695,7 +695,9 @@ class TestResuming:
         assert identical(self.in_pieces(everything, pieces), undisturbed)
 
     @pytest.mark.parametrize(
-        "settings", [{"hardware": {"micro_batch": 4}}, {"sampler": by_weight}], ids=str
+        "settings",
+        [{"hardware": {"micro_batch": 4}}, {"sampler": by_weight}],
+        ids=["micro-batches", "sampler"],
     )
     def test_also_in_micro_batches_and_with_a_sampler(
         self, everything: Everything, settings: dict[str, Any]
