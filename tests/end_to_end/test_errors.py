@@ -64,7 +64,7 @@ def test_a_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_more_clusters_than_samples(tmp_path: Path) -> None:
-    overrides = ("experiment=digits", *QUICK, "~stage.choose_clusters", "model.clusters=5000")
+    overrides = ("experiment=digits", *QUICK, "stage.init_clusters.k=5000")
     assert_one_line(command(tmp_path, *overrides), "5000", "1797")
 
 
