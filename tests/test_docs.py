@@ -198,7 +198,7 @@ def test_the_examples_of_contributing_pass_their_tests(contributed: Path) -> Non
 
 
 def test_the_experiment_of_contributing_validates(compose: Compose, contributed: Path) -> None:
-    validate(compose("experiment=wine", folders=[contributed / "conf"]))
+    validate(compose("experiment=wine", "search=bayes", folders=[contributed / "conf"]))
 
 
 @pytest.mark.parametrize("page", PAGES)
