@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## Bayesian sweep of the digits experiment: 12 trials, leaderboard, where to look
-	$(BIN)/stagesweep -m search=bayes experiment=digits search.n_trials=12
+	$(BIN)/stagesweep -m search=bayes experiment=digits search.n_trials=12 stage.figures.umap=false
 
 # One thread a process: the tests run in parallel themselves.
 test: $(READY)  ## run the tests (real data: set STAGESWEEP_TEST_DATA)
