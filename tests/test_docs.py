@@ -78,11 +78,32 @@ def without_environment(words: list[str]) -> list[str]:
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 
 
-def of(name: str) -> list[Any]:
-    """The commands of one program, once each."""
-    chosen = ((page, words[1:]) for page, words in COMMANDS if words[0] == name)
-    seen = {frozenset(words) - {"experiment=digits"}: (page, words) for page, words in chosen}
-    return [pytest.param(*each, id=shlex.join(each[1])) for each in seen.values()]
+def of(name: str) -> list[tuple[str, list[str]]]:
+    """The commands of one program, and the page each is on."""
+    return [(page, words[1:]) for page, words in COMMANDS if words[0] == name]
+
+
+def values(words: list[str]) -> dict[str, str] | None:
+    """The words of a command that only sets values, by key; None of one that does more."""
+    own = [word for word in words if word != "-m"]
+    if not all(re.match(r"(seed|resume|experiment|\w+\.[\w.]+)=", word) for word in own):
+        return None
+    return {"experiment": "experiment=digits"} | {word.partition("=")[0]: word for word in own}
+
+
+def batches() -> list[Any]:
+    """The commands to compose: those that set values of different keys together, to save time."""
+    merged: list[dict[str, str]] = []
+    found: dict[str, Any] = {}
+    for page, words in of("stagesweep"):
+        if (own := values(words)) is None:
+            found[shlex.join(words)] = (page, words)
+        elif room := [m for m in merged if all(m.get(key, w) == w for key, w in own.items())]:
+            room[0].update(own)
+        else:
+            merged.append(own)
+    found |= {shlex.join(each.values()): ("README.md", [*each.values()]) for each in merged}
+    return [pytest.param(*each, id=name) for name, each in found.items()]
 
 
 # ------------------------------------------------------------------------------ commands
@@ -93,7 +114,13 @@ def test_every_command_is_one_that_is_checked() -> None:
     assert [words for _, words in COMMANDS if words[0] not in known] == []
 
 
-@pytest.mark.parametrize(("page", "words"), of("stagesweep"))
+def test_what_sweeps_says_so() -> None:
+    for _, words in of("stagesweep"):
+        flags, overrides = parse(words)
+        assert flags.multirun or not any(o.is_sweep_override() for o in overrides), words
+
+
+@pytest.mark.parametrize(("page", "words"), batches())
 def test_a_command_composes_and_validates(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page: str, words: list[str]
 ) -> None:
@@ -109,7 +136,6 @@ def test_a_command_composes_and_validates(
             place = tmp_path / str(override.value())
             place.parent.mkdir(parents=True, exist_ok=True)
             place.touch()
-    assert flags.multirun or not any(o.is_sweep_override() for o in overrides)
     cfg = compose(*map(point, overrides), folders=folders)
     if flags.package:
         assert OmegaConf.select(cfg, flags.package) is not None
@@ -136,9 +162,9 @@ def point(override: Override) -> str:
     return f"{override.key_or_group}={last}"
 
 
-@pytest.mark.parametrize(("page", "words"), of("stagesweep-store"))
-def test_a_command_of_the_store_is_understood(page: str, words: list[str]) -> None:
-    store_cli._parser().parse_args(words)
+def test_the_commands_of_the_store_are_understood() -> None:
+    for _, words in of("stagesweep-store"):
+        store_cli._parser().parse_args(words)
 
 
 def test_every_make_target_that_is_named_is_there() -> None:
