@@ -470,6 +470,46 @@ class TestBest:
             assert same(state, history[epoch - 1]), name
         assert same(weights(loop.model), history[2])
 
+    @pytest.mark.parametrize("ema", [None, 0.5])
+    def test_the_numbers_are_those_of_the_weights_that_are_left(
+        self, bench: "Bench", ema: float | None
+    ) -> None:
+        loop = bench.loop(
+            epochs=5,
+            ema=ema,
+            metrics={"score": Scripted("score", [3, 1, 9, 4, 2])},
+            best={"val_score": Mode.max},
+            select="val_score",
+        )
+        result = loop.run()
+        batch = next(loop.val.batches(1000))
+        error = (loop.model.eval()(batch)["x"] - batch["x"]).square().sum(1).mean().item()
+        assert result["val_error"] == pytest.approx(error, rel=1e-5)
+        assert error != pytest.approx(curve(loop, "val_error")[-1], rel=1e-5)
+        assert result["val_score"] == 9
+        third = rows(loop, "epoch")[2]
+        assert result == {name: third[name] for name in result if name != "epochs"} | {"epochs": 5}
+
+    def test_what_was_measured_only_later_is_no_number_of_theirs(self, bench: "Bench") -> None:
+        class Late(nn.Module):
+            def refresh(self, epoch: int, predict: Any) -> dict[str, float]:
+                return {"late": float(epoch)} if epoch > 1 else {}
+
+            def forward(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+                return outputs["x"].sum() * 0, batch["x"].new_tensor(len(batch["x"]))
+
+        for best, late in ((1, math.nan), (3, 2.0)):
+            loop = bench.loop(
+                name=f"{best}",
+                epochs=4,
+                terms={"error": bench.loop().loss.terms["error"], "late": Late()},
+                loss={"error": Weight(), "late": Weight()},
+                metrics={"s": Scripted("s", [float(n == best) for n in range(1, 5)])},
+                best={"val_s": Mode.max},
+                select="val_s",
+            )
+            assert loop.run()["late"] == pytest.approx(late, nan_ok=True)
+
     def test_one_that_never_was_a_number(self, bench: "Bench") -> None:
         score = Scripted("score", [math.nan] * 3)
         loop = bench.loop(metrics={"s": score}, best={"val_score": Mode.max}, select="val_score")
@@ -696,10 +736,14 @@ class TestResuming:
 
     @pytest.mark.parametrize(
         "settings",
-        [{"hardware": {"micro_batch": 4}}, {"sampler": by_weight}],
-        ids=["micro-batches", "sampler"],
+        [
+            {"hardware": {"micro_batch": 4}},
+            {"sampler": by_weight},
+            {"best": {"lr": Mode.max}, "select": "lr"},
+        ],
+        ids=["micro-batches", "sampler", "early best"],
     )
-    def test_also_in_micro_batches_and_with_a_sampler(
+    def test_also_with_other_settings(
         self, everything: Everything, settings: dict[str, Any]
     ) -> None:
         loop = everything.loop("undisturbed", **settings)

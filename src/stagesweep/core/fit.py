@@ -147,9 +147,11 @@ class Loop:
         self.lr_scale = 1.0
         self.epoch = self.step = self.batch = 0
         self.finished = False
-        # Numbers of the current epoch, and of the last one that ended.
+        # Numbers of the current epoch; the latest of each kind; what these were when the weights
+        # that `select` names were kept.
         self.row: dict[str, float] = {}
         self.summary: dict[str, float] = {}
+        self.selected: dict[str, float] = {}
         self.saved_at = perf_counter()
         self.sums = torch.zeros(len(self.loss.terms), 2, device=machine.device)
         self.recent: list[Tensor] = []
@@ -158,7 +160,10 @@ class Loop:
     # ---------------------------------------------------------------- the loop
 
     def run(self) -> dict[str, float]:
-        """Train to the end, from the newest checkpoint if there is one; the last epoch's row."""
+        """Train to the end, from the newest checkpoint if there is one.
+
+        Returns the numbers of the epoch whose weights are left, and how many `epochs` there were.
+        """
         seed_everything(self.seed)
         self.restore()
         s = self.settings
@@ -168,11 +173,12 @@ class Loop:
                     self.row = self.refresh()
                 speed = self.train_epoch(bar)
                 self.epoch += 1
-                if self.epoch % s.eval_every == 0 or self.epoch == s.epochs:
+                if evaluated := self.epoch % s.eval_every == 0 or self.epoch == s.epochs:
                     self.row |= self.evaluate()
+                self.summary |= self.row
+                if evaluated:
                     self.track(self.row)
                 self.finished = self.should_stop(self.row)
-                self.summary |= self.row
                 self.rows.row("epoch", self.epoch, self.step, self.row | speed)
                 if s.histogram_every and self.epoch % s.histogram_every == 0:
                     self.rows.histograms(self.model, self.step)
@@ -181,8 +187,7 @@ class Loop:
                     self.save()
                 self.stop_if_told()
             self.save()
-        self.take_selected()
-        return self.summary | {"epochs": float(self.epoch)}
+        return self.take_selected() | {"epochs": float(self.epoch)}
 
     def order(self) -> list[Tensor]:
         """The rows of each batch of this epoch; depends on seed and epoch alone."""
@@ -350,6 +355,8 @@ class Loop:
             if best.update(self.value(row, name, "best")):
                 weights = self.averaged.state_dict()
                 self.best_weights[name] = {k: v.detach().cpu().clone() for k, v in weights.items()}
+                if name == self.settings.select:
+                    self.selected = dict(self.summary)
         schedule = self.settings.schedule
         if schedule.decay is config.Decay.plateau:
             self.plateau.update(self.value(row, schedule.metric, "schedule.metric"))
@@ -432,18 +439,20 @@ class Loop:
         self.rows.rewind(self.epoch, self.step)
         log.info("%s: goes on from epoch %d, step %d", self.rows.stage, self.epoch, self.step)
 
-    def take_selected(self) -> None:
-        """Leave the model with the weights the stage is to end with."""
+    def take_selected(self) -> dict[str, float]:
+        """Leave the model with the weights the stage is to end with; returns their numbers."""
         select = self.settings.select
         if select == "last":
             if self.ema is not None:
                 self.model.load_state_dict(self.averaged.state_dict())
-            return
+            return self.summary
         if self.best[select].value is None:
             raise UserError(f"stage.{self.rows.stage}.select={select}: it never was a number")
         state = checkpoint.load(self.folder / f"best_{select}.pt")
         self.model.load_state_dict(state["model"])
+        # What was first measured later is no number of these weights.
+        return dict.fromkeys(self.summary, math.nan) | self.selected
 
 
 # Plain values of the loop that a checkpoint carries.
-LOOP = ("epoch", "step", "batch", "row", "summary", "lr_scale", "finished")
+LOOP = ("epoch", "step", "batch", "row", "summary", "selected", "lr_scale", "finished")

@@ -14,7 +14,9 @@ class Fit(config.Fit):
     """Train the run's model by gradient descent and leave its weights."""
 
     def __call__(self, run: "Run") -> dict[str, float]:
-        """Returns the numbers of the last epoch: ``train_<term>``, ``val_<term>``, ``epochs`` …"""
+        """Returns ``train_<term>``, ``val_<term>`` … of the epoch whose weights it leaves, and how
+        many ``epochs`` it trained.
+        """
         metrics = run.fit(run.model, self, run.stage)
         run.save_weights()
         return metrics
