@@ -71,6 +71,7 @@ class Spread(nn.Module):
 class Anchored(nn.Module):
     """Draws latents to where they were at the last look over the training set."""
 
+    reports = ("moved",)
     anchors: Tensor
 
     def __init__(self, every: int = 2) -> None:

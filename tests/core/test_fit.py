@@ -2,6 +2,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import signal
 import struct
 import sys
@@ -29,6 +30,7 @@ from stagesweep.data.loader import LoaderView
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import Interrupted, UserError
+from stagesweep.stage.fit import Fit
 
 if TYPE_CHECKING:
     from conftest import Bench
@@ -531,6 +533,77 @@ class TestBest:
             "stage.fit.best: no metric 'val_acc'; there are train_loss, train_error, lr, val_loss, "
             "val_error"
         )
+
+
+UNUSED = {"error": Weight(), "masked": Weight(0.0)}
+FITS: dict[str, dict[str, Any]] = {
+    "one term": {"loss": {"error": Weight()}},
+    "one that does not act": {"loss": UNUSED},
+    "whole batch": {"loss": {"error": Weight(), "spread": Weight()}},
+    "nothing to evaluate": {"loss": {"spread": Weight(), "anchored": Weight()}},
+    "refreshed": {"loss": {"error": Weight(), "anchored": Weight()}, "eval_every": 2},
+    "selected": {
+        "loss": {"error": Weight(), "anchored": Weight()},
+        "best": {"val_loss": Mode.max},
+        "select": "val_loss",
+        "early_stop": {"moved": EarlyStop(target=-1.0)},
+    },
+}
+# Settings that watch what a fit of error, spread and anchored never measures.
+NEVER: list[tuple[str, dict[str, Any]]] = [
+    ("early_stop", {"early_stop": {"val_spread": EarlyStop(patience=1)}}),
+    ("early_stop", {"early_stop": {"epochs": EarlyStop(target=2, mode=Mode.max)}}),
+    ("early_stop", {"early_stop": {"trian_loss": EarlyStop(patience=1)}, "metrics": {"m": 1}}),
+    ("best", {"best": {"val_spread": Mode.max}}),
+    ("schedule.metric", {"schedule": Schedule(decay=Decay.plateau, metric="val_anchored")}),
+]
+
+
+class TestNames:
+    @pytest.mark.parametrize("settings", FITS.values(), ids=FITS)
+    def test_the_numbers_of_a_fit_are_those_declared(
+        self, bench: "Bench", make_term: Callable[[str], nn.Module], settings: dict[str, Any]
+    ) -> None:
+        terms = {name: make_term(name) for name in settings["loss"]}
+        loop = bench.loop(terms=terms, **settings)
+        stage = Fit(**vars(loop.settings))
+        classes = {name: type(term) for name, term in terms.items()}
+        assert set(loop.run()) == stage.metric_names(terms) == stage.metric_names(classes)
+        assert stage.metric_names(terms) <= (stage.metric_names() or set()) | {"moved"}  # type: ignore[operator]
+
+    def test_it_is_open_what_a_refresh_or_a_metric_of_ones_own_adds(self) -> None:
+        class Refreshed:
+            def refresh(self, epoch: int, predict: Any) -> dict[str, float]:
+                raise NotImplementedError
+
+        loss = {"it": Weight()}
+        assert Fit(epochs=1, loss=loss).metric_names({"it": Refreshed}) is None
+        assert Fit(epochs=1, loss=loss, metrics={"mine": None}).metric_names({"it": None}) is None
+
+    @pytest.mark.parametrize(("key", "settings"), NEVER)
+    def test_what_is_never_there_is_said_before_the_first_epoch(
+        self, bench: "Bench", key: str, settings: dict[str, Any]
+    ) -> None:
+        loss = {"error": Weight(), "spread": Weight(), "anchored": Weight()}
+        loop = bench.loop(loss=loss, **settings)
+        there = "train_loss, train_error, train_anchored, train_spread, lr, val_loss, val_error"
+        with pytest.raises(UserError) as caught:
+            loop.run()
+        assert re.fullmatch(
+            rf"stage\.fit\.{key}: no metric '\w+'; there are {there}, moved", str(caught.value)
+        )
+        assert loop.step == 0
+
+    def test_a_misspelled_one_beside_custom_metrics_is_said_at_the_first_evaluation(
+        self, bench: "Bench"
+    ) -> None:
+        loop = bench.loop(
+            metrics={"s": Scripted("score", [1.0] * 3)},
+            early_stop={"val_scroe": EarlyStop(patience=1)},
+        )
+        with pytest.raises(UserError, match=r"^stage.fit.early_stop: no metric 'val_scroe'; "):
+            loop.run()
+        assert loop.epoch == 1
 
 
 class TestEMA:

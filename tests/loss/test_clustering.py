@@ -70,7 +70,9 @@ def test_refreshes_on_schedule_and_reports_the_change_of_labels() -> None:
     assert rows == [{}, {}, {}, {}, {}, {"label_change": 0.0}]
     q = q.clone()
     q[:7] = q[:7].roll(1, 1)
-    assert term.refresh(10, predict)["label_change"] == pytest.approx(0.07)
+    found = term.refresh(10, predict)
+    assert found == {"label_change": pytest.approx(0.07)}
+    assert tuple(found) == Clustering.reports
     assert term.refresh(0, predict) == {}  # another stage begins
 
 

@@ -24,6 +24,7 @@ from stagesweep.core.optim import (
 )
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
+from stagesweep.core.terms import metric_names, reports
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import UserError
@@ -150,7 +151,7 @@ class Loop:
         # Numbers of the current epoch; the latest of each kind; what these were when the weights
         # that `select` names were kept.
         self.row: dict[str, float] = {}
-        self.summary: dict[str, float] = {}
+        self.summary = dict.fromkeys(reports(self.loss.terms) or (), math.nan)
         self.selected: dict[str, float] = {}
         self.saved_at = perf_counter()
         self.sums = torch.zeros(len(self.loss.terms), 2, device=machine.device)
@@ -164,6 +165,7 @@ class Loop:
 
         Returns the numbers of the epoch whose weights are left, and how many `epochs` there were.
         """
+        self.check_watched()
         seed_everything(self.seed)
         self.restore()
         s = self.settings
@@ -343,7 +345,7 @@ class Loop:
                 sums += torch.stack(add_up(terms, outputs, batch), 1)
                 for name, value in (batch | outputs).items() if self.settings.metrics else ():
                     arrays.setdefault(name, []).append(value)
-        row = self.means(sums, terms, "val")
+        row = self.means(sums, terms, "val") if terms else {}
         whole: dict[str, np.ndarray] = {n: torch.cat(v).cpu().numpy() for n, v in arrays.items()}
         for metric in self.settings.metrics.values():
             row |= {f"val_{name}": float(value) for name, value in metric(whole).items()}
@@ -351,6 +353,9 @@ class Loop:
 
     def track(self, row: Mapping[str, float]) -> None:
         """Keep the weights of each best value; lower the rate on a plateau."""
+        for name in self.stops:
+            if name.startswith("val_"):
+                self.value(row, name, "early_stop")
         for name, best in self.best.items():
             if best.update(self.value(row, name, "best")):
                 weights = self.averaged.state_dict()
@@ -385,9 +390,28 @@ class Loop:
     def value(self, row: Mapping[str, float], name: str, key: str) -> float:
         """A metric of this epoch; UserError lists those there are."""
         if name not in row:
-            stage = self.rows.stage
-            raise UserError(f"stage.{stage}.{key}: no metric '{name}'; there are {', '.join(row)}")
+            raise self.no_metric(name, key, row)
         return row[name]
+
+    def check_watched(self) -> None:
+        """UserError when the settings watch a metric that is known never to be there."""
+        known = metric_names(self.loss.terms)
+        if known is None:
+            return
+        s = self.settings
+        watched = [("best", name) for name in s.best]
+        watched += [("early_stop", name) for name in s.early_stop]
+        if s.schedule.decay is config.Decay.plateau:
+            watched.append(("schedule.metric", s.schedule.metric))
+        for key, name in watched:
+            # What custom metrics are called is known after the first evaluation.
+            if name not in known and not (s.metrics and name.startswith("val_")):
+                raise self.no_metric(name, key, known)
+
+    def no_metric(self, name: str, key: str, there: Collection[str]) -> UserError:
+        """What to say of a metric that is not there."""
+        stage = self.rows.stage
+        return UserError(f"stage.{stage}.{key}: no metric '{name}'; there are {', '.join(there)}")
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stagesweep import config
 from stagesweep.core.seeding import set_torch_state, torch_state
+from stagesweep.core.terms import per_sample, reads
 from stagesweep.data.view import Batch
 from stagesweep.errors import UserError
 from stagesweep.hardware import Machine
@@ -32,11 +33,6 @@ def add_up(terms: Terms, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tens
         return none, none
     totals, weights = zip(*values, strict=True)
     return torch.stack(totals), torch.stack(weights).detach()
-
-
-def reads(term: nn.Module) -> tuple[str, ...]:
-    """The outputs that a term must see of the whole batch at once; none for most terms."""
-    return getattr(term, "whole_batch", ())
 
 
 class WeightedLoss:
@@ -83,7 +79,7 @@ class WeightedLoss:
 
     def per_sample(self) -> dict[str, nn.Module]:
         """The terms that need neither the whole batch nor the whole training set."""
-        return {name: term for name, term in self.single.items() if not hasattr(term, "refresh")}
+        return {name: term for name, term in self.terms.items() if per_sample(term)}
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Model outputs under the machine's precision, handed to the terms as fp32."""

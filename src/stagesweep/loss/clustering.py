@@ -25,6 +25,7 @@ class Clustering(nn.Module):
     augmentation); the sum is then over both views.
     """
 
+    reports = ("label_change",)
     target: Tensor
     labels: Tensor
 

@@ -1,9 +1,11 @@
 """The stage that trains."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stagesweep import config
+from stagesweep.core.terms import metric_names
 
 if TYPE_CHECKING:
     from stagesweep.run import Run
@@ -21,13 +23,16 @@ class Fit(config.Fit):
         run.save_weights()
         return metrics
 
-    def metric_names(self) -> set[str] | None:
-        """Metrics known before training; None when custom metrics or terms may add to them."""
-        if self.metrics:
-            return None
-        terms = {"loss", *self.loss}
-        return (
-            {f"train_{t}" for t in terms}
-            | {f"val_{t}" for t in terms}
-            | {"epochs", "lr", "label_change"}
-        )
+    def metric_names(self, terms: Mapping[str, Any] | None = None) -> set[str] | None:
+        """Metrics known before training; None when custom metrics or terms may add to them.
+
+        `terms` are the loss terms, or their classes; without them, no name is left out that might
+        be there.
+        """
+        acting = [name for name, weight in self.loss.items() if weight.weight > 0]
+        if terms is None:
+            terms, might = dict.fromkeys(acting), {"label_change"}
+        else:
+            might = set()
+        known = metric_names({name: terms[name] for name in acting})
+        return None if known is None or self.metrics else {*known, *might, "epochs"}
