@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from stagesweep.errors import UserError
 from stagesweep.hardware import Machine
 
 log = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 
 class Best:
@@ -62,10 +63,8 @@ def predict(
     machine: Machine,
     batch_size: int = 1024,
 ) -> dict[str, Tensor]:
-    """Outputs and batch columns of a whole split in order, in eval mode, fp32 on the CPU.
-
-    An output wins over a batch column of its name; ``input/<name>`` asks for the column.
-    ``names`` None gives every output.
+    """Outputs and batch columns (see `named`) of a whole split in order, in eval mode, fp32 on the
+    CPU; ``names`` None gives every output.
     """
     training = model.training
     model.eval()
@@ -78,7 +77,7 @@ def predict(
                 machine.device.type, machine.autocast, enabled=machine.autocast is not None
             ):
                 outputs = model(batch)
-            given = outputs if names is None else {n: pick(n, outputs, batch) for n in names}
+            given = outputs if names is None else pick(names, named(outputs, batch))
             for name, value in given.items():
                 value = value.float() if value.is_floating_point() else value
                 seen.setdefault(name, []).append(value)
@@ -86,16 +85,28 @@ def predict(
     return {name: torch.cat(parts).cpu().clone() for name, parts in seen.items()}
 
 
-def pick(name: str, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    """A model output or batch column by name; UserError lists what there is."""
-    if name in outputs:
-        return outputs[name]
-    if name.removeprefix("input/") in batch:
-        return batch[name.removeprefix("input/")]
-    have = ", ".join(sorted({*outputs, *batch}))
-    raise UserError(
-        f"the model gives no '{name}' and the data has no such column; there are {have}"
-    )
+def named(outputs: Mapping[str, Value], columns: Mapping[str, Value]) -> dict[str, Value]:
+    """Model outputs and batch columns by name.
+
+    An output wins over a column of its name; ``input/<name>`` is the column in any case.
+    """
+    return {**columns, **{f"input/{name}": c for name, c in columns.items()}, **outputs}
+
+
+def pick(names: Collection[str], there: Mapping[str, Value]) -> dict[str, Value]:
+    """Those of `names`; UserError lists what there is."""
+    for name in names:
+        if name not in there:
+            have = ", ".join(sorted(n for n in there if not n.startswith("input/")))
+            raise UserError(
+                f"the model gives no '{name}' and the data has no such column; there are {have}"
+            )
+    return {name: there[name] for name in names}
+
+
+def joined(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+    """The columns of all batches, one after the other."""
+    return {n: torch.cat([batch[n] for batch in batches]).cpu().numpy() for n in batches[0]}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -334,7 +345,7 @@ class Loop:
         """Per-sample loss terms and the stage's metrics on the validation split."""
         terms = self.loss.per_sample()
         sums = torch.zeros(len(terms), 2, device=self.machine.device)
-        arrays: dict[str, list[Tensor]] = {}
+        seen: list[tuple[dict[str, Tensor], Batch]] = []
         model = self.loss.model if self.ema is None else self.averaged
         model.eval()
         size = min(1024, self.loss.micro_batch or 1024)
@@ -343,12 +354,13 @@ class Loop:
                 batch = to_device(batch, self.machine.device)
                 outputs = self.loss.forward(model, batch)
                 sums += torch.stack(add_up(terms, outputs, batch), 1)
-                for name, value in (batch | outputs).items() if self.settings.metrics else ():
-                    arrays.setdefault(name, []).append(value)
+                if self.settings.metrics:
+                    seen.append((outputs, batch))
         row = self.means(sums, terms, "val") if terms else {}
-        whole: dict[str, np.ndarray] = {n: torch.cat(v).cpu().numpy() for n, v in arrays.items()}
-        for metric in self.settings.metrics.values():
-            row |= {f"val_{name}": float(value) for name, value in metric(whole).items()}
+        if seen:
+            arrays = named(*map(joined, zip(*seen, strict=True)))
+            for metric in self.settings.metrics.values():
+                row |= {f"val_{name}": float(value) for name, value in metric(arrays).items()}
         return row
 
     def track(self, row: Mapping[str, float]) -> None:
