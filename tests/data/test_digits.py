@@ -37,6 +37,16 @@ def test_views_number_their_own_rows() -> None:
     assert torch.equal(val["index"], torch.arange(len(val)))
 
 
+def test_ids_are_the_rows_of_scikit_learns_set() -> None:
+    data, images = Digits(), load_digits().data
+    assert data.ids("train").tolist() == [str(row) for row in range(1797)]
+    for name in ("val", "test"):
+        rows = data.ids(name).astype(int)
+        np.testing.assert_allclose(data.split(name)["image"].numpy() * 16, images[rows])
+
+
 def test_an_unknown_split_is_named() -> None:
-    with pytest.raises(UserError, match="no split 'dev': choose from train, val, test"):
-        Digits().split("dev")
+    data = Digits()
+    for ask in (data.split, data.ids):
+        with pytest.raises(UserError, match="no split 'dev': choose from train, val, test"):
+            ask("dev")

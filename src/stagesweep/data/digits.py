@@ -1,6 +1,8 @@
 """Scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, part of its package."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -33,6 +35,14 @@ class Digits:
 
     def split(self, name: str) -> View:
         """The images of a split, in the order of the data set."""
-        if name not in self.rows:
-            raise UserError(f"digits have no split '{name}': choose from {', '.join(self.rows)}")
-        return View({key: column[self.rows[name]] for key, column in self.columns.items()})
+        rows = self._members(name)
+        return View({key: column[rows] for key, column in self.columns.items()})
+
+    def ids(self, split: str) -> NDArray[np.str_]:
+        """What each image of a split is called, (n,): its row number in scikit-learn's set."""
+        return np.array(self._members(split)).astype(str)
+
+    def _members(self, split: str) -> list[int]:
+        if split not in self.rows:
+            raise UserError(f"digits have no split '{split}': choose from {', '.join(self.rows)}")
+        return self.rows[split]
