@@ -114,12 +114,12 @@ def test_a_map_of_many_points_is_of_a_sample() -> None:
 
 def test_audiograms_are_drawn_with_soft_sounds_on_top() -> None:
     names = ("6kHz", "12kHz", "18kHz", "click")
-    features = Features(names, low=0.0, high=100.0, ordered=True)
-    figure = cluster_profiles(profile_table(names), features)
+    features = Features(names, low=0.0, high=100.0, ordered=True, unit="dB SPL")
+    figure = cluster_profiles(profile_table(names), "thresholds", features)
     picture(figure)
     ax = figure.axes[0]
     assert ax.get_ylim() == (100, 0)
-    assert ax.get_ylabel() == "threshold (dB SPL)"
+    assert ax.get_ylabel() == "thresholds (dB SPL)"
     assert [tick.get_text() for tick in ax.get_xticklabels()] == list(names)
     # No line leads from the highest tone to the click.
     assert [len(line.get_xdata()) for line in ax.lines if line.get_linestyle() == "-"][:2] == [3, 3]
@@ -128,16 +128,32 @@ def test_audiograms_are_drawn_with_soft_sounds_on_top() -> None:
 
 def test_images_are_drawn_as_images() -> None:
     names = tuple(f"pixel_{i}" for i in range(6))
-    figure = cluster_profiles(profile_table(names), Features(names, 0.0, 1.0, grid=(2, 3)))
+    features = Features(names, 0.0, 1.0, grid=(2, 3), unit="intensity")
+    figure = cluster_profiles(profile_table(names), "image", features)
     picture(figure)
     assert [ax.images[0].get_array().shape for ax in figure.axes[:3]] == [(2, 3)] * 3  # type: ignore[union-attr]
+    assert figure.axes[-1].get_ylabel() == "image (intensity)"
 
 
-def test_features_without_order_or_range_are_drawn_too() -> None:
+def test_images_without_a_range_share_their_scale() -> None:
+    names = ("a", "b", "c", "d")
+    figure = cluster_profiles(profile_table(names), "image", Features(names, grid=(2, 2)))
+    assert [ax.images[0].get_clim() for ax in figure.axes[:3]] == [(0, 20)] * 3
+
+
+def test_what_is_ordered_need_not_be_in_decibels() -> None:
+    names = ("500 nm", "600 nm")
+    features = Features(names, low=0.0, high=2.0, ordered=True, unit="V")
+    figure = cluster_profiles(profile_table(names), "spectrum", features)
+    assert figure.axes[0].get_ylabel() == "spectrum (V)"
+    assert figure.axes[0].get_ylim() == (0, 2)
+
+
+def test_features_without_order_range_or_unit_are_drawn_too() -> None:
     names = ("age", "weight")
-    figure = cluster_profiles(profile_table(names, clusters=1), Features(names))
+    figure = cluster_profiles(profile_table(names, clusters=1), "body", Features(names))
     picture(figure)
-    assert figure.axes[0].get_ylabel() == "value"
+    assert figure.axes[0].get_ylabel() == "body"
 
 
 def test_the_mean_of_all_weighs_clusters_by_their_size() -> None:

@@ -122,7 +122,8 @@ class Audiogram:
         groups, train = _scaling_groups(standardise, labels, len(table)), rows["train"]
 
         self._columns = {name: torch.from_numpy(codes) for name, codes in labels.items()}
-        features = {"thresholds": Features(tuple(columns.thresholds), LOWEST, HIGHEST, True)}
+        tones = tuple(columns.thresholds)
+        features = {"thresholds": Features(tones, LOWEST, HIGHEST, ordered=True, unit="dB SPL")}
         for name, column in _scaled(decibels, groups, train, min_group, columns.thresholds).items():
             self._columns["thresholds" + name] = column
         if pca:
@@ -131,7 +132,7 @@ class Audiogram:
         if columns.metadata:
             scaled = _scaled(metadata, np.zeros_like(groups), train, 1, columns.metadata)
             self._columns |= {"metadata": scaled[""], "metadata/mask": scaled["/mask"]}
-            features["metadata"] = Features(tuple(columns.metadata))
+            features["metadata"] = Features(tuple(columns.metadata), unit="z-score")
         sizes = {}
         for name, theirs in columns.categories.items():
             self._columns[name], sizes[name] = _category(table[theirs], train)

@@ -23,7 +23,7 @@ class Digits:
         digits = load_digits()
         rows, columns = digits.images.shape[1:]
         names = tuple(f"pixel_{row}_{column}" for row in range(rows) for column in range(columns))
-        image = Features(names, low=0.0, high=1.0, grid=(rows, columns))
+        image = Features(names, low=0.0, high=1.0, grid=(rows, columns), unit="intensity")
         self.spec = Spec(features={"image": image}, labels={"digit": len(digits.target_names)})
         pixels = torch.tensor(digits.data, dtype=torch.float32) / 16
         labels = torch.tensor(digits.target, dtype=torch.int64)

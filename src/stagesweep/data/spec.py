@@ -9,7 +9,8 @@ class Features:
 
     ``low`` and ``high`` are the native range a decoder must stay in (None: unbounded). ``ordered``
     features have neighbours (frequencies of an audiogram): attention and smoothness apply to them.
-    ``grid`` is (height, width) when the features are the pixels of an image, row by row.
+    ``grid`` is (height, width) when the features are the pixels of an image, row by row. ``unit``
+    is that of native values, as it is written on axes.
     """
 
     names: tuple[str, ...]
@@ -17,6 +18,7 @@ class Features:
     high: float | None = None
     ordered: bool = False
     grid: tuple[int, int] | None = None
+    unit: str = ""
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,8 @@ class Figures(config.Figures):
                 yield f"confusion_{label}", confusion(samples[label], samples["cluster"])
         if run.has("profiles.csv"):
             profiles = run.load("profiles.csv")
-            yield (
-                "profiles",
-                cluster_profiles(profiles, run.data.spec.features[profiles["column"].iloc[0]]),
-            )
+            column = profiles["column"].iloc[0]
+            yield "profiles", cluster_profiles(profiles, column, run.data.spec.features[column])
         if run.has("enrichment.csv"):
             table = run.load("enrichment.csv")
             if len(table):
@@ -271,8 +269,9 @@ def confusion(labels: pd.Series, clusters: pd.Series) -> Figure:
 # ------------------------------------------------------------------------------ clusters
 
 
-def cluster_profiles(table: pd.DataFrame, features: Features) -> Figure:
+def cluster_profiles(table: pd.DataFrame, column: str, features: Features) -> Figure:
     """The mean input of each cluster: an image, or a profile with its standard deviation."""
+    label = f"{column} ({features.unit})" if features.unit else column
     clusters = table.groupby("cluster")
     columns = min(6, ceil(len(clusters) ** 0.5) + 1)
     rows = ceil(len(clusters) / columns)
@@ -281,10 +280,12 @@ def cluster_profiles(table: pd.DataFrame, features: Features) -> Figure:
     figure = Figure(size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     everyone = weighted_mean(table)
+    low = table["mean"].min() if features.low is None else features.low
+    high = table["mean"].max() if features.high is None else features.high
     for ax, (cluster, profile) in zip(grid.flat, clusters, strict=False):
         if features.grid is not None:
             pixels = profile["mean"].to_numpy().reshape(features.grid)
-            ax.imshow(pixels, cmap="gray_r", vmin=features.low, vmax=features.high)
+            drawn = ax.imshow(pixels, cmap="gray_r", vmin=low, vmax=high)
             ax.set(xticks=[], yticks=[])
         else:
             line(ax, profile, everyone, features)
@@ -292,9 +293,10 @@ def cluster_profiles(table: pd.DataFrame, features: Features) -> Figure:
     for ax in grid.flat[len(clusters) :]:
         ax.set_axis_off()
     if image:
+        figure.colorbar(drawn, ax=grid, label=label)
         figure.suptitle("Mean image of each cluster")
     else:
-        label_profiles(grid, len(clusters), features)
+        label_profiles(grid, len(clusters), label, features)
         figure.suptitle("Mean ± s.d. of each cluster, and the mean of all samples (grey)")
     return figure
 
@@ -325,17 +327,18 @@ def line(ax: Axes, profile: pd.DataFrame, everyone: pd.Series, features: Feature
     tidy(ax)
 
 
-def label_profiles(grid: NDArray[Any], used: int, features: Features) -> None:
+def label_profiles(grid: NDArray[Any], used: int, label: str, features: Features) -> None:
     """Ticks and labels of the axes around a grid of profiles."""
     first = grid.flat[0]
     first.set_xticks(range(len(features.names)), features.names)
-    if features.ordered and features.low is not None:
+    first.set_ylim(features.low, features.high)
+    if features.unit.startswith("dB"):
         # As audiograms are drawn: what is heard softly is on top.
-        first.set_ylim(features.high, features.low)
+        first.invert_yaxis()
     for number, ax in enumerate(grid.flat[:used]):
         ax.tick_params("x", rotation=60, labelbottom=number + grid.shape[1] >= used)
     for ax in grid[:, 0]:
-        ax.set_ylabel("threshold (dB SPL)" if features.ordered else "value")
+        ax.set_ylabel(label)
 
 
 def enrichment(table: pd.DataFrame) -> Figure:
