@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -225,6 +226,41 @@ def test_the_examples_of_contributing_pass_their_tests(contributed: Path) -> Non
 
 def test_the_experiment_of_contributing_validates(compose: Compose, contributed: Path) -> None:
     validate(compose("experiment=wine", "search=bayes", folders=[contributed / "conf"]))
+
+
+def with_rows(guide: str, rows: list[str]) -> str:
+    """The guide with rows below the headers of its tables that come before them."""
+    lines = guide.splitlines(keepends=True)
+    place = 0
+    for row in rows:
+        if row in lines:
+            place = lines.index(row) + 2
+        else:
+            lines.insert(place, row)
+    return "".join(lines)
+
+
+def test_who_follows_contributing_to_the_letter_passes_the_tests(tmp_path: Path) -> None:
+    for name in ("conf", "docs", "src", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "Makefile"):
+        shutil.copy(file, tmp_path)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert not before & {tmp_path / name for name in files("CONTRIBUTING.md")}
+    write_files("CONTRIBUTING.md", tmp_path)
+    (rows,) = blocks("CONTRIBUTING.md", "markdown")
+    (tmp_path / "docs/guide.md").write_text(with_rows(GUIDE, rows.splitlines(keepends=True)))
+    own = "wine or linear or sparsity or embed or neighbour or laptop or reached or row"
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", own, "tests/configs", "tests/test_docs.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.parametrize("page", PAGES)

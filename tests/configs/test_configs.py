@@ -50,7 +50,14 @@ def components() -> dict[str, dict[str, Any]]:
     return {f"{name}:{path}".rstrip(":"): node for name, path, node in found}
 
 
+def base(name: str) -> str | None:
+    """The schema that a YAML extends, of those that extend one."""
+    defaults = map(str, read(name).get("defaults", ()))
+    return next((each for each in defaults if each.startswith("base_")), None)
+
+
 COMPONENTS = components()
+SCHEMAS = [name for name in options("stage", "hardware") if base(name) is not None]
 
 
 def given(cfg: DictConfig, folder: Path) -> DictConfig:
@@ -148,7 +155,7 @@ def test_a_component_lies_in_the_package_of_its_group(name: str) -> None:
     assert COMPONENTS[name]["_target_"].startswith((f"stagesweep.{group}.", "torch."))
 
 
-@pytest.mark.parametrize("name", [name for name in COMPONENTS if not name.startswith("stage/")])
+@pytest.mark.parametrize("name", [n for n in COMPONENTS if n.partition(":")[0] not in SCHEMAS])
 def test_a_component_lists_every_parameter(name: str) -> None:
     group, node = name.partition("/")[0], COMPONENTS[name]
     wanted = dict(inspect.signature(locate(name, node["_target_"])).parameters)
@@ -158,16 +165,23 @@ def test_a_component_lists_every_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", options("stage", "hardware"))
+def test_what_has_a_schema_extends_it(name: str) -> None:
+    """Every profile, and the stages whose class inherits one."""
+    target = read(name).get("_target_")
+    has = target is None or issubclass(locate(name, target), config.Stage)  # type: ignore[arg-type]
+    assert (name in SCHEMAS) == has
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
 def test_every_field_of_a_schema_is_shown_with_its_default(name: str) -> None:
     config.register()
     group, _, option = name.partition("/")
-    (base,) = [each for each in read(name)["defaults"] if str(each).startswith("base_")]
-    schema = ConfigStore.instance().load(f"{group}/{base}.yaml").node
+    schema = ConfigStore.instance().load(f"{group}/{base(name)}.yaml").node
     kind = OmegaConf.get_type(schema)
     assert kind is not None
     shown = {key: value for key, value in read(name).items() if key != "defaults"}
     assert list(shown) == [field.name for field in fields(kind)]
-    if option in ("auto", base.removeprefix("base_")):
+    if option == "auto" or base(name) == f"base_{option}":
         merged = OmegaConf.merge(schema, shown)
         assert OmegaConf.to_container(merged) == OmegaConf.to_container(schema)
 
