@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stagesweep import config
 from stagesweep.core import checkpoint, interrupt
@@ -20,6 +19,7 @@ from stagesweep.core.optim import (
     freeze,
     frozen_modules,
     learning_rate,
+    running_average,
     train_mode,
 )
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
@@ -142,16 +142,16 @@ class Loop:
         fp16 = machine.precision is config.Precision.fp16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=fp16)
         self.loss = WeightedLoss(model, terms, settings.loss, machine, self.scaler)
-        self.ema = (
-            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
-            if settings.ema
-            else None
-        )
+        self.ema = running_average(model, settings.ema)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         machine.set_threads(sum(p.numel() for p in self.parameters))
         # Noise and augmentation have a stream of their own.
-        self.noise = torch.Generator(machine.device)
-        self.noise.manual_seed(derive(seed, "noise"))
+        self.noise = torch.Generator(machine.device).manual_seed(derive(seed, "noise"))
+        self.start()
+
+    def start(self) -> None:
+        """Everything as it is before the first step."""
+        settings = self.settings
         self.best = {name: Best(mode) for name, mode in settings.best.items()}
         self.best_weights: dict[str, dict[str, Tensor]] = {}
         self.stops = {n: Best(s.mode, s.min_delta) for n, s in settings.early_stop.items()}
@@ -165,7 +165,8 @@ class Loop:
         self.summary = dict.fromkeys(reports(self.loss.terms) or (), math.nan)
         self.selected: dict[str, float] = {}
         self.saved_at = perf_counter()
-        self.sums = torch.zeros(len(self.loss.terms), 2, device=machine.device)
+        # Totals and weights of the epoch; values and gradient norms that are not checked yet.
+        self.sums = torch.zeros(len(self.loss.terms), 2, device=self.machine.device)
         self.recent: list[Tensor] = []
         self.norms: list[Tensor] = []
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stagesweep import config
 from stagesweep.errors import UserError
@@ -81,6 +82,13 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
         groups, lr=settings.lr, **{k: v for k, v in extra.items() if k in accepted}
     )
     return optimizer
+
+
+def running_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """A copy of the model, buffers too, that follows its weights; None without a decay."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def learning_rate(base: float, position: float, epochs: float, settings: config.Schedule) -> float:
