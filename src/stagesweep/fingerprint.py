@@ -140,6 +140,11 @@ def _version(package: str, spec: ModuleSpec) -> str | None:
     place = Path(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
     if package == _OWN or not {"site-packages", "dist-packages"} & set(place.parts):
         return None
+    return _release(package)
+
+
+@cache
+def _release(package: str) -> str | None:
     installed = _distributions(package)
     requirements = [line for one in installed for line in one.requires or ()]
     if any(re.match(rf"{_OWN}(?![\w.-])", line) for line in requirements):
@@ -147,13 +152,19 @@ def _version(package: str, spec: ModuleSpec) -> str | None:
     return ",".join(sorted({f"{one.name}=={one.version}" for one in installed})) or None
 
 
-@cache
-def _distributions(package: str) -> tuple[metadata.Distribution, ...]:
+def _distributions(package: str) -> list[metadata.Distribution]:
     try:
-        return (metadata.distribution(package),)
-    except metadata.PackageNotFoundError:  # sklearn is in scikit-learn; the full map is slow
-        names = metadata.packages_distributions().get(package, ())
-        return tuple(metadata.distribution(name) for name in names)
+        return [metadata.distribution(package)]
+    except metadata.PackageNotFoundError:  # sklearn is in scikit-learn
+        names = {one.name for one in metadata.distributions() if _provides(one, package)}
+        return [metadata.distribution(name) for name in names]
+
+
+def _provides(one: metadata.Distribution, package: str) -> bool:
+    """Whether a distribution brings a package, as importlib.metadata would tell, but sooner."""
+    if (listed := one.read_text("top_level.txt")) is not None:
+        return package in listed.split()
+    return re.search(rf"^{package}[/.]", one.read_text("RECORD") or "", re.MULTILINE) is not None
 
 
 def _read(module: str, spec: ModuleSpec) -> tuple[str, frozenset[str]]:
