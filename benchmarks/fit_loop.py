@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.tensorboard import SummaryWriter
 
 from stagesweep import config
+from stagesweep.core.board import Board
 from stagesweep.core.fit import Loop
 from stagesweep.core.log import MetricLog
 from stagesweep.data.digits import Digits
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, Sampler, View
-from stagesweep.hardware import resolve
+from stagesweep.hardware.machine import resolve
 from stagesweep.loss.kl import KL
 from stagesweep.loss.reconstruction import Reconstruction
 from stagesweep.model.vae import ClusteringVAE
@@ -152,7 +152,7 @@ def ours(case: Case, data: Digits, epochs: int) -> float:
         best={"val_loss": config.Mode.min},
     )
     with tempfile.TemporaryDirectory() as folder:
-        board = SummaryWriter(folder)
+        board = Board(Path(folder))
         rows = MetricLog(Path(folder, "metrics.jsonl"), board, "fit")
         machine = resolve(config.Hardware(device=config.Device.cpu))
         views = {name: data.split(name) for name in ("train", "val")}

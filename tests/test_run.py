@@ -15,30 +15,27 @@ from torch import nn
 
 from stagesweep import config
 from stagesweep.core import checkpoint
+from stagesweep.core.board import Board
 from stagesweep.errors import UserError
-from stagesweep.run import (
-    Run,
-    build_stage,
-    content_hash,
-    init_from,
-    targets,
-    what_counts,
-    without_nan,
-)
+from stagesweep.inputs import content_hash, inputs, targets, what_counts
+from stagesweep.run import Run, build_stage, init_from
 from stagesweep.stage.fit import Fit
+from stagesweep.store import Store
+from stagesweep.walk import without_nan
 
 
 @pytest.fixture
 def run(compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run of digits that has not walked its stages; its first stage's entry is open."""
     monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
-    made = Run(compose("experiment=digits"), tmp_path / "run", overrides=["seed=0"])
-    entry = made.store.entry("0" * 32)
+    board = Board(tmp_path / "run" / "tensorboard")
+    made = Run(compose("experiment=digits"), tmp_path / "run", [], board)
+    entry = Store.default().entry("0" * 32)
     made._entry, made.stage = entry, "pretrain"
     entry.begin(fresh=False)
     with execution_whitelist(config.trusted()):
         yield made
-    made.board.close()
+    board.close()
 
 
 def test_fields_that_change_no_result_are_left_out() -> None:
@@ -49,13 +46,6 @@ def test_fields_that_change_no_result_are_left_out() -> None:
     assert counted["optimizer"]["betas"] == (0.9, 0.999)
     skipped = {"save_every", "save_seconds", "keep_last", "log_every", "histogram_every"}
     assert not skipped & set(counted)
-
-
-def inputs(compose: Any, tmp_path: Path, *overrides: str) -> dict[str, dict[str, Any]]:
-    """What each stage of digits reads from its config."""
-    made = Run(compose("experiment=digits", *overrides), tmp_path / "run", overrides=[])
-    made.board.close()
-    return {name: made.inputs(name) for name in made.cfg.stage}
 
 
 @pytest.mark.parametrize(
@@ -74,9 +64,10 @@ def inputs(compose: Any, tmp_path: Path, *overrides: str) -> dict[str, dict[str,
     ],
 )
 def test_a_stage_reads_what_can_change_it_and_no_more(
-    compose: Any, tmp_path: Path, override: str, changed: str
+    compose: Any, override: str, changed: str
 ) -> None:
-    before, after = inputs(compose, tmp_path), inputs(compose, tmp_path, override)
+    before = inputs(compose("experiment=digits"))
+    after = inputs(compose("experiment=digits", override))
     found = {name for name in before if before[name] != after[name]}
     assert found == {"all": set(before), "joint": {"joint"}, "none": set()}[changed]
 
@@ -163,9 +154,7 @@ def test_json_has_no_nan() -> None:
     }
 
 
-def test_a_fit_inside_another_stage_counts_with_its_loss_terms(
-    compose: Any, tmp_path: Path
-) -> None:
-    found = inputs(compose, tmp_path)
+def test_a_fit_inside_another_stage_counts_with_its_loss_terms(compose: Any) -> None:
+    found = inputs(compose("experiment=digits"))
     assert set(found["baselines"]["loss"]) == {"reconstruction"}
     assert set(found["evaluate"]["loss"]) == set()

@@ -43,10 +43,10 @@ def main() -> None:
 )
 def job(cfg: DictConfig) -> float | None:
     """One run in Hydra's hands; returns the value of its objective."""
-    from stagesweep.run import run
+    from stagesweep.walk import walk
 
     try:
-        return run(cfg)
+        return walk(cfg)
     except Interrupted as error:
         leave(str(error), error.exit_code)  # not an Exception: it ends a sweep, too
     except Exception as error:

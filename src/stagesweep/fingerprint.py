@@ -37,6 +37,7 @@ CHANGES_NO_RESULT = frozenset(
         "tqdm",
         f"{_OWN}.config",
         f"{_OWN}.core.interrupt",
+        f"{_OWN}.core.board",
         f"{_OWN}.core.log",
         f"{_OWN}.errors",
         f"{_OWN}.files",

@@ -20,9 +20,7 @@ Stages = dict[str, Any]
 
 def validate(cfg: DictConfig) -> None:
     """Raise UserError for the first thing that cannot work, naming the key and the remedy."""
-    resolved = complete(cfg)
-    schemas(resolved)
-    files(resolved)
+    resolved = form(cfg)
     with execution_whitelist(config.trusted()):
         targets(resolved)
         stages = kinds(resolved)
@@ -33,6 +31,14 @@ def validate(cfg: DictConfig) -> None:
                 k_range(f"stage.{name}", stage)
         order(resolved, stages)
         objective(resolved, stages)
+
+
+def form(cfg: DictConfig) -> DictConfig:
+    """What can be seen to be wrong without importing what the config names; gives it resolved."""
+    resolved = complete(cfg)
+    schemas(resolved)
+    files(resolved)
+    return resolved
 
 
 def complete(cfg: DictConfig) -> DictConfig:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from stagesweep import config
+from stagesweep.core.board import Board
 from stagesweep.core.fit import Loop
 from stagesweep.core.log import MetricLog
 from stagesweep.data.spec import Features, Spec
 from stagesweep.data.view import Batch, View
-from stagesweep.hardware import resolve
+from stagesweep.hardware.machine import resolve
 
 WIDTH, LATENT, SAMPLES = 6, 3, 44
 
@@ -128,7 +128,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.boards: list[SummaryWriter] = []
+        self.boards: list[Board] = []
         self.rows: list[MetricLog] = []
 
     def loop(
@@ -157,7 +157,7 @@ class Bench:
             config.Hardware(**{"device": config.Device.cpu, "threads": 1, **(hardware or {})})
         )
         folder = self.folder / name
-        board = SummaryWriter(str(folder / f"tensorboard_{len(self.boards)}"))
+        board = Board(folder / f"tensorboard_{len(self.boards)}")
         self.boards.append(board)
         self.rows.append(MetricLog(folder / "metrics.jsonl", board, "fit"))
         return Loop(

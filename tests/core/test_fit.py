@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from stagesweep import config
 from stagesweep.config import Decay, EarlyStop, Mode, Precision, Schedule, Weight
 from stagesweep.core import checkpoint, interrupt
+from stagesweep.core.board import read_rows
 from stagesweep.core.fit import Best, Loop, predict
-from stagesweep.core.log import MetricLog, read_rows
+from stagesweep.core.log import MetricLog
 from stagesweep.core.optim import learning_rate
 from stagesweep.data.loader import LoaderView
 from stagesweep.data.spec import Spec
@@ -879,8 +880,9 @@ class TestResuming:
 class TestLogs:
     def events(self, bench: "Bench") -> EventAccumulator:
         board = bench.boards[-1]
-        board.flush()
-        events = EventAccumulator(board.log_dir, size_guidance={"scalars": 0, "histograms": 0})
+        board.writer.flush()
+        sizes = {"scalars": 0, "histograms": 0}
+        events = EventAccumulator(str(board.folder), size_guidance=sizes)
         events.Reload()
         return events
 

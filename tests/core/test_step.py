@@ -13,7 +13,7 @@ from stagesweep import config
 from stagesweep.core.step import WeightedLoss, split
 from stagesweep.data.view import Batch
 from stagesweep.errors import UserError
-from stagesweep.hardware import Machine, resolve
+from stagesweep.hardware.machine import Machine, resolve
 from stagesweep.loss.consistency import Consistency
 from stagesweep.loss.contrastive import Contrastive
 

@@ -1,6 +1,7 @@
 """A run without a config: real artifacts and predictions, made-up data and model."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sklearn.datasets import make_blobs
 from torch import Tensor, nn
 
 from stagesweep import config
+from stagesweep.core.board import Board
 from stagesweep.data.spec import Features, Spec
 from stagesweep.data.view import View
 from stagesweep.model.clusters import Clusters
@@ -87,7 +89,9 @@ def make_run(tmp_path: Path) -> Iterator[MakeRun]:
                 },
             }
         )
-        run = Run(cfg, tmp_path / "run", [])
+        board = Board(tmp_path / "run" / "tensorboard")
+        boards.callback(board.close)
+        run = Run(cfg, tmp_path / "run", [], board)
         run.data = Blobs(**blobs)
         run.model = Mirror(blob_centres(run.data) * scale, scale)
         run.stage, run.seed = "it", 2**40
@@ -95,7 +99,7 @@ def make_run(tmp_path: Path) -> Iterator[MakeRun]:
         run._entry.begin(fresh=True)
         return run
 
-    with execution_whitelist(config.trusted()):
+    with execution_whitelist(config.trusted()), ExitStack() as boards:
         yield make
 
 

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from stagesweep.data.spec import Features
-from stagesweep.run import StageResult
 from stagesweep.stage.baselines import Baselines
 from stagesweep.stage.choose_clusters import ChooseClusters
 from stagesweep.stage.evaluate import Evaluate
@@ -25,6 +24,7 @@ from stagesweep.stage.figures import (
     training,
     weighted_mean,
 )
+from stagesweep.walk import StageResult
 
 
 def picture(figure: Figure) -> None:

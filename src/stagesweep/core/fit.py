@@ -28,7 +28,7 @@ from stagesweep.core.terms import metric_names, reports
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import UserError
-from stagesweep.hardware import Machine
+from stagesweep.hardware.machine import Machine
 
 log = logging.getLogger(__name__)
 Value = TypeVar("Value")

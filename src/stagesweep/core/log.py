@@ -12,9 +12,9 @@ from tensorboard.compat.proto.summary_pb2 import (  # type: ignore[import-untype
     Summary,
 )
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from stagesweep.core.board import Board, read_rows
 from stagesweep.files import atomic_text, explained
 
 
@@ -25,7 +25,7 @@ class MetricLog:
     record that a reused stage brings along, from which TensorBoard is written again.
     """
 
-    def __init__(self, path: Path, board: SummaryWriter, stage: str) -> None:
+    def __init__(self, path: Path, board: Board, stage: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.board, self.stage = path, board, stage
         self.stream = path.open("a")
@@ -38,7 +38,7 @@ class MetricLog:
         with explained(self.path):
             self.stream.write(json.dumps(row) + "\n")
             self.stream.flush()
-            to_board(self.board, row)
+            self.board.row(row)
 
     def histograms(self, model: nn.Module, step: int) -> None:
         """Distributions of every trained parameter and of its gradient."""
@@ -49,7 +49,7 @@ class MetricLog:
                 if parameter.grad is not None:
                     values.append(histogram(f"{self.stage}/{name}.grad", parameter.grad))
         with explained(self.path):
-            add_values(self.board, values, step)
+            self.board.add(values, step)
 
     def rewind(self, epoch: int, step: int) -> None:
         """Keep the rows up to `step` and of whole epochs up to `epoch`: the others come again."""
@@ -59,34 +59,12 @@ class MetricLog:
         atomic_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.stream = self.path.open("a")
         for row in rows:
-            to_board(self.board, row)
+            self.board.row(row)
 
     def close(self) -> None:
         """Close the file."""
         with explained(self.path):
             self.stream.close()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a half-written last line (a killed run) is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def to_board(board: SummaryWriter, row: Mapping[str, Any]) -> None:
-    """One row of numbers as TensorBoard scalars."""
-    prefix = row["stage"] if row["kind"] == "epoch" else f"{row['stage']}_step"
-    values = [
-        Summary.Value(tag=f"{prefix}/{name}", simple_value=value)
-        for name, value in row.items()
-        if name not in ("stage", "kind", "epoch", "step") and value is not None
-    ]
-    add_values(board, values, row["step"])
 
 
 def histogram(tag: str, values: Tensor, bins: int = 30) -> Summary.Value:
@@ -104,11 +82,6 @@ def histogram(tag: str, values: Tensor, bins: int = 30) -> Summary.Value:
         bucket=values.histc(bins, left, right).tolist(),
     )
     return Summary.Value(tag=tag, histo=counted)
-
-
-def add_values(board: SummaryWriter, values: list[Summary.Value], step: int) -> None:
-    """Many values in one record: one by one they cost more than a training step."""
-    board._get_file_writer().add_summary(Summary(value=values), step)
 
 
 def progress_bar(stage: str, done: int) -> "tqdm[Any]":

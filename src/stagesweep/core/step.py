@@ -12,7 +12,7 @@ from stagesweep.core.seeding import set_torch_state, torch_state
 from stagesweep.core.terms import per_sample, reads
 from stagesweep.data.view import Batch
 from stagesweep.errors import UserError
-from stagesweep.hardware import Machine
+from stagesweep.hardware.machine import Machine
 
 log = logging.getLogger(__name__)
 

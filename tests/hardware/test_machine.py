@@ -8,7 +8,7 @@ import torch
 from stagesweep import config
 from stagesweep.config import Device, Hardware, Precision
 from stagesweep.errors import UserError
-from stagesweep.hardware import CORES, resolve
+from stagesweep.hardware.machine import CORES, resolve
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")

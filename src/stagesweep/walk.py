@@ -1,0 +1,216 @@
+"""The story of a run: stage after stage, each from the store if it is there.
+
+Imports no torch until a stage has to run: to reuse every stage takes seconds less without.
+"""
+
+import json
+import logging
+import math
+import shutil
+import socket
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from stagesweep.config import Resume
+from stagesweep.core import interrupt
+from stagesweep.core.board import Board, read_rows
+from stagesweep.errors import Interrupted, UserError
+from stagesweep.explain import explain
+from stagesweep.files import atomic_text
+from stagesweep.inputs import fingerprints, hardware
+from stagesweep.store import Entry, Store
+from stagesweep.validate import form, validate
+
+if TYPE_CHECKING:
+    from stagesweep.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def walk(cfg: DictConfig) -> float | None:
+    """Execute one composed config in Hydra's output folder; returns the objective's value.
+
+    Writes ``result.json`` there whatever happens. Raises UserError for everything a person can
+    mend, Interrupted (exit status 130 or 143) when told to stop.
+    """
+    if not stored(cfg):
+        check(cfg)
+    hydra = HydraConfig.get()
+    this = Walk(cfg, Path(hydra.runtime.output_dir), overrides=list(hydra.overrides.task))
+    try:
+        with interrupt.handled():
+            this.stage_after_stage()
+            return this.finish()
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        this.write_result(status, explain(error) or str(error) or type(error).__name__)
+        raise
+    finally:
+        this.board.close()
+
+
+def stored(cfg: DictConfig) -> bool:
+    """Whether every stage can be reused, and the objective is among their numbers.
+
+    Such a config was found valid, with the same code, when its stages ran. Whatever is wrong with
+    another one, validation says it better.
+    """
+    if cfg.resume is Resume.never:
+        return False
+    try:
+        form(cfg)
+        store, (stage, _, metric) = Store.default(), cfg.objective.metric.partition("/")
+        entries = {name: store.entry(key) for name, key in fingerprints(cfg).items()}
+        manifests = {name: entry.manifest or {} for name, entry in entries.items()}
+        whole = all(manifests.values()) and not any(entry.damage() for entry in entries.values())
+        return whole and metric in manifests[stage]["metrics"]
+    except Exception:
+        return False
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot work, before anything is made."""
+    validate(cfg)
+    from stagesweep.hardware.machine import choose
+
+    choose(hardware(cfg))
+
+
+@dataclass
+class StageResult:
+    """How one stage of a run went."""
+
+    name: str
+    status: str
+    seconds: float
+    fingerprint: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Walk:
+    """One composed config being executed, and what its folder says of it."""
+
+    def __init__(self, cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
+        self.cfg, self.folder, self.overrides = cfg, folder, overrides
+        self.store = Store.default()
+        self.stages: list[StageResult] = []
+        self.started = perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        # What an earlier run left in this folder comes back from the store.
+        if (folder / "result.json").exists():
+            for name in ("stages", "tensorboard"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        atomic_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        self.board = Board(folder / "tensorboard")
+
+    @cached_property
+    def run(self) -> "Run":
+        """What stages run in, made when the first one does."""
+        from stagesweep.run import Run
+
+        return Run(self.cfg, self.folder, self.stages, self.board)
+
+    def stage_after_stage(self) -> None:
+        """Run or reuse every stage in order."""
+        for number, (name, key) in enumerate(fingerprints(self.cfg).items(), 1):
+            self.one(number, name, self.store.entry(key))
+
+    def one(self, number: int, name: str, entry: Entry) -> None:
+        """One stage: from the store if it is there, else run it, alone on this machine."""
+        folder = self.folder / "stages" / f"{number}_{name}"
+        started = perf_counter()
+        with entry.hold(on_wait=log.info):
+            if (manifest := self.reusable(name, entry)) is not None:
+                status, metrics = "reused", manifest["metrics"]
+                entry.touch()
+            else:
+                try:
+                    status, metrics = self.run.execute(name, entry, started)
+                except BaseException:
+                    entry.publish(folder)
+                    raise
+            shutil.rmtree(folder, ignore_errors=True)
+            entry.publish(folder)
+        self.copy_rows(folder, to_tensorboard=status == "reused")
+        seconds = perf_counter() - started
+        self.stages.append(StageResult(name, status, seconds, entry.fingerprint, metrics))
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:6])
+        log.info("%s: %s in %.1f s%s", name, status, seconds, shown and f" ({shown})")
+        self.write_result("running")
+
+    def reusable(self, name: str, entry: Entry) -> dict[str, Any] | None:
+        """The manifest of a finished stage; None when it must run (again)."""
+        if self.cfg.resume is Resume.never or (manifest := entry.manifest) is None:
+            return None
+        if damage := entry.damage():
+            log.warning("%s: runs again, its entry is damaged: %s", name, damage)
+            entry.discard()
+            return None
+        return manifest
+
+    def copy_rows(self, folder: Path, to_tensorboard: bool) -> None:
+        """Add a stage's rows to the run's metrics.jsonl, and a reused stage's to TensorBoard."""
+        source = folder / "metrics.jsonl"
+        if not source.exists():
+            return
+        with (self.folder / "metrics.jsonl").open("a") as stream:
+            stream.write(source.read_text())
+        for row in read_rows(source) if to_tensorboard else ():
+            self.board.row(row)
+
+    # ------------------------------------------------------------- the result
+
+    def finish(self) -> float | None:
+        """Write the result and the hyperparameters; returns the objective's value."""
+        value = self.objective()
+        self.write_result("complete")
+        metrics = {name: number for name, number in self.metrics().items() if math.isfinite(number)}
+        chosen = dict(text.lstrip("+~").partition("=")[::2] for text in self.overrides)
+        self.board.hyperparameters(chosen, metrics)
+        log.info("%s = %.6g; results in %s", self.cfg.objective.metric, value, self.folder)
+        return value
+
+    def metrics(self) -> dict[str, float]:
+        """All numbers of all stages so far, as ``<stage>/<metric>``."""
+        return {f"{s.name}/{k}": v for s in self.stages for k, v in s.metrics.items()}
+
+    def objective(self) -> float:
+        """The number a sweep steers by; UserError names the nearest when it is missing."""
+        name, metrics = self.cfg.objective.metric, self.metrics()
+        if name not in metrics:
+            have = ", ".join(sorted(metrics))
+            raise UserError(f"objective.metric={name} is no metric of this run; there are {have}")
+        return metrics[name]
+
+    def write_result(self, status: str, reason: str | None = None) -> None:
+        """Write result.json: where the run stands and every number so far."""
+        name = self.cfg.objective.metric
+        metrics = self.metrics()
+        result = {
+            "status": status,
+            "reason": reason,
+            "experiment": self.cfg.experiment,
+            "objective": {"name": name, "value": metrics.get(name)},
+            "metrics": metrics,
+            "seconds": perf_counter() - self.started,
+            "seed": self.cfg.seed,
+            "host": socket.gethostname(),
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+        atomic_text(self.folder / "result.json", json.dumps(without_nan(result), indent=1))
+
+
+def without_nan(value: Any) -> Any:
+    """Nested plain values with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
