@@ -5,7 +5,7 @@ import torch
 from scipy.spatial.distance import pdist
 from sklearn.metrics.pairwise import nan_euclidean_distances
 
-from stagesweep.loss.geometry import Geometry, distances
+from stagesweep.loss.geometry import PARTNERS, Geometry, distances, shrink
 
 
 def test_stress_is_that_of_all_pairs() -> None:
@@ -15,6 +15,26 @@ def test_stress_is_that_of_all_pairs() -> None:
     total, weight = Geometry("x", scale=0.5)({"mean": mean}, {"x": value})
     expected = ((pdist(mean) - 0.5 * pdist(value)) ** 2).mean()
     np.testing.assert_allclose(total / weight, expected, rtol=1e-4)
+
+
+def test_a_large_batch_is_cut_into_blocks() -> None:
+    generator = torch.Generator().manual_seed(2)
+    size = PARTNERS + 1
+    mean, value = (torch.randn(2 * size + 1, w, generator=generator) for w in (3, 5))
+    total, weight = Geometry("x")({"mean": mean}, {"x": value})
+    assert weight == 2 * size
+    parts = [slice(0, size), slice(size, 2 * size)]
+    expected = np.mean([((pdist(mean[p]) - pdist(value[p])) ** 2).mean() for p in parts])
+    np.testing.assert_allclose(total / weight, expected, rtol=1e-4)
+
+
+def test_shrinking_is_the_filter_of_wiener() -> None:
+    """A point whose mean square is s keeps the share s / (s + noise^2) of each coordinate."""
+    points = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 9.0]])
+    seen = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+    kept = torch.tensor([[12.5 / 13.5], [0.0], [0.5]])
+    torch.testing.assert_close(shrink(points, seen, 1.0), points * kept)
+    torch.testing.assert_close(shrink(points, seen, 0.0), points)
 
 
 def test_a_missing_value_takes_no_part() -> None:
