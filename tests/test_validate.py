@@ -88,6 +88,12 @@ LINES = {
     "+stage.extra=3": "stage.extra is no stage; add one with '+stage@stage.extra=<kind>'",
     "objective.metric=evaluate/nmy": "objective.metric=evaluate/nmy: stage evaluate has no 'nmy'; "
     "did you mean 'nmi'?",
+    "objective.metric=joint/val_clustering": "objective.metric=joint/val_clustering: stage joint "
+    "has no 'val_clustering'; did you mean 'train_clustering'?",
+    "objective.metric=pretrain/label_change": "objective.metric=pretrain/label_change: stage "
+    "pretrain has no 'label_change'; there are ",
+    "+stage.joint.early_stop={val_clustering: {patience: 3}}": "stage.joint.early_stop."
+    "val_clustering: no such metric; did you mean 'train_clustering'?",
     "objective.metric=evaluation/nmi": "objective.metric=evaluation/nmi: no stage 'evaluation'; "
     "did you mean 'evaluate'?",
     "objective.metric=nmi": "objective.metric=nmi: no stage 'nmi'; there are pretrain, ",

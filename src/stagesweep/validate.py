@@ -158,18 +158,26 @@ def fit(path: str, settings: config.Fit, cfg: DictConfig) -> None:
     watched |= {f"{path}.early_stop.{metric}": metric for metric in settings.early_stop}
     if settings.schedule.decay is config.Decay.plateau:
         watched[f"{path}.schedule.metric={settings.schedule.metric}"] = settings.schedule.metric
-    known = metric_names(settings)
+    known = metric_names(settings, cfg)
     for key, metric in watched.items():
         if known is not None and metric not in known:
             raise UserError(f"{key}: no such metric; {nearest(metric, sorted(known))}")
 
 
-def metric_names(settings: Any) -> set[str] | None:
+def metric_names(settings: Any, cfg: DictConfig) -> set[str] | None:
     """The metrics a stage is known to have before it runs; None when that is open."""
     if not isinstance(settings, config.Stage):
         return None
     stage = locate("stage", settings._target_)(**{f: getattr(settings, f) for f in names(settings)})
-    found: set[str] | None = stage.metric_names() if hasattr(stage, "metric_names") else None
+    if not hasattr(stage, "metric_names"):
+        return None
+    found: set[str] | None
+    if not isinstance(settings, config.Fit):
+        found = stage.metric_names()
+        return found
+    terms = {t: locate(f"loss.{t}", cfg.loss[t]._target_) for t in settings.loss}
+    # What a function makes can be asked only once it is made.
+    found = stage.metric_names(terms) if all(isinstance(t, type) for t in terms.values()) else None
     return found
 
 
@@ -213,7 +221,7 @@ def objective(cfg: DictConfig, stages: Stages) -> None:
     if name not in stages:
         hint = nearest(name, stages)
         raise UserError(f"objective.metric={wanted}: no stage '{name}'; {hint}")
-    known = metric_names(stages[name])
+    known = metric_names(stages[name], cfg)
     if known is not None and metric not in known:
         hint = nearest(metric, sorted(known))
         raise UserError(f"objective.metric={wanted}: stage {name} has no '{metric}'; {hint}")

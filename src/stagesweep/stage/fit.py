@@ -23,16 +23,10 @@ class Fit(config.Fit):
         run.save_weights()
         return metrics
 
-    def metric_names(self, terms: Mapping[str, Any] | None = None) -> set[str] | None:
+    def metric_names(self, terms: Mapping[str, Any]) -> set[str] | None:
         """Metrics known before training; None when custom metrics or terms may add to them.
 
-        `terms` are the loss terms, or their classes; without them, no name is left out that might
-        be there.
+        `terms` are the loss terms, or their classes.
         """
-        acting = [name for name, weight in self.loss.items() if weight.weight > 0]
-        if terms is None:
-            terms, might = dict.fromkeys(acting), {"label_change"}
-        else:
-            might = set()
-        known = metric_names({name: terms[name] for name in acting})
-        return None if known is None or self.metrics else {*known, *might, "epochs"}
+        known = metric_names({n: terms[n] for n, use in self.loss.items() if use.weight > 0})
+        return None if known is None or self.metrics else {*known, "epochs"}
