@@ -56,6 +56,10 @@ def test_baselines_are_in_the_same_table(make_run: Any) -> None:
     assert row["davies_bouldin"] == pytest.approx(davies_bouldin(test["mean"], clusters))
     assert row["ari"] == metrics["test_ari"]
     assert isnan(row["stability"])
+    samples = run.load("clusters.csv")
+    for method in ("kmeans", "gmm"):
+        fit = run.load("baselines.npz")[f"{method}/val"][0]
+        assert list(samples[samples["split"] == "val"][f"cluster_{method}"]) == list(fit)
 
 
 def test_every_sample_is_in_the_tables(make_run: Any) -> None:

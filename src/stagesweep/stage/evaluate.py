@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+Fits = dict[str, dict[str, Array]]
 
 # What metrics of a split begin with. Train is what the run was fitted on, and so what a clustering
 # is judged by; val steers a search; test is looked at once, at its end.
@@ -36,20 +37,22 @@ class Evaluate(config.Evaluate):
     """Score the model's clusters, and those of the baselines in the same table.
 
     Leaves ``comparison.csv`` (a row for each method and split), ``clusters.csv`` (a row for each
-    sample), ``embeddings.npz`` (``<split>/mean`` ...), ``profiles.csv`` (the mean input of each
-    cluster), ``reconstruction.csv`` (errors of each feature) and ``enrichment.csv``; features are
-    in native units there. A collapsed model is a failed run, but only after all of it is written.
+    sample: its cluster, and as ``cluster_<method>`` that of each baseline), ``embeddings.npz``
+    (``<split>/mean`` ...), ``profiles.csv`` (the mean input of each cluster),
+    ``reconstruction.csv`` (errors of each feature) and ``enrichment.csv``; features are in native
+    units there. A collapsed model is a failed run, but only after all of it is written.
     """
 
     def __call__(self, run: "Run") -> dict[str, float]:
         """Return the model's scores, those on val and test as ``val_...`` and ``test_...``."""
         self.check(run)
         parts = {split: self.read(run, split) for split in PREFIX}
-        self.save_samples(run, parts)
+        fits = self.fits(run, parts)
+        self.save_samples(run, parts, fits)
         errors = reconstruction(run, parts)
         run.save("reconstruction.csv", errors)
         with threadpool_limits(limits=1):
-            table = self.compare(run, parts)
+            table = self.compare(run, parts, fits)
         run.save("comparison.csv", table)
         metrics = self.summarise(table)
         for split, prefix in PREFIX.items():
@@ -96,12 +99,24 @@ class Evaluate(config.Evaluate):
         part["cluster"] = part["assignment"].argmax(axis=1)
         return part
 
-    def save_samples(self, run: "Run", parts: Mapping[str, Arrays]) -> None:
+    def fits(self, run: "Run", parts: Mapping[str, Arrays]) -> Fits:
+        """The clusters (fits, n) of every method and split, the model's first."""
+        found: Fits = {"model": {split: part["cluster"][None] for split, part in parts.items()}}
+        if run.has("baselines.npz"):
+            for key, clusters in run.load("baselines.npz").items():
+                method, split = key.split("/")
+                found.setdefault(method, {})[split] = clusters
+        return found
+
+    def save_samples(self, run: "Run", parts: Mapping[str, Arrays], fits: Fits) -> None:
         """Leave the embeddings, the clusters of all samples, and what each cluster looks like."""
         kept = ("mean", "logvar", "assignment", "index")
         embeddings = {f"{s}/{name}": part[name] for s, part in parts.items() for name in kept}
         run.save("embeddings.npz", embeddings)
-        samples = [members(run.data, s, part, self.labels) for s, part in parts.items()]
+        samples = []
+        for split, part in parts.items():
+            others = {f"cluster_{m}": found[split][0] for m, found in fits.items() if m != "model"}
+            samples.append(members(run.data, split, part, self.labels).assign(**others))
         run.save("clusters.csv", pd.concat(samples, ignore_index=True))
         train, names = parts["train"], run.data.spec.features[self.column].names
         table = profiles(train["cluster"], native(train, self.column), names)
@@ -111,21 +126,16 @@ class Evaluate(config.Evaluate):
             found = enrichment(train["cluster"], codes, label_names(run.data, self.enrichment))
             run.save("enrichment.csv", found.assign(kind=self.enrichment))
 
-    def compare(self, run: "Run", parts: Mapping[str, Arrays]) -> pd.DataFrame:
+    def compare(self, run: "Run", parts: Mapping[str, Arrays], fits: Fits) -> pd.DataFrame:
         """One row for each method and split, the model first."""
-        methods = {"model": {split: part["cluster"][None] for split, part in parts.items()}}
-        if run.has("baselines.npz"):
-            for key, clusters in run.load("baselines.npz").items():
-                method, split = key.split("/")
-                methods.setdefault(method, {})[split] = clusters
         self.warn_unscored(run, parts)
         rows = []
-        for method, splits in methods.items():
-            fits = list(splits["train"]) if method != "model" else self.refits(run, parts["train"])
+        for method, splits in fits.items():
+            again = list(splits["train"]) if method != "model" else self.refits(run, parts["train"])
             for split, clusters in splits.items():
                 scores = self.score(parts[split], clusters[0])
                 # Of the training split, on which methods are fitted.
-                scores["stability"] = agreement(fits) if split == "train" else nan
+                scores["stability"] = agreement(again) if split == "train" else nan
                 rows.append({"method": method, "split": split, "n": clusters.shape[1], **scores})
         return pd.DataFrame(rows)
 
