@@ -14,10 +14,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from stagesweep import config
+from stagesweep.core.seeding import seed_everything
 
 HERE = Path(__file__).parent
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Every test draws the same numbers, whatever ran before it in its process."""
+    seed_everything(0)
 
 
 @pytest.fixture(scope="session")
