@@ -255,6 +255,17 @@ class Objective:
 
 
 @dataclass
+class Ablation:
+    """The full model, and what is compared with it: overrides of its own for each variant.
+
+    ``variants`` are named; each override of ``leave_one_out`` is a variant by itself.
+    """
+
+    variants: dict[str, list[str]] = field(default_factory=dict)
+    leave_one_out: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Search:
     """How many trials a sweep has, and the space they come from (Hydra's sweep grammar).
 
@@ -266,6 +277,15 @@ class Search:
     seed: int = number(0, least=0)
     study: str = "${now:%Y-%m-%d_%H-%M-%S}_${host:}"
     space: dict[str, str] = field(default_factory=dict)
+    # Groups of keys whose lists of values are gone through together.
+    zip: list[list[str]] = field(default_factory=list)
+    # Keys of the space that exist only where another has a value: key -> "other=value[,value]".
+    when: dict[str, str] = field(default_factory=dict)
+    ablation: Ablation = field(default_factory=Ablation)
+    # A grid of more points than this is refused.
+    max_points: int = number(1000, least=1)
+    # What ends a trial early (`_target_` of an Optuna pruner); null: nothing does.
+    pruner: Any = None
 
 
 @dataclass

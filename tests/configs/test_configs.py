@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import execution_whitelist, instantiate
 from omegaconf import DictConfig, OmegaConf
+from optuna.pruners import BasePruner
 
 from stagesweep import config
 from stagesweep.bind import SPECIAL, bind, locate, nodes
 from stagesweep.fingerprint import sources
+from stagesweep.sweep.space import parse
 from stagesweep.validate import validate
 
 Compose = Callable[..., DictConfig]
@@ -115,14 +119,59 @@ def test_every_stage_composes_and_validates(compose: Compose, tmp_path: Path, na
     validate(cfg)
 
 
-@pytest.mark.parametrize("name", [name for name in options("search") if "/space/" not in name])
-def test_every_search_composes(compose: Compose, name: str) -> None:
-    method = name.partition("/")[2]
+def of_search(part: str) -> list[str]:
+    """Options of a group within ``search``."""
+    return [Path(name).name for name in options("search") if f"/{part}/" in name]
+
+
+METHODS = [name.partition("/")[2] for name in options("search") if name.count("/") == 1]
+EXPERIMENTS = [name.partition("/")[2] for name in options("experiment")]
+SPACES = of_search("space")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_search_composes(compose: Compose, method: str) -> None:
     assert compose("experiment=tiny", f"search={method}").search.n_trials > 0
 
 
-EXPERIMENTS = [name.partition("/")[2] for name in options("experiment")]
-SPACES = [Path(name).name for name in options("search") if "/space/" in name]
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_sampler_is_made(compose: Compose, method: str) -> None:
+    cfg = compose("experiment=tiny", f"search={method}")
+    node = HydraConfig.get().sweeper.sampler
+    with execution_whitelist((*config.trusted(), "hydra_plugins.*")):
+        sampler = instantiate(node)
+    sampler = sampler({"k": [1, 2]}) if node.get("_partial_") else sampler
+    assert sampler.__class__.__module__.startswith("optuna.samplers")
+    assert node.seed == cfg.search.seed
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("name", of_search("pruner"))
+def test_every_pruner_is_made_and_lists_every_parameter(compose: Compose, name: str) -> None:
+    node = compose("experiment=tiny", f"search/pruner={name}").search.pruner
+    if name == "none":
+        assert node is None
+        return
+    wanted = inspect.signature(locate("search.pruner", node["_target_"])).parameters
+    assert set(wanted) == set(node) - set(SPECIAL)
+    for key, parameter in wanted.items():
+        assert parameter.default in (node[key], inspect.Parameter.empty)
+    with execution_whitelist(config.trusted()):
+        assert isinstance(instantiate(node), BasePruner)
+
+
+@pytest.mark.parametrize("experiment", sorted(set(of_search("ablation")) - {"none"}))
+def test_every_variant_of_an_ablation_is_a_run(
+    compose: Compose, tmp_path: Path, experiment: str
+) -> None:
+    cfg = compose(f"experiment={experiment}", "search=ablation")
+    ablation = OmegaConf.to_container(cfg.search.ablation)
+    space = parse({}, [], **ablation)  # type: ignore[arg-type]
+    points = list(space.points(100))
+    assert len(points) > 1
+    for point in points:
+        validate(given(compose(f"experiment={experiment}", *space.overrides(point)), tmp_path))
 
 
 @pytest.mark.parametrize("space", sorted(set(SPACES) - {"none"}))
@@ -140,8 +189,12 @@ def test_every_space_is_of_keys_that_there_are(
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_search_finds_the_space_of_the_experiment(compose: Compose, experiment: str) -> None:
-    for method in ("random", "bayes"):
-        assert compose(f"experiment={experiment}", f"search={method}").search.space
+    assert compose(f"experiment={experiment}", "search=bayes").search.space
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"grid", "ablation"}))
+def test_a_method_searches_the_space_of_the_experiment(compose: Compose, method: str) -> None:
+    assert compose("experiment=tiny", f"search={method}").search.space
 
 
 @pytest.mark.parametrize("group", groups())
@@ -224,7 +277,7 @@ def test_the_keys_that_people_rely_on_are_there(compose: Compose) -> None:
 
 
 def test_the_other_names_that_people_rely_on(compose: Compose) -> None:
-    assert {"search/grid", "search/random", "search/bayes"} <= set(options())
+    assert {"search/grid", "search/random", "search/bayes", "search/ablation"} <= set(options())
     assert {"experiment/digits", "experiment/audiogram"} <= set(options())
     assert {"hardware/auto", "hardware/cpu"} <= set(options())
     assert "path" in list(compose("experiment=audiogram").data)

@@ -118,6 +118,22 @@ REFUSED = {
         ("experiment=tiny", "search=bayse"),
         "no 'bayse' in group 'search': did you mean 'bayes'? there are ",
     ),
+    "a grid without end": (
+        ("experiment=tiny", "stage.joint.optimizer.lr=interval(1e-4, 1e-2)"),
+        "stage.joint.optimizer.lr=interval(0.0001, 0.01): its values cannot be listed; name them",
+    ),
+    "a grid that is too large": (
+        ("experiment=tiny", "seed=range(0,40)", "stage.joint.epochs=range(1,41)"),
+        "this grid has 1,600 points, more than search.max_points=1000; sweep fewer values, or ",
+    ),
+    "a space that means nothing": (
+        ("experiment=tiny", "search=bayes", "seed=1,2,1"),
+        "seed lists 1 twice; name every value once",
+    ),
+    "an ablation, which is not ready": (
+        ("experiment=tiny", "search=ablation"),
+        "search.ablation is set, but sweeps cannot do this yet; leave it out",
+    ),
     "an unknown swept key": (
         ("experiment=tiny", "stage.joint.epoch=1,2"),
         "unknown key 'stage.joint.epoch': did you mean 'epochs'?",

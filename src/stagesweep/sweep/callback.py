@@ -30,11 +30,13 @@ class Results(Callback):
                 f"{folder} holds results already; give this sweep a name of its own with "
                 "search.study=<name> (finished stages are not trained again)"
             )
+        refuse_unready(config)
         if config.hydra.runtime.choices.search != "grid" and not swept(config):
             refuse(
                 "nothing to search; choose search/space=<name>, or sweep a key: "
                 "'stage.<name>.optimizer.lr=interval(1e-4, 1e-2)'"
             )
+        check_space(config)
         check(config)
         settle_optuna()
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,31 @@ def swept(config: DictConfig) -> list[str]:
     keys = {str(key): True for key in config.search.space}
     keys |= {o.get_key_element(): o.is_sweep_override() for o in overrides}
     return [key for key, differs in keys.items() if differs]
+
+
+def refuse_unready(config: DictConfig) -> None:
+    """Refuse what the sweeper in use cannot do, before it passes over it in silence."""
+    ablation = config.search.ablation
+    for key, asked in {
+        "search.ablation": ablation.variants or ablation.leave_one_out,
+        "search.zip": config.search.zip,
+        "search.when": config.search.when,
+        "search.pruner": config.search.pruner,
+    }.items():
+        if asked:
+            refuse(f"{key} is set, but sweeps cannot do this yet; leave it out")
+
+
+def check_space(config: DictConfig) -> None:
+    """Refuse a space that cannot be searched, and a grid with too many points."""
+    from stagesweep.sweep import space
+
+    try:
+        found = space.parse(config.search.space, list(config.hydra.overrides.task))
+        if config.hydra.runtime.choices.search == "grid":
+            found.points(config.search.max_points)
+    except UserError as error:
+        refuse(str(error))
 
 
 def check(config: DictConfig) -> None:
