@@ -23,6 +23,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from stagesweep import config, store_cli
+from stagesweep.sweep import report
 from stagesweep.validate import validate
 
 Compose = Callable[..., DictConfig]
@@ -35,7 +36,7 @@ PAGES = [
 GUIDE = (ROOT / "docs/guide.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands of others, which are shown and not checked.
-FOREIGN = {"eval", "export", "git", "pip", "python3.11", "source", "tensorboard"}
+FOREIGN = {"eval", "export", "git", "optuna-dashboard", "pip", "python3.11", "source", "tensorboard"}
 
 
 def text(page: str) -> str:
@@ -111,7 +112,7 @@ def batches() -> list[Any]:
 
 
 def test_every_command_is_one_that_is_checked() -> None:
-    known = {"stagesweep", "stagesweep-store", "make", *FOREIGN}
+    known = {"stagesweep", "stagesweep-report", "stagesweep-store", "make", *FOREIGN}
     assert [words for _, words in COMMANDS if words[0] not in known] == []
 
 
@@ -166,6 +167,11 @@ def point(override: Override) -> str:
 def test_the_commands_of_the_store_are_understood() -> None:
     for _, words in of("stagesweep-store"):
         store_cli._parser().parse_args(words)
+
+
+def test_the_commands_of_the_report_are_understood() -> None:
+    for _, words in of("stagesweep-report"):
+        report._parser().parse_args(words)
 
 
 def test_every_make_target_that_is_named_is_there() -> None:

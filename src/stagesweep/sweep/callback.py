@@ -57,11 +57,12 @@ class Results(Callback):
         if self.folder is None:
             return
         from stagesweep.files import atomic_text
-        from stagesweep.sweep import results
+        from stagesweep.sweep import report, results
 
         parameters = swept(config)
         trials = results.summarise(self.folder, config.objective.metric, parameters, self.faults)
         atomic_text(self.folder / "results_summary.csv", trials.to_csv(index=False))
+        report.at_the_end(self.folder)
         best = results.ranked(trials, config.objective.mode)
         if best.empty:
             if len(trials) and not isinstance(sys.exception(), SystemExit | KeyboardInterrupt):
@@ -132,6 +133,7 @@ def where_to_look(folder: Path, best: Path) -> str:
     lines = {
         "all trials": folder / "results_summary.csv",
         "best trial": best,
+        "report": folder / "report.html",
         "curves": f"tensorboard --logdir {folder}",
     }
     figures = sorted(best.glob("stages/*/figures"))

@@ -1,0 +1,125 @@
+"""Sweeps made by hand: a real Optuna study, and the files that its trials leave."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+
+BEGIN = datetime(2026, 1, 31, 12)
+CHOICES = ("full", "a", "b", "0", "1")
+STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "running": TrialState.RUNNING,
+}
+
+
+class Maker:
+    """A sweep's folder that grows trial by trial."""
+
+    def __init__(self, folder: Path, directions: Sequence[str], objectives: Sequence[str]) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.objectives = folder, list(objectives)
+        self.end = BEGIN
+        self.study = optuna.create_study(
+            storage=f"sqlite:///{folder / 'study.db'}",
+            study_name=folder.name,
+            directions=list(directions),
+        )
+
+    def trial(
+        self,
+        params: Mapping[str, Any],
+        values: Sequence[float] | None = None,
+        state: str = "complete",
+        reports: Mapping[int, float] | None = None,
+        stages: Sequence[Mapping[str, Any]] = (),
+        curves: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
+        repeats: Sequence[float | None] = (),
+        pause: float = 0,
+        **attributes: Any,
+    ) -> Path:
+        """Add one; it lasts a minute, and begins `pause` seconds after the one before it ended."""
+        number = len(self.study.get_trials(deepcopy=False))
+        begun = self.end + timedelta(seconds=pause)
+        self.end = begun + timedelta(minutes=1)
+        own = {"values": list(repeats)} if repeats else {}
+        frozen = optuna.create_trial(
+            state=STATES[state],
+            values=values,
+            params=dict(params),
+            distributions={key: self.distribution(value) for key, value in params.items()},
+            user_attrs={"dir": str(number), **own, **attributes},
+            intermediate_values=dict(reports or {}),
+        )
+        frozen.datetime_start = begun
+        if state != "running":
+            frozen.datetime_complete = self.end
+        self.study.add_trial(frozen)
+        folder = self.folder / str(number)
+        for run in [folder / str(k) for k in range(len(repeats))] if repeats else [folder]:
+            self.run(run, {**params}, state, stages, curves or {})
+        return folder
+
+    def run(
+        self,
+        folder: Path,
+        params: Mapping[str, Any],
+        state: str,
+        stages: Sequence[Mapping[str, Any]],
+        curves: Mapping[str, Sequence[Mapping[str, float]]],
+    ) -> None:
+        """The folder of a run."""
+        (folder / ".hydra").mkdir(parents=True)
+        metric = self.objectives[0] if len(self.objectives) == 1 else self.objectives
+        config = {"experiment": "tiny", "objective": {"metric": metric}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        given = [f"{key}={value}" for key, value in params.items()]
+        text = yaml.safe_dump(["experiment=tiny", *given, "~stage.figures"])
+        (folder / ".hydra" / "overrides.yaml").write_text(text)
+        (folder / "run.log").write_text(f"begun\n{state}, says the log\n")
+        if state == "complete":
+            result = {"status": "complete", "seconds": 30.0, "stages": list(stages)}
+            (folder / "result.json").write_text(json.dumps(result))
+        rows = [
+            {"stage": stage, "kind": "epoch", "epoch": epoch, "step": epoch, **row}
+            for stage, lines in curves.items()
+            for epoch, row in enumerate(lines, 1)
+        ]
+        if rows:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "metrics.jsonl").write_text(text + '{"stage": "half')
+
+    @staticmethod
+    def distribution(value: Any) -> BaseDistribution:
+        """Numbers between 1e-6 and 1000 on a logarithmic scale; choices."""
+        if isinstance(value, float):
+            return FloatDistribution(1e-6, 1000, log=True)
+        return CategoricalDistribution([*CHOICES, value] if value not in CHOICES else CHOICES)
+
+
+Make = Callable[..., Maker]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Begin a sweep: `make("name", directions=["minimize"], objectives=["joint/val_loss"])`."""
+    monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def begin(
+        name: str = "study",
+        directions: Sequence[str] = ("maximize",),
+        objectives: Sequence[str] = ("evaluate/nmi",),
+    ) -> Maker:
+        return Maker(tmp_path / name, directions, objectives)
+
+    return begin
