@@ -36,7 +36,8 @@ PAGES = [
 GUIDE = (ROOT / "docs/guide.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands of others, which are shown and not checked.
-FOREIGN = {"eval", "export", "git", "optuna-dashboard", "pip", "python3.11", "source", "tensorboard"}
+FOREIGN = {"eval", "export", "git", "pip", "python3.11", "source"}
+FOREIGN |= {"optuna-dashboard", "tensorboard"}
 
 
 def text(page: str) -> str:

@@ -50,6 +50,10 @@ def test_bayesian_search_of_the_experiments_own_space(stagesweep: Command, tmp_p
     assert (folder / "optimization_results.yaml").exists()
     assert "3 of 3 trials finished; the best:" in process.stdout
     assert f"tensorboard --logdir {folder.relative_to(tmp_path)}" in process.stdout
+    page = (folder / "report.html").read_text()
+    assert "tiny · first" in page
+    assert "4 stages taken from the store" in page
+    assert f"report      {(folder / 'report.html').relative_to(tmp_path)}" in process.stdout
     best = table.sort_values("evaluate/nmi").iloc[-1]
     assert f"best trial  {best['dir']}" in process.stdout
 
