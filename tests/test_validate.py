@@ -127,6 +127,7 @@ def test_a_checkpoint_stands_for_the_stages_before(tiny: Compose, tmp_path: Path
 def test_a_term_that_does_not_act_needs_nothing(tiny: Compose) -> None:
     off = "stage.joint.loss.clustering.weight=0"
     validate(tiny("~stage.init_clusters", off))
+    validate(tiny(off, "+stage.joint.early_stop={label_change: {target: 0.001}}"))
 
 
 def test_a_run_has_a_stage(tiny: Compose) -> None:

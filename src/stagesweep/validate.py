@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stagesweep import config
 from stagesweep.bind import bind, locate, nodes
+from stagesweep.core.terms import silent
 from stagesweep.errors import UserError
 from stagesweep.explain import explain, nearest
 
@@ -155,7 +156,9 @@ def fit(path: str, settings: config.Fit, cfg: DictConfig) -> None:
         if stop.patience is None and stop.target is None:
             raise UserError(f"{path}.early_stop.{metric}: set its patience or its target")
     watched = {f"{path}.best.{metric}": metric for metric in settings.best}
-    watched |= {f"{path}.early_stop.{metric}": metric for metric in settings.early_stop}
+    unheard = silent(terms_of(settings, cfg), settings.loss)
+    rules = [metric for metric in settings.early_stop if metric not in unheard]
+    watched |= {f"{path}.early_stop.{metric}": metric for metric in rules}
     if settings.schedule.decay is config.Decay.plateau:
         watched[f"{path}.schedule.metric={settings.schedule.metric}"] = settings.schedule.metric
     known = metric_names(settings, cfg)
@@ -175,10 +178,15 @@ def metric_names(settings: Any, cfg: DictConfig) -> set[str] | None:
     if not isinstance(settings, config.Fit):
         found = stage.metric_names()
         return found
-    terms = {t: locate(f"loss.{t}", cfg.loss[t]._target_) for t in settings.loss}
+    terms = terms_of(settings, cfg)
     # What a function makes can be asked only once it is made.
     found = stage.metric_names(terms) if all(isinstance(t, type) for t in terms.values()) else None
     return found
+
+
+def terms_of(settings: config.Fit, cfg: DictConfig) -> dict[str, Any]:
+    """The class (or function) of each loss term of a fit."""
+    return {term: locate(f"loss.{term}", cfg.loss[term]._target_) for term in settings.loss}
 
 
 def names(settings: Any) -> list[str]:

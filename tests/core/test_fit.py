@@ -422,6 +422,14 @@ class TestStopping:
         )
         assert loop.run()["epochs"] == 1
 
+    def test_the_rule_of_a_term_that_is_turned_off_rests(self, bench: "Bench") -> None:
+        loop = bench.loop(
+            epochs=3,
+            loss={"error": Weight(), "anchored": Weight(0.0)},
+            early_stop={"moved": EarlyStop(target=1e9)},
+        )
+        assert loop.run()["epochs"] == 3
+
     def test_the_best_so_far(self) -> None:
         best = Best(Mode.max, min_delta=0.5)
         assert [best.update(v) for v in (1, 1.5, 1.6, math.nan, 3)] == [

@@ -24,7 +24,7 @@ from stagesweep.core.optim import (
 )
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
-from stagesweep.core.terms import metric_names, reports
+from stagesweep.core.terms import metric_names, reports, silent
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import UserError
@@ -142,6 +142,8 @@ class Loop:
         fp16 = machine.precision is config.Precision.fp16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=fp16)
         self.loss = WeightedLoss(model, terms, settings.loss, machine, self.scaler)
+        unheard = silent({name: terms[name] for name in settings.loss}, settings.loss)
+        self.rules = {n: rule for n, rule in settings.early_stop.items() if n not in unheard}
         self.ema = running_average(model, settings.ema)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         machine.set_threads(sum(p.numel() for p in self.parameters))
@@ -154,7 +156,7 @@ class Loop:
         settings = self.settings
         self.best = {name: Best(mode) for name, mode in settings.best.items()}
         self.best_weights: dict[str, dict[str, Tensor]] = {}
-        self.stops = {n: Best(s.mode, s.min_delta) for n, s in settings.early_stop.items()}
+        self.stops = {n: Best(s.mode, s.min_delta) for n, s in self.rules.items()}
         self.plateau = Best(settings.schedule.mode)
         self.lr_scale = 1.0
         self.epoch = self.step = self.batch = 0
@@ -383,7 +385,7 @@ class Loop:
 
     def should_stop(self, row: Mapping[str, float]) -> bool:
         """Whether any of the early-stopping rules says so."""
-        for name, rule in self.settings.early_stop.items():
+        for name, rule in self.rules.items():
             if name not in row:
                 continue  # not measured in this epoch
             best = self.stops[name]
@@ -413,7 +415,7 @@ class Loop:
             return
         s = self.settings
         watched = [("best", name) for name in s.best]
-        watched += [("early_stop", name) for name in s.early_stop]
+        watched += [("early_stop", name) for name in self.rules]
         if s.schedule.decay is config.Decay.plateau:
             watched.append(("schedule.metric", s.schedule.metric))
         for key, name in watched:

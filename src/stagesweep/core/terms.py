@@ -6,6 +6,8 @@ All that is asked here are attributes, of a term or of its class.
 from collections.abc import Mapping
 from typing import Any
 
+from stagesweep import config
+
 
 def reads(term: Any) -> tuple[str, ...]:
     """The outputs that a term must see of the whole batch at once; none for most terms."""
@@ -40,3 +42,14 @@ def metric_names(terms: Mapping[str, Any]) -> list[str] | None:
     train = ["train_loss", *(f"train_{name}" for name in terms), "lr"]
     val = ["val_loss", *(f"val_{name}" for name in evaluated)] if evaluated else []
     return train + val + reported
+
+
+def silent(terms: Mapping[str, Any], weights: Mapping[str, config.Weight]) -> set[str]:
+    """The numbers that are missing because the weight of their term is 0.
+
+    Whoever turns a term off (in an ablation, say) should not have to take away the rule that stops
+    on it as well.
+    """
+    off = {name: term for name, term in terms.items() if weights[name].weight == 0}
+    on = {name: term for name, term in terms.items() if name not in off}
+    return set(metric_names(off) or ()) - set(metric_names(on) or ())
