@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 from scipy import stats
+from sklearn.metrics import adjusted_rand_score
 
 from stagesweep.config import Mode
 from stagesweep.sweep import results
@@ -124,6 +125,33 @@ def test_seeds_become_a_mean_and_an_interval(seeds: tuple[Path, np.ndarray]) -> 
     assert "0.790 ± 0.000" in text
     assert "val" not in text
     assert "leakage" not in text
+
+
+def test_how_far_seeds_agree(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    fits = generator.integers(3, size=(3, 40))
+    for number, fit in enumerate(fits):
+        place = trial(tmp_path, number, [f"seed={number}"], complete(0.5))
+        artifacts = place / "stages" / "1_evaluate" / "artifacts"
+        artifacts.mkdir(parents=True, exist_ok=True)
+        scores = pd.DataFrame({"method": ["model", "kmeans"], "split": "train", "acc": [0.5, 0.4]})
+        scores.to_csv(artifacts / "comparison.csv", index=False)
+        samples = {"id": range(40), "split": "train", "cluster": fit, "cluster_kmeans": fits[0]}
+        pd.DataFrame(samples).to_csv(artifacts / "clusters.csv", index=False)
+    table = results.over_seeds(results.summarise(tmp_path, "evaluate/nmi", ["seed"], {}))
+    assert table is not None
+    pairs = [adjusted_rand_score(fits[a], fits[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    model, kmeans = (row for _, row in table.iterrows())
+    assert model["agreement"] == pytest.approx(np.mean(pairs))
+    assert (model["agreement_low"], model["agreement_high"]) == (min(pairs), max(pairs))
+    assert kmeans["agreement"] == 1
+    text = results.with_intervals(table)
+    assert f"{np.mean(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})" in text
+    # Trials that had other samples cannot be compared.
+    pd.DataFrame(samples).iloc[1:].to_csv(artifacts / "clusters.csv", index=False)
+    table = results.over_seeds(results.summarise(tmp_path, "evaluate/nmi", ["seed"], {}))
+    assert table is not None
+    assert "agreement" not in table
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:

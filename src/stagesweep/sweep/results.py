@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
@@ -521,7 +523,8 @@ def over_seeds(trials: pd.DataFrame) -> pd.DataFrame | None:
 
     Reads ``comparison.csv`` of each completed trial: columns ``method``, perhaps ``split``, and one
     for each metric. Returns, for each metric, its mean and, in ``<metric>_low`` and
-    ``<metric>_high``, Student's t-interval; None when fewer than two trials left such a table.
+    ``<metric>_high``, Student's t-interval; and how far two trials agree (see `agreement`), with
+    the least and the most of all pairs. None when fewer than two trials left such a table.
     """
     done = trials.loc[trials["state"] == "complete", "dir"]
     files = [f for folder in done for f in Path(folder).glob("stages/*/artifacts/comparison.csv")]
@@ -529,14 +532,42 @@ def over_seeds(trials: pd.DataFrame) -> pd.DataFrame | None:
         return None
     tables = pd.concat([pd.read_csv(file) for file in files])
     keys = [key for key in ("method", "split") if key in tables]
+    pairs = agreement([file.with_name("clusters.csv") for file in files])
     rows = []
     for names, group in tables.groupby(keys, sort=False):
         row: dict[str, Any] = dict(zip(keys, names, strict=True)) | {"runs": len(group)}
         for metric in group.columns.drop(keys):
             found = mean_interval(group[metric].tolist())
             row |= {metric: found.mean, f"{metric}_low": found.low, f"{metric}_high": found.high}
+        if aris := pairs.get(names):
+            row |= {"agreement": fmean(aris)}
+            row |= {"agreement_low": min(aris), "agreement_high": max(aris)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def agreement(files: Sequence[Path]) -> dict[tuple[str, ...], list[float]]:
+    """Adjusted Rand index of each pair of trials, by method and split.
+
+    Reads ``clusters.csv`` of each: ``id``, ``split``, ``cluster`` of the model and
+    ``cluster_<method>`` of each baseline. Empty where a trial left none, or had other samples.
+    """
+    from stagesweep.metric.clustering import ari
+
+    if not all(file.exists() for file in files):
+        return {}
+    tables = [pd.read_csv(file) for file in files]
+    if not all(table[["id", "split"]].equals(tables[0][["id", "split"]]) for table in tables):
+        return {}
+    methods = {name: name.removeprefix("cluster_") for name in tables[0] if "cluster_" in name}
+    methods = {"cluster": "model", **methods}
+    found: dict[tuple[str, ...], list[float]] = {}
+    for split in tables[0]["split"].unique():
+        rows = tables[0]["split"] == split
+        for column, method in methods.items():
+            fits = [table.loc[rows, column].to_numpy() for table in tables if column in table]
+            found[method, split] = [ari(one, other) for one, other in combinations(fits, 2)]
+    return found
 
 
 def leaderboard(best: pd.DataFrame, parameters: Sequence[str], rows: int = 10) -> str:
@@ -546,7 +577,8 @@ def leaderboard(best: pd.DataFrame, parameters: Sequence[str], rows: int = 10) -
 
 
 def with_intervals(table: pd.DataFrame) -> str:
-    """The table of `over_seeds` as aligned text: ``mean ± half an interval``.
+    """The table of `over_seeds` as aligned text: ``mean ± half an interval``; of the agreement, its
+    mean and range.
 
     Only its first split, and only metrics that tell the methods apart.
     """
@@ -555,6 +587,7 @@ def with_intervals(table: pd.DataFrame) -> str:
     metrics = [name for name in table if f"{name}_low" in table and table[name].nunique() > 1]
     shown = table[["method", *(["split"] if "split" in table else [])]].copy()
     for name in metrics:
-        half = table[f"{name}_high"] - table[name]
-        shown[name] = [f"{m:.3f} ± {h:.3f}" for m, h in zip(table[name], half, strict=True)]
+        columns = [table[name], table[f"{name}_low"], table[f"{name}_high"]]
+        form = "{0:.2f} ({1:.2f} to {2:.2f})" if name == "agreement" else "{0:.3f} ± {3:.3f}"
+        shown[name] = [form.format(m, low, h, h - m) for m, low, h in zip(*columns, strict=True)]
     return str(shown.to_string(index=False))
