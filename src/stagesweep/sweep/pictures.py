@@ -298,7 +298,7 @@ def parallel(sweep: Sweep, objective: int) -> Markup:
             spine.set_visible(False)
 
     return picture(
-        draw, "parameters and objective of every trial", max(480, 150 * len(labels)), 320
+        draw, "parameters and objective of every trial", max(640, 150 * len(labels)), 300
     )
 
 

@@ -241,8 +241,8 @@ class _Part:
         return pictures.bars(shares, f"importance for {self.sweep.objectives[objective]}")
 
     def parallel(self, objective: int) -> Markup | None:
-        """Parallel coordinates."""
-        enough = len(pictures.finite(self.sweep, objective)) > 1 and self.sweep.parameters
+        """Parallel coordinates; of a single parameter its slice says all."""
+        enough = len(pictures.finite(self.sweep, objective)) > 1 and len(self.sweep.parameters) > 1
         return pictures.parallel(self.sweep, objective) if enough else None
 
     def slices(self, objective: int) -> list[Markup]:
