@@ -2,4 +2,6 @@
 
 from stagesweep.cli import main
 
-main()
+# The processes of a sweep's trials import this module under another name.
+if __name__ == "__main__":
+    main()

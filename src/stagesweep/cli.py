@@ -7,14 +7,19 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from stagesweep import config
 from stagesweep.errors import Interrupted, UserError
 from stagesweep.explain import explain
+from stagesweep.sweep.plugin import SlotsLauncher, StudySweeper
 
 config.register()
+# Entry points name these, too; a checkout that is not installed has none.
+for plugin in (StudySweeper, SlotsLauncher):
+    Plugins.instance().register(plugin)
 # With this set, Hydra hands its errors over instead of printing them.
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -31,6 +36,8 @@ def main() -> None:
         job()
     except KeyboardInterrupt:
         leave("interrupted", 130)
+    except Interrupted as error:
+        leave(str(error), error.exit_code)
     except Exception as error:
         line = explain(error)
         if line is None or TRACEBACK:

@@ -7,8 +7,10 @@ and its config can never drift apart. The metadata of a field says what a person
 or how often something is written: a finished stage is then reused whatever its value is.
 """
 
+import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -237,6 +239,8 @@ class Hardware:
 
     device: Device = Device.auto
     devices: int = number(1, least=1, result=False)
+    # GPUs that each trial of a sweep holds.
+    devices_per_trial: int = number(1, least=1, result=False)
     precision: Precision = Precision.auto
     threads: int | None = number(None, least=1, result=False)
     # Largest number of samples in one forward pass; null takes the whole batch.
@@ -267,25 +271,51 @@ class Ablation:
 
 @dataclass
 class Search:
-    """How many trials a sweep has, and the space they come from (Hydra's sweep grammar).
+    """How many trials a sweep has in all, and the space they come from (Hydra's sweep grammar).
 
     ``seed`` is the sampler's, so that the same command proposes the same points again; ``study``
-    names the sweep and its folder.
+    names the sweep and its folder, by default after the command, so that the same command goes on.
     """
 
     n_trials: int = number(20, least=1)
     seed: int = number(0, least=0)
-    study: str = "${now:%Y-%m-%d_%H-%M-%S}_${host:}"
+    study: str = "${study_of:${hydra:runtime.choices.search},${hydra:overrides.task}}"
     space: dict[str, str] = field(default_factory=dict)
     # Groups of keys whose lists of values are gone through together.
     zip: list[list[str]] = field(default_factory=list)
     # Keys of the space that exist only where another has a value: key -> "other=value[,value]".
     when: dict[str, str] = field(default_factory=dict)
     ablation: Ablation = field(default_factory=Ablation)
-    # A grid of more points than this is refused.
+    # Runs of each point, under the seeds seed, seed + 1, ...; its value is their mean.
+    repeats: int = number(1, least=1)
+    # Points to try first, each a mapping of keys to values.
+    enqueue: list[dict[str, Any]] = field(default_factory=list)
+    # A grid of more points is refused.
     max_points: int = number(1000, least=1)
-    # What ends a trial early (`_target_` of an Optuna pruner); null: nothing does.
+    # How often a trial that was killed or ran out of memory starts again, from its checkpoint.
+    max_retries: int = number(1, least=0)
+    # Seconds that a run may take, and seconds after which the sweep begins no more trials.
+    timeout: float | None = number(None, above=0)
+    budget: float | None = number(None, above=0)
+    # A sweep with a larger share of failed trials ends with status 1.
+    max_failure_rate: float = number(1.0, least=0)
+    # What ends a trial early (`_target_` of an Optuna pruner; null: nothing does), by which metric
+    # of a fit: <stage>/<metric> (null: the objective), and which way it is better (null: as the
+    # objective).
     pruner: Any = None
+    prune_on: str | None = None
+    prune_mode: Mode | None = None
+
+
+@dataclass
+class Sweep:
+    """How a sweep runs; nothing here changes a result."""
+
+    # Trials at once on this machine: a number, or auto: as many as its GPUs, or else its cores,
+    # have room for.
+    slots: str = "auto"
+    # refuse, continue with the old trials counted in, or new: begin another sweep beside it.
+    on_change: str = "refuse"
 
 
 @dataclass
@@ -303,6 +333,7 @@ class Config:
     hardware: Hardware = field(default_factory=Hardware)
     objective: Objective = field(default_factory=Objective)
     search: Search = field(default_factory=Search)
+    sweep: Sweep = field(default_factory=Sweep)
 
 
 # What a config may name as `_target_`.
@@ -325,10 +356,28 @@ def folder() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
 
 
+# What may change from one start of a sweep to the next.
+OPEN = ("n_trials", "study", "budget", "timeout", "max_retries", "max_failure_rate")
+
+
+def study_of(method: str, overrides: Sequence[str]) -> str:
+    """The name of the sweep that a command asks for: the same for the same command.
+
+    How long it goes on, and how it uses the machine, are not part of the name.
+    """
+    left_out = ("hydra.", "hydra/", "sweep.", "hardware.", *(f"search.{key}=" for key in OPEN))
+    said = sorted(
+        each for each in map(str, overrides) if not each.lstrip("+~").startswith(left_out)
+    )
+    digest = hashlib.sha256("\0".join(sorted(said)).encode()).hexdigest()
+    return f"{method}_{digest[:8]}"
+
+
 def register() -> None:
     """Put every schema into Hydra's ConfigStore, and the resolvers that the YAML uses."""
     OmegaConf.register_resolver("host", lambda: platform.node().split(".")[0], replace=True)
     OmegaConf.register_resolver("direction", lambda mode: f"{Mode(mode)}imize", replace=True)
+    OmegaConf.register_resolver("study_of", study_of, replace=True)
     OmegaConf.register_resolver("list_groups", catalogue.groups, replace=True)
     OmegaConf.register_resolver("list_experiments", catalogue.experiments, replace=True)
     store = ConfigStore.instance()

@@ -1,7 +1,7 @@
 """Errors of composition, said in one line that names the key and the remedy."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import get_origin
@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from stagesweep import files
-from stagesweep.errors import UserError
+from stagesweep.errors import UserError, chain
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -29,11 +29,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def explain(error: BaseException) -> str | None:
     """The one line for an error that a person can mend; None for a fault of the program."""
-    chain = list(_chain(error))
-    for link in chain:
+    links = list(chain(error))
+    for link in links:
         if isinstance(link, UserError):
             return str(link)
-    for link in chain:
+    for link in links:
         match link:
             case MissingConfigException(missing_cfg_file=str(path)):
                 return _missing_option(path, link.options or ())
@@ -51,12 +51,6 @@ def explain(error: BaseException) -> str | None:
         isinstance(error, ValueError) and _raised_in(error).startswith("hydra.")
     )
     return _flat(str(error)) if said_by_hydra else _construction(error)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _raised_in(error: BaseException) -> str:

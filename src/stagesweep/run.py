@@ -26,6 +26,7 @@ from stagesweep.errors import UserError
 from stagesweep.files import atomic_text, atomic_write
 from stagesweep.hardware.machine import resolve
 from stagesweep.store import Entry
+from stagesweep.sweep import trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,6 +121,7 @@ class Run:
             seed=derive(self.seed, name),
             folder=self._entry.path / "checkpoints",
             rows=MetricLog(self._entry.path / "metrics.jsonl", self.board, name),
+            trial=trial.current(),
         )
         try:
             return loop.run()

@@ -32,6 +32,7 @@ def validate(cfg: DictConfig) -> None:
                 k_range(f"stage.{name}", stage)
         order(resolved, stages)
         objective(resolved, stages)
+        pruning(resolved, stages)
 
 
 def form(cfg: DictConfig) -> DictConfig:
@@ -233,3 +234,20 @@ def objective(cfg: DictConfig, stages: Stages) -> None:
     if known is not None and metric not in known:
         hint = nearest(metric, sorted(known))
         raise UserError(f"objective.metric={wanted}: stage {name} has no '{metric}'; {hint}")
+
+
+def pruning(cfg: DictConfig, stages: Stages) -> None:
+    """Check that a pruner will be told the metric it looks at, as far as that is known."""
+    if not cfg.search.pruner:
+        return
+    wanted = cfg.search.prune_on or cfg.objective.metric
+    name, _, metric = wanted.partition("/")
+    stage = stages.get(name)
+    told = not isinstance(stage, config.Stage) or isinstance(stage, config.Fit)
+    known = metric_names(stage, cfg) if told else set()
+    if stage is None or (known is not None and metric not in known):
+        fits = [n for n, each in stages.items() if isinstance(each, config.Fit)]
+        example = f"search.prune_on={fits[-1]}/val_loss search.prune_mode=min" if fits else "a fit"
+        raise UserError(
+            f"search/pruner looks at {wanted}, which no fit gives after each epoch; set {example}"
+        )

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from stagesweep.config import Resume
 from stagesweep.core import interrupt
 from stagesweep.core.board import Board, read_rows
-from stagesweep.errors import Interrupted, UserError
+from stagesweep.errors import Interrupted, Pruned, UserError
 from stagesweep.explain import explain
 from stagesweep.files import atomic_text
 from stagesweep.inputs import fingerprints, hardware
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 def walk(cfg: DictConfig) -> float | None:
     """Execute one composed config in Hydra's output folder; returns the objective's value.
 
+    None when the sweep it belongs to had no more use for it.
+
     Writes ``result.json`` there whatever happens. Raises UserError for everything a person can
     mend, Interrupted (exit status 130 or 143) when told to stop.
     """
@@ -47,6 +49,10 @@ def walk(cfg: DictConfig) -> float | None:
         with interrupt.handled():
             this.stage_after_stage()
             return this.finish()
+    except Pruned as error:
+        log.info("%s", error)
+        this.write_result("pruned", str(error))
+        return None
     except BaseException as error:
         status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         this.write_result(status, explain(error) or str(error) or type(error).__name__)

@@ -25,9 +25,10 @@ from stagesweep.core.optim import (
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
 from stagesweep.core.terms import metric_names, reports, silent
+from stagesweep.core.trial import Trial
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, View
-from stagesweep.errors import UserError
+from stagesweep.errors import NotFinite, Pruned, UserError
 from stagesweep.hardware.machine import Machine
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,9 @@ class Loop:
         seed: int,
         folder: Path,
         rows: MetricLog,
+        trial: Trial | None = None,
     ) -> None:
+        self.trial = trial or Trial()
         self.model, self.settings, self.machine, self.folder = model, settings, machine, folder
         self.train, self.val, self.spec, self.rows = views["train"], views["val"], spec, rows
         self.seed = seed
@@ -202,6 +205,8 @@ class Loop:
                 if self.epoch % s.save_every == 0 and not recent:
                     self.save()
                 self.stop_if_told()
+                if evaluated:
+                    self.stop_if_pruned()
             self.save()
         return self.take_selected() | {"epochs": float(self.epoch)}
 
@@ -216,6 +221,13 @@ class Loop:
             self.check()
             self.save()
             raise stop
+
+    def stop_if_pruned(self) -> None:
+        """Tell the sweep how far this is; save and raise when it has no more use for it."""
+        self.trial.report(self.rows.stage, self.row, self.epoch)
+        if self.epoch < self.settings.epochs and not self.finished and self.trial.should_stop():
+            self.save()
+            raise Pruned(f"pruned in stage {self.rows.stage}, after epoch {self.epoch}")
 
     def refresh(self) -> dict[str, float]:
         """Let terms that need a pass over the whole training set take it when due."""
@@ -307,7 +319,7 @@ class Loop:
         self.norms.clear()
         for row, column in (~totals.isfinite()).nonzero().tolist():
             stage = self.rows.stage
-            raise UserError(
+            raise NotFinite(
                 f"{stage}: {names[column]} became {totals[row, column].item()} in epoch "
                 f"{self.epoch + 1}, step {self.step - len(totals) + row + 1}; lower "
                 f"stage.{stage}.optimizer.lr, set stage.{stage}.clip_norm or use "

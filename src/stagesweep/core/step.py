@@ -11,7 +11,7 @@ from stagesweep import config
 from stagesweep.core.seeding import set_torch_state, torch_state
 from stagesweep.core.terms import per_sample, reads
 from stagesweep.data.view import Batch
-from stagesweep.errors import UserError
+from stagesweep.errors import OutOfMemory
 from stagesweep.hardware.machine import Machine
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class WeightedLoss:
     def _halve(self, samples: int, error: Exception) -> None:
         size = min(samples, self.micro_batch or samples)
         if size == 1:
-            raise UserError(
+            raise OutOfMemory(
                 "the GPU has too little memory for one sample: make the model smaller, or set "
                 "hardware.activation_checkpointing=true or hardware.device=cpu"
             ) from error

@@ -1,5 +1,6 @@
 """Whether there can be a GPU, told without torch, whose import alone takes seconds."""
 
+import os
 from pathlib import Path
 
 from stagesweep.config import Device, Hardware, Precision
@@ -11,6 +12,17 @@ FILES = ("nvidia*", "nvmap", "dxg", "kfd")
 def may_be_there() -> bool:
     """Whether a driver has left a device file; without one, no GPU is used."""
     return any(True for pattern in FILES for _ in Path("/dev").glob(pattern))
+
+
+def ids(settings: Hardware) -> list[str]:
+    """The GPUs that runs may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    if settings.device is Device.cpu or not may_be_there():
+        return []
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def precision(settings: Hardware) -> Precision:

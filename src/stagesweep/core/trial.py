@@ -1,0 +1,14 @@
+"""What a fit says to the sweep it belongs to, and may ask it."""
+
+from collections.abc import Mapping
+
+
+class Trial:
+    """Outside a sweep, where nobody listens. In one, ``stagesweep.sweep.trial`` does."""
+
+    def report(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
+        """Tell how far a stage is: its metrics after epoch ``step``."""
+
+    def should_stop(self) -> bool:
+        """Whether the sweep has no more use for this run."""
+        return False

@@ -1,0 +1,146 @@
+"""What a sweep says while it runs and when it ends."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from stagesweep.files import atomic_text
+from stagesweep.sweep.slots import Job, Outcome
+from stagesweep.sweep.study import Study, Trial
+
+log = logging.getLogger(__name__)
+
+
+class Board:
+    """Lines in the log; on a terminal also a bar for the sweep and a line for each run."""
+
+    def __init__(self, opened: Study, config: DictConfig) -> None:
+        self.study, self.name = opened, str(config.objective.metric)
+        self.began, self.done = time.monotonic(), 0
+        self.bar: tqdm[Any] | None = None
+        self.lines: dict[str, tqdm[Any]] = {}
+        if sys.stderr.isatty():
+            ended = [trial for trial in opened.trials() if trial.state.is_finished()]
+            self.bar = tqdm(total=opened.total, initial=len(ended), desc="trials", position=0)
+
+    def started(self, job: Job, trial: Trial) -> None:
+        """Say what a run tries."""
+        log.info("#%s: %s", job.subdir, " ".join(trial.overrides))
+        if self.bar is not None:
+            taken = {line.pos for line in self.lines.values()}
+            free = next(n for n in range(1, 1000) if -n not in taken)
+            line = tqdm(bar_format="  {desc}", position=free, leave=False)
+            line.set_description_str(f"#{job.subdir}")
+            self.lines[job.subdir] = line
+
+    def at(self, job: Job, text: str) -> None:
+        """Show how far a run is."""
+        if (line := self.lines.get(job.subdir)) is not None:
+            line.set_description_str(f"#{job.subdir} {text}")
+
+    def ended(self, job: Job) -> None:
+        """Take a run's line away."""
+        if (line := self.lines.pop(job.subdir, None)) is not None:
+            line.close()
+
+    def concluded(self, trial: Trial, outcome: Outcome, seconds: float) -> None:
+        """Say how a trial ended, the best so far and how long the rest will take."""
+        self.done += 1
+        if outcome.state == "complete":
+            how = f"{self.name} {_number(outcome.value)}"
+        else:
+            how = " ".join(filter(None, (outcome.state, outcome.reason, outcome.message)))
+        trials = self.study.trials()
+        left = self.study.total - sum(each.state.is_finished() for each in trials)
+        rest = left * (time.monotonic() - self.began) / self.done
+        log.info(
+            "#%d: %s in %.1f s%s; %d to go, about %.0f s",
+            trial.number,
+            how,
+            seconds,
+            self.best(),
+            left,
+            rest,
+        )
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.set_postfix_str(self.best().strip(" ()"))
+
+    def best(self) -> str:
+        """The best so far, in parentheses."""
+        if len(self.study.optuna.directions) > 1:
+            return f" ({len(self.study.optuna.best_trials)} on the front)"
+        try:
+            best = self.study.optuna.best_trial
+        except ValueError:
+            return ""
+        return f" (best {_number(best.value)}, #{best.number})"
+
+    def close(self) -> None:
+        """Take the bars away."""
+        for line in (*self.lines.values(), self.bar):
+            if line is not None:
+                line.close()
+
+
+def _number(value: Any) -> str:
+    return ", ".join(f"{each:.5g}" for each in (value if isinstance(value, list) else [value]))
+
+
+def cost(folder: Path, runs: Iterable[str]) -> tuple[float | None, int]:
+    """Seconds that runs took, and how many stages they reused; None when one did not say."""
+    seconds: float | None = 0.0
+    reused = 0
+    for run in runs:
+        try:
+            result = json.loads((folder / run / "result.json").read_text())
+        except (OSError, ValueError):
+            result = {}
+        reused += sum(stage["status"] == "reused" for stage in result.get("stages", []))
+        known = result.get("seconds") if result.get("status") != "running" else None
+        seconds = None if seconds is None or known is None else seconds + known
+    return seconds, reused
+
+
+def sum_up(config: DictConfig, opened: Study) -> None:
+    """Write the tables and the report, and print what a person wants to know first."""
+    from stagesweep.sweep import report, results
+
+    folder = opened.folder
+    if not opened.trials():
+        return
+    sweep = results.read(folder, opened.optuna)
+    results.write(sweep)
+    report.at_the_end(folder)
+    trials, parameters = results.table(sweep), sweep.parameters
+    best = results.ranked(trials, config.objective.mode)
+    if best.empty:
+        return
+    print(f"\n{len(best)} of {len(trials)} trials finished; the best:\n")
+    print(results.leaderboard(best, parameters))
+    if parameters == ["seed"] and (table := results.over_seeds(trials)) is not None:
+        atomic_text(folder / "comparison.csv", table.to_csv(index=False))
+        print(f"\nMean ± half the 95 % interval over {len(best)} seeds:\n")
+        print(results.with_intervals(table))
+    print(where_to_look(folder, Path(best["dir"].iloc[0])))
+
+
+def where_to_look(folder: Path, best: Path) -> str:
+    """The last lines of a sweep: paths and commands to copy."""
+    lines = {
+        "all trials": folder / "results_summary.csv",
+        "best trial": best,
+        "report": folder / "report.html",
+        "curves": f"tensorboard --logdir {folder}",
+    }
+    figures = sorted(best.glob("stages/*/figures"))
+    if figures:
+        lines["figures"] = figures[-1]
+    return "\n" + "\n".join(f"{name:<11} {place}" for name, place in lines.items())

@@ -1,0 +1,371 @@
+"""The slots of this machine: which trial runs where, each in a process of its own.
+
+Processes are forked from a server that has imported torch already. A trial that crashes, is killed
+or runs out of memory costs itself only.
+"""
+
+import fcntl
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import reduce
+from importlib import import_module
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobRuntime, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from stagesweep import config
+from stagesweep.errors import reason
+from stagesweep.explain import explain
+from stagesweep.hardware import gpu
+from stagesweep.sweep import trial
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What a slot may use: environment variables that are set before torch looks at them."""
+
+    slot: int
+    environment: dict[str, str]
+
+
+@dataclass
+class Job:
+    """One run of a trial: where it goes (below the sweep's folder), and how it is composed."""
+
+    number: int
+    subdir: str
+    overrides: list[str]
+    timeout: float | None = None
+    # Why it was told to end, in a word, and when it is ended.
+    stopping: str | None = None
+    deadline: float = field(default=float("inf"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended. ``state``: complete, pruned or failed; interrupted: it can go on."""
+
+    state: str
+    value: Any = None
+    reason: str | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A trial's value after a step; it waits to be told whether to stop."""
+
+    job: Job
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class At:
+    """How far a trial is."""
+
+    job: Job
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a job."""
+
+    job: Job
+    outcome: Outcome
+
+
+Event = Report | At | Ended
+
+
+def leases(slots: str | int, hardware: config.Hardware) -> list[Lease]:
+    """The slots of this machine: GPUs ``devices_per_trial`` at a time, or shares of the cores.
+
+    More slots than there are GPUs for share them in turn.
+    """
+    each, found = hardware.devices_per_trial, gpu.ids(hardware)
+    cores = len(os.sched_getaffinity(0))
+    natural = len(found) // each if found else cores // (hardware.threads or 1)
+    count = max(1, natural if slots == "auto" else int(slots))
+    groups = [found[i : i + each] for i in range(0, len(found) - each + 1, each)] or [found]
+    return [
+        Lease(n, {"CUDA_VISIBLE_DEVICES": ",".join(groups[n % len(groups)])} if found else {})
+        for n in range(count)
+    ]
+
+
+class Slots:
+    """Jobs in slots: `start` what is `free`, then `wait` for what they say."""
+
+    def __init__(
+        self,
+        given: Sequence[Lease],
+        context: HydraContext,
+        master: DictConfig,
+        task: TaskFunction,
+    ) -> None:
+        self.leases = list(given)
+        self.running: dict[int, _Process] = {}
+        self._work = (context, master, _name_of(task))
+        self._pickled: bytes | None = None
+        self.prune_on: str | None = None
+        cores = len(os.sched_getaffinity(0))
+        # Read by the libraries of the server, once for all trials.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(self.leases))))
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["stagesweep.sweep.warm", *_modules(master)])
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()  # it imports while the controller gets ready
+
+    @property
+    def free(self) -> bool:
+        """Whether there is a slot without a job."""
+        return len(self.running) < len(self.leases)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs."""
+        return bool(self.running)
+
+    def start(self, job: Job) -> None:
+        """Start a job in a free slot; it composes its own config there."""
+        lease = next(each for each in self.leases if each.slot not in self.running)
+        if self._pickled is None:  # once, and as late as the config may change
+            import pickle
+
+            self._pickled = pickle.dumps(self._work)
+        ours, theirs = self.context.Pipe()
+        order = (job.number, job.subdir, job.overrides, lease.environment, self.prune_on)
+        process = self.context.Process(target=serve, args=(theirs, self._pickled, *order))
+        process.start()
+        theirs.close()
+        self.running[lease.slot] = _Process(job, process, ours)
+        if job.timeout is not None:
+            job.deadline = time.monotonic() + job.timeout
+
+    def wait(self, seconds: float | None = None) -> Iterator[Event]:
+        """What jobs say, as soon as one says something; nothing after so many seconds."""
+        now = time.monotonic()
+        due = min((each.job.deadline for each in self.running.values()), default=now)
+        limits = [seconds] if seconds is not None else []
+        limits += [max(due - now, 0.0)] if due < float("inf") else []
+        sources = {s: slot for slot, each in self.running.items() for s in each.sources()}
+        ready = connection.wait(list(sources), min(limits, default=None))
+        for slot in dict.fromkeys(sources[source] for source in ready):
+            process = self.running[slot]
+            yield from process.messages()
+            if process.process.sentinel in ready:
+                del self.running[slot]
+                yield Ended(process.job, process.end())
+        for each in self.running.values():
+            each.enforce()
+
+    def answer(self, job: Job, stop: bool) -> None:
+        """Tell a job that has reported whether to stop."""
+        for each in self.running.values():
+            if each.job is job:
+                with suppress(OSError):
+                    each.pipe.send(stop)
+
+    def stop(self) -> None:
+        """Tell every job to save and end."""
+        for each in self.running.values():
+            each.stop("interrupted")
+
+
+class _Process:
+    """A job's process, seen from the controller."""
+
+    def __init__(self, job: Job, process: Any, pipe: "connection.Connection[Any, Any]") -> None:
+        self.job, self.process, self.pipe = job, process, pipe
+        self.outcome: Outcome | None = None
+        self.open = True
+        self.kills = oom_kills()
+
+    def sources(self) -> list[Any]:
+        return [self.process.sentinel, *([self.pipe] if self.open else [])]
+
+    def messages(self) -> Iterator[Event]:
+        """What has arrived."""
+        try:
+            while self.open and self.pipe.poll():
+                match self.pipe.recv():
+                    case ("report", value, step):
+                        yield Report(self.job, value, step)
+                    case ("at", text):
+                        yield At(self.job, text)
+                    case ("end", *fields):
+                        self.outcome = Outcome(*fields)
+        except (EOFError, OSError):
+            self.open = False
+
+    def enforce(self) -> None:
+        """End what is past its time."""
+        if time.monotonic() >= self.job.deadline:
+            if self.job.stopping is None:
+                self.stop("timeout")
+            else:
+                self.signal(signal.SIGKILL)
+                self.job.deadline = float("inf")
+
+    def stop(self, why: str) -> None:
+        """Tell it to save and end; it is killed when it takes too long."""
+        if self.job.stopping is None:
+            self.job.stopping = why
+            self.job.deadline = time.monotonic() + trial.GRACE
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGTERM)
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to the process and to all that it has started."""
+        for send in (os.killpg, os.kill):
+            with suppress(ProcessLookupError):
+                send(self.process.pid, signum)
+
+    def end(self) -> Outcome:
+        """Clear away what is left of it, and say how it ended."""
+        status = self.process.exitcode
+        # Its own children; and itself, if what has ended is the server that watched it.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.pipe.close()
+        self.process.close()
+        if self.outcome is not None and self.outcome.state in ("complete", "pruned"):
+            return self.outcome
+        if self.job.stopping == "timeout":
+            return Outcome("failed", None, "timeout", f"ran longer than {self.job.timeout:g} s")
+        if self.job.stopping is not None:
+            return Outcome("interrupted")
+        if self.outcome is not None:
+            return self.outcome
+        if oom_kills() > self.kills:
+            return Outcome("failed", None, "oom", "killed: this machine ran out of memory")
+        why = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return Outcome("failed", None, "killed", f"its process was ended by {why}")
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed a process of this control group for its memory."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("oom_kill ")))
+    return 0
+
+
+# ------------------------------------------------------------------ in the trial's process
+
+
+def serve(
+    pipe: "connection.Connection[Any, Any]",
+    pickled: bytes,
+    number: int,
+    subdir: str,
+    overrides: list[str],
+    environment: dict[str, str],
+    prune_on: str | None,
+) -> None:
+    """Run one job in this process, and say through the pipe how it ended."""
+    import pickle
+
+    os.setsid()  # Ctrl-C is the controller's; and what this starts can be ended with it
+    os.environ.update(environment)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    context, master, task = pickle.loads(pickled)
+    folder = Path(master.hydra.sweep.dir) / subdir
+    write_to(folder / "trial.log")
+    child = trial.attach(pipe, prune_on)
+    try:
+        returned = run(context, master, _find(task), number, subdir, overrides)
+        pruned = child.stopped and returned is None
+        outcome = Outcome("pruned") if pruned else Outcome("complete", returned)
+    except (SystemExit, KeyboardInterrupt) as error:
+        child.say("end", "interrupted", None, "killed", "it was told to end")
+        raise SystemExit(getattr(error, "code", 130)) from None
+    except BaseException as error:
+        line = explain(error)
+        if line is None:
+            log.exception("failed")
+        said = line or f"{type(error).__name__}: {error}"
+        outcome = Outcome("failed", None, reason(error), said.splitlines()[0])
+    child.say("end", outcome.state, outcome.value, outcome.reason, outcome.message)
+
+
+def run(
+    context: HydraContext,
+    master: DictConfig,
+    task: TaskFunction,
+    number: int,
+    subdir: str,
+    overrides: Sequence[str],
+) -> Any:
+    """Compose the config of a job and run it as Hydra's launchers do; returns the objective."""
+    setup_globals()
+    JobRuntime.instance().set("name", master.hydra.job.name)
+    composed = context.config_loader.load_sweep_config(master, list(overrides))
+    with open_dict(composed):
+        composed.hydra.job.id = str(number)
+        composed.hydra.job.num = number
+        composed.hydra.sweep.dir = master.hydra.sweep.dir
+        composed.hydra.sweep.subdir = subdir
+        composed.search.study = master.search.study
+    return run_job(
+        hydra_context=context,
+        task_function=task,
+        config=composed,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    ).return_value
+
+
+def write_to(file: Path) -> None:
+    """Send what this process prints to a file, once no other process does.
+
+    One that an earlier controller left behind is still saving its checkpoint.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    for standard in (sys.stdout, sys.stderr):
+        standard.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _name_of(task: TaskFunction) -> tuple[str, str]:
+    return task.__module__, task.__qualname__
+
+
+def _find(name: tuple[str, str]) -> TaskFunction:
+    """The task of that name, below what ``hydra.main`` put around it."""
+    found: Any = reduce(getattr, name[1].split("."), import_module(name[0]))
+    while hasattr(found, "__wrapped__"):
+        found = found.__wrapped__
+    task: Callable[[Any], Any] = found
+    return task
+
+
+def _modules(master: DictConfig) -> list[str]:
+    """The modules of the package that the config names: each trial would import them."""
+    from omegaconf import OmegaConf
+
+    from stagesweep.inputs import targets
+
+    own = OmegaConf.masked_copy(master, ["model", "data", "loss", "stage"])
+    found = targets(OmegaConf.to_container(own, resolve=False))
+    return sorted({t.rpartition(".")[0] for t in found if t.startswith("stagesweep.")})

@@ -1,0 +1,321 @@
+"""The study of a sweep: what was proposed, how it went, and what comes next.
+
+The controller is the study's only writer. Every point that is proposed is on disk before it runs,
+so that a sweep that was ended at any moment goes on with the same trials.
+"""
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import optuna
+import yaml
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import check_distribution_compatibility
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from stagesweep.config import Search
+from stagesweep.errors import NotFinite, UserError
+from stagesweep.files import atomic_text
+from stagesweep.sweep.slots import Outcome
+from stagesweep.sweep.space import Space, describe
+
+log = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass
+class Trial:
+    """A proposed point: its number in the study, and the overrides that make it."""
+
+    number: int
+    overrides: list[str]
+    begun: float = 0.0
+    retries: int = 0
+
+
+class Study:
+    """The study in a sweep's folder, opened or begun."""
+
+    def __init__(
+        self,
+        folder: Path,
+        sweeper: DictConfig,
+        settings: Search,
+        space: Space,
+        grid: list[dict[str, Any]] | None,
+        pruner: Any,
+    ) -> None:
+        self.folder, self.settings, self.space, self.pruner = folder, settings, space, pruner
+        self.sampler_config = sweeper.sampler
+        target = str(sweeper.sampler.get("_target_", ""))
+        given = sweeper.direction
+        directions: Any = [given] if isinstance(given, str) else list(given)
+        self.optuna = optuna.create_study(
+            study_name=sweeper.study_name,
+            storage=sweeper.storage,
+            sampler=None if grid is not None else self.sampler(0),
+            pruner=pruner,
+            directions=directions,
+            load_if_exists=True,
+        )
+        # A grid is a list of points, taken in order.
+        self.grid = (
+            list(space.points(settings.max_points)) if target.endswith("GridSampler") else None
+        )
+        # Only this one goes on by itself where another process has stopped.
+        self.reseed = not target.endswith("QMCSampler")
+        self.total = settings.n_trials
+        if self.grid is not None:
+            self.total = min(self.total, len(self.grid))
+        self.check_compatible()
+        for named in settings.enqueue:
+            self.optuna.enqueue_trial(space.point(named), skip_if_exists=True)
+        # The trials that have each set of overrides: the first runs, the others are told its value.
+        self.same: dict[tuple[str, ...], list[int]] = {}
+        for trial in self.trials():
+            if (overrides := trial.user_attrs.get("overrides")) is not None:
+                self.same.setdefault(tuple(overrides), []).append(trial.number)
+
+    def check_compatible(self) -> None:
+        """UserError when what is to be proposed cannot stand beside what was."""
+        now = self.space.distributions
+        before = {k: v for trial in self.trials() for k, v in trial.distributions.items()}
+        for name in before.keys() & now.keys():
+            try:
+                check_distribution_compatibility(before[name], now[name])
+            except ValueError as error:
+                raise UserError(
+                    f"{name}: one study cannot hold both {describe(before[name])} and "
+                    f"{describe(now[name])}; set sweep.on_change=new, or another search.study"
+                ) from error
+
+    def trials(self) -> list[FrozenTrial]:
+        """Every trial that was begun, by number."""
+        found = self.optuna.get_trials(deepcopy=False)
+        return [trial for trial in found if trial.state is not TrialState.WAITING]
+
+    def sampler(self, number: int) -> BaseSampler:
+        """The sampler of a trial. Its seed follows from the trial's number alone, so that a sweep
+        that was interrupted proposes what it would have proposed without.
+        """
+        given: dict[str, Any] = {}
+        if (seed := self.sampler_config.get("seed")) is not None:
+            given["seed"] = (int(seed) + 1_000_003 * number) % 2**32
+        made: BaseSampler = instantiate(
+            self.sampler_config,
+            **given,
+            _execution_whitelist_=("hydra_plugins.hydra_optuna_sweeper.*", "optuna.*"),
+        )
+        return made
+
+    # ------------------------------------------------------------------ proposing
+
+    def unfinished(self) -> Iterator[Trial]:
+        """The trials that were under way when the sweep was ended."""
+        for frozen in self.trials():
+            if frozen.state is TrialState.RUNNING:
+                trial = self._proposed(optuna.trial.Trial(self.optuna, frozen._trial_id))
+                trial.retries = int(frozen.user_attrs.get("retries", 0))
+                yield trial
+
+    def ask(self) -> Trial | None:
+        """The next point; None when there are as many as there should be."""
+        begun = self.trials()
+        if len(begun) >= self.total:
+            return None
+        if self.grid is not None:
+            known = {self.space.key(trial.params) for trial in begun if trial.params}
+            rest = (point for point in self.grid if self.space.key(point) not in known)
+            if (point := next(rest, None)) is None:
+                return None
+            self.optuna.enqueue_trial(point, skip_if_exists=True)
+        elif self.reseed:
+            self.optuna.sampler = self.sampler(len(begun))
+        return self._proposed(self.optuna.ask())
+
+    def _proposed(self, trial: optuna.trial.Trial) -> Trial:
+        known = trial.user_attrs.get("overrides")
+        overrides = list(known) if known is not None else self.space.suggest(trial)
+        if known is None:
+            trial.set_user_attr("overrides", overrides)
+            trial.set_user_attr("dir", str(trial.number))
+        same = self.same.setdefault(tuple(overrides), [])
+        if trial.number not in same:
+            same.append(trial.number)
+        return Trial(trial.number, overrides)
+
+    def first(self, trial: Trial) -> int:
+        """The number of the first trial with the same overrides."""
+        return self.same[tuple(trial.overrides)][0]
+
+    # ------------------------------------------------------------------ recording
+
+    def report(self, number: int, value: float, step: int) -> bool:
+        """Record a trial's value after a step; whether it should stop there."""
+        trial = optuna.trial.Trial(self.optuna, self._id(number))
+        if step not in self.frozen(number).intermediate_values:
+            trial.report(value, step)
+        return trial.should_prune()
+
+    def note(self, number: int, **attributes: Any) -> None:
+        """Record something about a trial."""
+        for name, value in attributes.items():
+            self.optuna._storage.set_trial_user_attr(self._id(number), name, value)
+
+    def tell(self, trial: Trial, outcomes: list[Outcome], **attributes: Any) -> Outcome:
+        """Record the end of a trial, and of those that propose the same; returns how it ended.
+
+        The value of repeats is their mean; one that failed is the failure of all.
+        """
+        outcome = together(outcomes)
+        if len(outcomes) > 1 and outcome.state == "complete":
+            attributes["values"] = [each.value for each in outcomes]
+        if outcome.reason is not None:
+            attributes |= {"reason": outcome.reason, "message": outcome.message}
+        states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+        state = states.get(outcome.state, TrialState.FAIL)
+        values = outcome.value if state is TrialState.COMPLETE else None
+        first, *others = self.same[tuple(trial.overrides)]
+        for number in (first, *others):
+            if self.frozen(number).state is TrialState.RUNNING:
+                same = {"same_as": first} if number != first else {}
+                self.note(number, **attributes, **same)
+                for step, value in self.frozen(first).intermediate_values.items() if same else ():
+                    optuna.trial.Trial(self.optuna, self._id(number)).report(value, step)
+                self.optuna.tell(number, values, state)
+        return outcome
+
+    def told(self, number: int) -> Outcome | None:
+        """How a trial ended; None when it did not yet."""
+        frozen = self.frozen(number)
+        attributes = frozen.user_attrs
+        match frozen.state:
+            case TrialState.COMPLETE:
+                values = frozen.values or []
+                return Outcome("complete", values[0] if len(values) == 1 else values)
+            case TrialState.PRUNED:
+                return Outcome("pruned")
+            case TrialState.FAIL:
+                why = attributes.get("reason", "error"), attributes.get("message", "")
+                return Outcome("failed", None, *why)
+        return None
+
+    def frozen(self, number: int) -> FrozenTrial:
+        """A trial as it is on disk."""
+        return self.optuna._storage.get_trial(self._id(number))
+
+    def _id(self, number: int) -> int:
+        return self.optuna._storage.get_trial_id_from_study_id_trial_number(
+            self.optuna._study_id, number
+        )
+
+
+def together(outcomes: list[Outcome]) -> Outcome:
+    """The outcome of a trial, from those of its repeats."""
+    checked = [finite(each) for each in outcomes]
+    for each in checked:
+        if each.state != "complete":
+            return each
+    if len(checked) == 1:
+        return checked[0]
+    values = [each.value for each in checked]
+    if isinstance(values[0], list | tuple):
+        return Outcome("complete", [fmean(column) for column in zip(*values, strict=True)])
+    return Outcome("complete", fmean(values))
+
+
+def finite(outcome: Outcome) -> Outcome:
+    """A run that ended well without a number did not."""
+    if outcome.state != "complete":
+        return outcome
+    value = outcome.value
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    if any(not isinstance(n, int | float) for n in numbers):
+        return Outcome("failed", None, "error", f"the run returned {value!r} as its objective")
+    if any(math.isnan(n) for n in numbers):
+        return Outcome("failed", None, NotFinite.reason, f"its objective is {value}")
+    return outcome
+
+
+def on_disk(folder: Path) -> Outcome | None:
+    """How the run in a folder ended, by its ``result.json``; None when it did not."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    match result.get("status"):
+        case "complete":
+            value = (result.get("objective") or {}).get("value")
+            return Outcome("complete", math.nan if value is None else value)
+        case "pruned":
+            return Outcome("pruned")
+    return None
+
+
+# ------------------------------------------------------------------ what a sweep was begun with
+
+
+def record(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write down what a sweep is begun with."""
+    atomic_text(folder / "sweep.yaml", yaml.safe_dump(dict(about), sort_keys=False))
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """What a sweep was begun with; None when it was not."""
+    file = folder / "sweep.yaml"
+    return yaml.safe_load(file.read_text()) if file.exists() else None
+
+
+def changes(space: Space, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Lines that say what is not as it was when the sweep was begun."""
+    lines = [f"space {line}" for line in space.difference(before["space"])]
+    old, new = flat(before["config"]), flat(now["config"])
+    return lines + [
+        f"{key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested plain values by dotted key."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    below = [flat(each, f"{key}.{name}" if key else str(name)) for name, each in value.items()]
+    return {k: v for each in below for k, v in each.items()}
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """What all trials share, as plain values; interpolations of what is swept stay as they are."""
+    from stagesweep.inputs import what_counts
+
+    keys = ("seed", "init_from", "model", "data", "loss", "stage", "hardware", "objective")
+    found: dict[str, Any] = {}
+    for key in keys:
+        if OmegaConf.is_missing(config, key):
+            continue
+        try:
+            found[key] = what_counts(config[key])
+        except Exception:
+            found[key] = OmegaConf.to_container(config[key], resolve=False)
+    loaded: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return loaded
+
+
+def refuse_changed(folder: Path, lines: list[str]) -> UserError:
+    """What to say of a sweep whose command has changed."""
+    said = "; ".join(lines)
+    return UserError(
+        f"{folder} was begun with other settings: {said}; put them back, name another sweep with "
+        "search.study=<name>, or set sweep.on_change=continue or sweep.on_change=new"
+    )

@@ -1,0 +1,48 @@
+"""A stage that does what its config says, to test what is around it. Runs in trials only."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stagesweep.sweep import trial
+
+
+@dataclass
+class Toy:
+    """Gives ``x`` as its score, after so many seconds, or ends otherwise.
+
+    ``log`` is a folder that gets a file for each call: when it was, and in which slot.
+    """
+
+    log: str
+    x: float = 0.0
+    y: float = 0.0
+    act: str = "well"
+    seconds: float = 0.0
+    steps: int = 0
+
+    def metric_names(self) -> tuple[str, ...]:
+        return ("score",)
+
+    def __call__(self, run: Any) -> dict[str, float]:
+        began = time.time()
+        left = Path(self.log, f"{os.getpid()}")
+        first = not Path(self.log, "killed").exists()
+        if self.act == "raises":
+            raise ValueError("as it was told")
+        if self.act == "kill" or (self.act == "kill_once" and first):
+            Path(self.log, "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        for step in range(1, self.steps + 1):
+            trial.current().report("toy", {"score": self.x * step}, step)
+            if trial.current().should_stop():
+                from stagesweep.errors import Pruned
+
+                raise Pruned(f"pruned at {step}")
+        time.sleep(self.seconds)
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        left.write_text(f"{began} {time.time()} {gpus}")
+        return {"score": float("nan") if self.act == "no_number" else self.x + run.cfg.seed}
