@@ -1,6 +1,7 @@
 """What all tests share: real data where there is some, the real command, composed configs."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,9 @@ from omegaconf import DictConfig, open_dict
 
 from stagesweep import config
 from stagesweep.core.seeding import seed_everything
+
+# A shell that starts a job in the background has it ignore Ctrl-C, and all processes it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
