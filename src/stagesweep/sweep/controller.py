@@ -4,64 +4,29 @@ The only writer of the study. Trials say how far they are and are told whether t
 """
 
 import logging
-import os
 import shlex
 import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
 
-from filelock import FileLock, Timeout
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.config import Search
-from stagesweep.errors import Interrupted, UserError, reason
-from stagesweep.explain import explain
-from stagesweep.sweep import ending, study
-from stagesweep.sweep.plugin import SlotsLauncher
+from stagesweep.errors import Interrupted, UserError
+from stagesweep.sweep import begin, ending, study
+from stagesweep.sweep.places import Places, opened_by
 from stagesweep.sweep.slots import At, Ended, Event, Job, Outcome, Report
-from stagesweep.sweep.space import ABLATION, Space, parse
+from stagesweep.sweep.space import parse
 from stagesweep.sweep.study import Study, Trial
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"
 # Reasons to start a trial again: the next attempt may end otherwise.
 RETRIED = ("killed", "oom")
-
-
-class Places(Protocol):
-    """Where jobs run: slots of this machine, or another launcher of Hydra."""
-
-    prune_on: str | None
-
-    @property
-    def free(self) -> bool:
-        """Whether one more job can be started."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a job runs."""
-
-    def start(self, job: Job) -> None:
-        """Start a job."""
-
-    def wait(self, seconds: float | None = None) -> Iterator[Event]:
-        """What jobs say, as soon as one says something."""
-
-    def answer(self, job: Job, stop: bool) -> None:
-        """Tell a job that has reported whether to stop."""
-
-    def stop(self) -> None:
-        """Tell every job to save and end."""
 
 
 def sweep(
@@ -72,7 +37,7 @@ def sweep(
     assert isinstance(settings, Search)
     space = parse(
         config.search.space,
-        without_hydra(arguments),
+        begin.without_hydra(arguments),
         together=settings.zip,
         when=settings.when,
         variants=settings.ablation.variants,
@@ -85,20 +50,18 @@ def sweep(
             "'stage.<name>.optimizer.lr=interval(1e-4, 1e-2)'"
         )
     points = list(space.points(settings.max_points)) if grid else None
-    pruner = chosen_pruner(settings)
-    check(config, space, launcher)
+    pruner = begin.chosen_pruner(settings)
+    begin.check(config, space, launcher)
     about = {"space": space.fingerprint(), "config": study.plain(config)}
-    folder = place(config, sweeper, space, about)
+    folder = begin.place(config, sweeper, space, about)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with begin.locked(folder):
         if study.recorded(folder) is None:
             command = shlex.join(["stagesweep", "-m", *arguments])
             names = {"study": sweeper.study_name, "storage": sweeper.storage}
             study.record(folder, {"command": command, **names, **about})
         opened = Study(folder, sweeper, settings, space, points, pruner)
-        places: Places = (
-            launcher.open() if isinstance(launcher, SlotsLauncher) else Batches(launcher)
-        )
+        places = opened_by(launcher)
         if pruner is not None:
             places.prune_on = settings.prune_on or config.objective.metric
         controller = Controller(opened, places, config, settings)
@@ -229,10 +192,13 @@ class Controller:
         del self.trials[trial.number], self.outcomes[trial.number]
         self.board.concluded(trial, ended, seconds)
 
-    def stop(self, signum: int) -> None:
-        """Let every trial save and end; those under way go on with the next start."""
-        self.stopped = signum
-        self.places.stop()
+    def stop(self, signum: int) -> bool:
+        """Let every trial save and end; those under way go on with the next start.
+
+        Returns False when there is nothing to wait for.
+        """
+        again, self.stopped = self.stopped is not None, signum
+        return not again and self.places.stop()
 
     def leave(self) -> None:
         """How the command ends: as interrupted, or with one line if too many trials failed."""
@@ -253,174 +219,12 @@ class Controller:
             )
 
 
-def opened_by(launcher: Launcher) -> Places:
-    """Where a launcher runs jobs."""
-    return launcher.open() if isinstance(launcher, SlotsLauncher) else Batches(launcher)
-
-
-class Batches:
-    """Another launcher of Hydra, which blocks until all it was given has ended."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        self.launcher = launcher
-        self.prune_on: str | None = None
-        config: Any = getattr(launcher, "config", None)
-        wanted = str(config.sweep.slots) if config is not None else "auto"
-        own = getattr(launcher, "joblib", None) or {}
-        size = int(own.get("n_jobs") or 1) if wanted == "auto" else int(wanted)
-        self.size = size if size > 0 else (os.cpu_count() or 1)
-        self.waiting: list[Job] = []
-
-    @property
-    def free(self) -> bool:
-        """Whether the batch has room."""
-        return len(self.waiting) < self.size
-
-    @property
-    def busy(self) -> bool:
-        """Whether a job waits for the others of its batch."""
-        return bool(self.waiting)
-
-    def start(self, job: Job) -> None:
-        """Put a job into the batch."""
-        self.waiting.append(job)
-
-    def wait(self, seconds: float | None = None) -> Iterator[Event]:
-        """Launch the batch; consecutive numbers together."""
-        jobs, self.waiting = self.waiting, []
-        while jobs:
-            count = next(
-                (n for n in range(1, len(jobs)) if jobs[n].number != jobs[0].number + n), len(jobs)
-            )
-            group, jobs = jobs[:count], jobs[count:]
-            given = [[*job.overrides, f"hydra.sweep.subdir='{job.subdir}'"] for job in group]
-            returned = self.launcher.launch(given, initial_job_idx=group[0].number)
-            for job, one in zip(group, returned, strict=True):
-                yield Ended(job, self.outcome(one))
-
-    def outcome(self, returned: Any) -> Outcome:
-        """How a job ended, from what Hydra's launchers return."""
-        try:
-            return Outcome("complete", returned.return_value)
-        except Exception as error:
-            said = (explain(error) or f"{type(error).__name__}: {error}").splitlines()[0]
-            return Outcome("failed", None, reason(error), said)
-
-    def answer(self, job: Job, stop: bool) -> None:
-        """Nobody asks: such a job has no pipe to this process."""
-
-    def stop(self) -> None:
-        """Nothing runs between two batches."""
-
-
-# ------------------------------------------------------------------ before the first trial
-
-
-def without_hydra(arguments: Sequence[str]) -> list[str]:
-    """The overrides that are the trials' own."""
-    return [each for each in arguments if not each.lstrip("+~").startswith(("hydra.", "hydra/"))]
-
-
-def chosen_pruner(settings: Search) -> Any:
-    """The pruner; None when every trial runs to its end."""
-    if not settings.pruner:
-        return None
-    return instantiate(settings.pruner, _execution_whitelist_=("optuna.*",))
-
-
-def check(config: DictConfig, space: Space, launcher: Launcher) -> None:
-    """Validate what the trials share; what is swept may still be open and is checked in each."""
-    from stagesweep.validate import validate
-
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
-    swept |= {key for name in space.distributions for key in name.split(",")} - {ABLATION}
-    shared = config.copy()
-    OmegaConf.set_readonly(shared, False)
-    with open_dict(shared):
-        del shared["hydra"]
-    groups = set(config.hydra.runtime.choices)
-    if not swept & groups:
-        for key in filter(partial(absent, shared), sorted(swept)):
-            # Composition says it as for a single run.
-            context: Any = getattr(launcher, "hydra_context", None)
-            context.config_loader.load_sweep_config(config, [f"{key}=null"])
-        if not any(OmegaConf.is_missing(shared, key) for key in swept):
-            validate(shared)
-    if config.search.repeats > 1 and "seed" in swept:
-        raise UserError("search.repeats runs each point under several seeds; do not sweep seed")
-
-
-def absent(config: DictConfig, key: str) -> bool:
-    """Whether no trial can have that key, whatever its value."""
-    parent, _, leaf = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    return key[0].isalpha() and isinstance(node, DictConfig) and leaf not in node.keys()  # noqa: SIM118
-
-
-def place(config: DictConfig, sweeper: DictConfig, space: Space, about: dict[str, Any]) -> Path:
-    """The folder of the sweep: a new one, or one that was begun with the same settings."""
-    base, wanted = Path(config.hydra.sweep.dir), config.sweep.on_change
-    if wanted not in ("refuse", "continue", "new"):
-        raise UserError(f"sweep.on_change={wanted} must be refuse, continue or new")
-    folder, count, name = base, 1, str(sweeper.study_name)
-    while (before := study.recorded(folder)) is not None:
-        lines = study.changes(space, about, before)
-        if not lines or wanted == "continue":
-            sweeper.study_name = before["study"]
-            if lines:
-                log.warning("going on with changed settings: %s", "; ".join(lines))
-            break
-        if wanted == "refuse":
-            raise study.refuse_changed(folder, lines)
-        count += 1
-        folder = base.with_name(f"{base.name}_{count}")
-    if before is None and folder.exists() and {path.name for path in folder.iterdir()} - {LOCK}:
-        raise UserError(
-            f"{folder} holds results already; give this sweep a name of its own with "
-            "search.study=<name> (finished stages are not trained again)"
-        )
-    if folder != base:
-        sweeper.storage = str(sweeper.storage).replace(str(base), str(folder))
-        if before is None:
-            sweeper.study_name = f"{name}_{count}"
-    # Each trial is composed anew: its folder stays here, even when the experiment is swept.
-    quoted = str(folder).replace("'", r"\'")
-    with read_write(config.hydra), read_write(config.search):
-        config.hydra.sweep.dir = str(folder)
-        config.search.study = sweeper.study_name
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
-    return folder
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One controller at a time: UserError for a second."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"another process is running the sweep in {folder}; wait for it, or name another "
-            "with search.study=<name>"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 @contextmanager
 def signals(controller: Controller) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into the orderly end of a sweep; a second one does not wait."""
 
     def handle(signum: int, _: FrameType | None) -> None:
-        if controller.stopped is None and isinstance(
-            getattr(controller.places, "running", 0), dict
-        ):
-            controller.stop(signum)
-        else:
-            controller.stopped = signum
+        if not controller.stop(signum):
             raise Interrupted(signum, "sweep stopped; the same command goes on with what is left")
 
     before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}

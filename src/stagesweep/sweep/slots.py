@@ -182,10 +182,11 @@ class Slots:
                 with suppress(OSError):
                     each.pipe.send(stop)
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         """Tell every job to save and end."""
         for each in self.running.values():
             each.stop("interrupted")
+        return True
 
 
 class _Process:

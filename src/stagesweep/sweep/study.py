@@ -69,9 +69,7 @@ class Study:
             load_if_exists=True,
         )
         # A grid is a list of points, taken in order.
-        self.grid = (
-            list(space.points(settings.max_points)) if target.endswith("GridSampler") else None
-        )
+        self.grid = grid
         # Only this one goes on by itself where another process has stopped.
         self.reseed = not target.endswith("QMCSampler")
         self.total = settings.n_trials

@@ -1,0 +1,117 @@
+"""What comes before the first trial: checks of the whole sweep, its folder, its lock."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.launcher import Launcher
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from stagesweep.config import Search
+from stagesweep.errors import UserError
+from stagesweep.sweep import study
+from stagesweep.sweep.space import ABLATION, Space
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+def without_hydra(arguments: Sequence[str]) -> list[str]:
+    """The overrides that are the trials' own."""
+    return [each for each in arguments if not each.lstrip("+~").startswith(("hydra.", "hydra/"))]
+
+
+def chosen_pruner(settings: Search) -> Any:
+    """The pruner; None when every trial runs to its end."""
+    if not settings.pruner:
+        return None
+    return instantiate(settings.pruner, _execution_whitelist_=("optuna.*",))
+
+
+def check(config: DictConfig, space: Space, launcher: Launcher) -> None:
+    """Validate what the trials share; what is swept may still be open and is checked in each."""
+    from stagesweep.validate import validate
+
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
+    swept |= {key for name in space.distributions for key in name.split(",")} - {ABLATION}
+    shared = config.copy()
+    OmegaConf.set_readonly(shared, False)
+    with open_dict(shared):
+        del shared["hydra"]
+    groups = set(config.hydra.runtime.choices)
+    if not swept & groups:
+        for key in filter(partial(absent, shared), sorted(swept)):
+            # Composition says it as for a single run.
+            context: Any = getattr(launcher, "hydra_context", None)
+            context.config_loader.load_sweep_config(config, [f"{key}=null"])
+        if not any(OmegaConf.is_missing(shared, key) for key in swept):
+            validate(shared)
+    if config.search.repeats > 1 and "seed" in swept:
+        raise UserError("search.repeats runs each point under several seeds; do not sweep seed")
+
+
+def absent(config: DictConfig, key: str) -> bool:
+    """Whether no trial can have that key, whatever its value."""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    return key[0].isalpha() and isinstance(node, DictConfig) and leaf not in node.keys()  # noqa: SIM118
+
+
+def place(config: DictConfig, sweeper: DictConfig, space: Space, about: dict[str, Any]) -> Path:
+    """The folder of the sweep: a new one, or one that was begun with the same settings."""
+    base, wanted = Path(config.hydra.sweep.dir), config.sweep.on_change
+    if wanted not in ("refuse", "continue", "new"):
+        raise UserError(f"sweep.on_change={wanted} must be refuse, continue or new")
+    folder, count, name = base, 1, str(sweeper.study_name)
+    while (before := study.recorded(folder)) is not None:
+        lines = study.changes(space, about, before)
+        if not lines or wanted == "continue":
+            sweeper.study_name = before["study"]
+            if lines:
+                log.warning("going on with changed settings: %s", "; ".join(lines))
+            break
+        if wanted == "refuse":
+            raise study.refuse_changed(folder, lines)
+        count += 1
+        folder = base.with_name(f"{base.name}_{count}")
+    if before is None and folder.exists() and {path.name for path in folder.iterdir()} - {LOCK}:
+        raise UserError(
+            f"{folder} holds results already; give this sweep a name of its own with "
+            "search.study=<name> (finished stages are not trained again)"
+        )
+    if folder != base:
+        sweeper.storage = str(sweeper.storage).replace(str(base), str(folder))
+        if before is None:
+            sweeper.study_name = f"{name}_{count}"
+    # Each trial is composed anew: its folder stays here, even when the experiment is swept.
+    quoted = str(folder).replace("'", r"\'")
+    with read_write(config.hydra), read_write(config.search):
+        config.hydra.sweep.dir = str(folder)
+        config.search.study = sweeper.study_name
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One controller at a time: UserError for a second."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another process is running the sweep in {folder}; wait for it, or name another "
+            "with search.study=<name>"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
