@@ -69,6 +69,20 @@ def stagesweep(tmp_path: Path) -> Command:
     return run
 
 
+@pytest.fixture
+def needs_torch() -> Callable[[str], bool]:
+    """Whether a fresh interpreter that runs this code imports torch."""
+
+    def run(code: str) -> bool:
+        lines = f"import sys\n{code}\nprint('torch' in sys.modules)"
+        process = subprocess.run(
+            [sys.executable, "-c", lines], capture_output=True, text=True, check=True
+        )
+        return process.stdout.split()[-1] == "True"
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def compose() -> Iterator[Compose]:
     """Compose a config in this process, as the command would: `compose("seed=1", …)`.

@@ -79,13 +79,18 @@ def test_a_missing_argument_is_named() -> None:
     ],
 )
 def test_what_fits_passes(values: dict[str, Any]) -> None:
-    bind("model", node(**values), supplied=["spec"])
+    given = node(**values)
+    bind("model", given, supplied=["spec"])  # raises at the first fault
+    assert given == node(**values), "it only looks"
 
 
 def test_what_is_open_passes() -> None:
-    bind("metric", {"_target_": "lab.anything", "x": 1})
-    bind("metric", {"_target_": "lab.Model", "_partial_": True})
-    bind("layer", {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3})
+    for node in (
+        {"_target_": "lab.anything", "x": 1},
+        {"_target_": "lab.Model", "_partial_": True},
+        {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3},
+    ):
+        assert bind("any", node) is None  # type: ignore[func-returns-value]
 
 
 @pytest.mark.parametrize(

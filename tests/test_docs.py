@@ -167,12 +167,12 @@ def point(override: Override) -> str:
 
 def test_the_commands_of_the_store_are_understood() -> None:
     for _, words in of("stagesweep-store"):
-        store_cli._parser().parse_args(words)
+        assert store_cli._parser().parse_args(words).run
 
 
 def test_the_commands_of_the_report_are_understood() -> None:
     for _, words in of("stagesweep-report"):
-        report._parser().parse_args(words)
+        assert report._parser().parse_args(words).folders
 
 
 def test_every_make_target_that_is_named_is_there() -> None:

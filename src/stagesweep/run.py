@@ -19,8 +19,9 @@ from tqdm import tqdm
 from stagesweep import config, inputs
 from stagesweep.core import checkpoint
 from stagesweep.core.board import Board, read_rows
-from stagesweep.core.fit import Loop, predict
+from stagesweep.core.fit import Loop
 from stagesweep.core.log import MetricLog
+from stagesweep.core.predict import predict
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text, atomic_write

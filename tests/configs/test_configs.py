@@ -77,8 +77,12 @@ def given(cfg: DictConfig, folder: Path) -> DictConfig:
 def test_every_experiment_composes_and_validates(
     compose: Compose, tmp_path: Path, name: str
 ) -> None:
-    group, _, option = name.partition("/")
-    validate(given(compose(f"{group}={option}"), tmp_path))
+    option = name.partition("/")[2]
+    cfg = given(compose(f"experiment={option}"), tmp_path)
+    validate(cfg)  # raises at the first fault
+    stage, _, metric = str(cfg.objective.metric).partition("/")
+    assert stage in cfg.stage
+    assert metric
 
 
 @pytest.mark.parametrize("name", options("experiment"))
@@ -95,7 +99,9 @@ def test_every_experiment_says_how_it_is_run(name: str) -> None:
 @pytest.mark.parametrize("name", options("model", "hardware"))
 def test_every_model_and_profile_fits_the_default_experiment(compose: Compose, name: str) -> None:
     group, _, option = name.partition("/")
-    validate(compose(f"{group}={option}"))
+    cfg = compose(f"{group}={option}")
+    validate(cfg)  # raises at the first fault
+    assert cfg.experiment == "digits"
 
 
 @pytest.mark.parametrize("name", options("data", "loss"))
@@ -116,7 +122,8 @@ def test_every_stage_composes_and_validates(compose: Compose, tmp_path: Path, na
     extra = ["stage.this.loss={kl: {weight: 1}}", "stage.this.epochs=1"] if option == "fit" else []
     extra = [f"+{each}" if "loss" in each else each for each in extra]
     cfg = given(compose("experiment=tiny", f"+stage@stage.this={option}", *extra), tmp_path)
-    validate(cfg)
+    validate(cfg)  # raises at the first fault
+    assert cfg.stage.this._target_.startswith("stagesweep.stage.")
 
 
 def of_search(part: str) -> list[str]:

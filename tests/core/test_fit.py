@@ -24,7 +24,7 @@ from stagesweep import config
 from stagesweep.config import Decay, EarlyStop, Mode, Precision, Schedule, Weight
 from stagesweep.core import checkpoint, interrupt
 from stagesweep.core.board import read_rows
-from stagesweep.core.fit import Best, Loop, predict
+from stagesweep.core.fit import Loop
 from stagesweep.core.log import MetricLog
 from stagesweep.core.optim import learning_rate
 from stagesweep.data.loader import LoaderView
@@ -340,35 +340,6 @@ class TestEvaluation:
         decoded = loop.model.eval()(batch)["x"].detach().numpy()
         np.testing.assert_allclose(seen["x"], decoded, rtol=1e-5, atol=1e-6)
 
-    def test_predict_gives_outputs_and_columns_by_name(self, bench: "Bench") -> None:
-        loop = bench.loop(hardware={"micro_batch": 7})
-        loop.model.train()
-        found = predict(loop.model, loop.val, ["x", "input/x", "weight", "mean"], loop.machine)
-        batch = next(loop.val.batches(1000))
-        assert found.keys() == {"x", "input/x", "weight", "mean"}
-        assert torch.equal(found["input/x"], batch["x"])
-        torch.testing.assert_close(found["x"], loop.model.eval()(batch)["x"].detach())
-        assert not found["mean"].requires_grad
-        assert not found["mean"].is_inference()
-        everything = predict(loop.model, loop.val, None, loop.machine)
-        assert everything.keys() == {"x", "mean"}
-
-    def test_predict_leaves_the_model_in_its_mode(self, bench: "Bench") -> None:
-        loop = bench.loop()
-        for training in (True, False):
-            loop.model.train(training)
-            predict(loop.model, loop.val, ["mean"], loop.machine)
-            assert loop.model.training is training
-
-    def test_predict_lists_what_there_is(self, bench: "Bench") -> None:
-        loop = bench.loop()
-        with pytest.raises(UserError) as caught:
-            predict(loop.model, loop.val, ["latent"], loop.machine)
-        assert str(caught.value) == (
-            "the model gives no 'latent' and the data has no such column; there are index, mean, "
-            "weight, x, x/mask"
-        )
-
 
 class TestStopping:
     def run(self, bench: "Bench", values: list[float], **rule: Any) -> int:
@@ -429,17 +400,6 @@ class TestStopping:
             early_stop={"moved": EarlyStop(target=1e9)},
         )
         assert loop.run()["epochs"] == 3
-
-    def test_the_best_so_far(self) -> None:
-        best = Best(Mode.max, min_delta=0.5)
-        assert [best.update(v) for v in (1, 1.5, 1.6, math.nan, 3)] == [
-            True,
-            False,
-            True,
-            False,
-            True,
-        ]
-        assert (best.value, best.since) == (3, 0)
 
 
 class TestPlateau:

@@ -2,12 +2,11 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,99 +21,18 @@ from stagesweep.core.optim import (
     running_average,
     train_mode,
 )
+from stagesweep.core.predict import joined, named, predict, to_device
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
 from stagesweep.core.terms import metric_names, reports, silent
 from stagesweep.core.trial import Trial
+from stagesweep.core.watch import Watch
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import NotFinite, Pruned, UserError
 from stagesweep.hardware.machine import Machine
 
 log = logging.getLogger(__name__)
-Value = TypeVar("Value")
-
-
-class Best:
-    """The best value of a metric so far, and for how many evaluations it has not improved."""
-
-    def __init__(self, mode: config.Mode, min_delta: float = 0.0) -> None:
-        self.sign = 1.0 if mode is config.Mode.max else -1.0
-        self.min_delta = min_delta
-        self.value: float | None = None
-        self.since = 0
-
-    def update(self, value: float) -> bool:
-        """Whether `value` is better than all before it by more than ``min_delta``; NaN never is."""
-        better = not math.isnan(value) and (
-            self.value is None or self.sign * (value - self.value) > self.min_delta
-        )
-        self.value, self.since = (value, 0) if better else (self.value, self.since + 1)
-        return better
-
-    def reaches(self, target: float | None, value: float) -> bool:
-        """Whether `value` is at `target` or beyond."""
-        return target is not None and self.sign * (value - target) >= 0
-
-
-def predict(
-    model: nn.Module,
-    view: View,
-    names: Collection[str] | None,
-    machine: Machine,
-    batch_size: int = 1024,
-) -> dict[str, Tensor]:
-    """Outputs and batch columns (see `named`) of a whole split in order, in eval mode, fp32 on the
-    CPU; ``names`` None gives every output.
-    """
-    training = model.training
-    model.eval()
-    seen: dict[str, list[Tensor]] = {}
-    size = min(batch_size, machine.micro_batch or batch_size)
-    with torch.inference_mode():
-        for batch in view.batches(size):
-            batch = to_device(batch, machine.device)
-            with torch.autocast(
-                machine.device.type, machine.autocast, enabled=machine.autocast is not None
-            ):
-                outputs = model(batch)
-            given = outputs if names is None else pick(names, named(outputs, batch))
-            for name, value in given.items():
-                value = value.float() if value.is_floating_point() else value
-                seen.setdefault(name, []).append(value)
-    model.train(training)
-    return {name: torch.cat(parts).cpu().clone() for name, parts in seen.items()}
-
-
-def named(outputs: Mapping[str, Value], columns: Mapping[str, Value]) -> dict[str, Value]:
-    """Model outputs and batch columns by name.
-
-    An output wins over a column of its name; ``input/<name>`` is the column in any case.
-    """
-    return {**columns, **{f"input/{name}": c for name, c in columns.items()}, **outputs}
-
-
-def pick(names: Collection[str], there: Mapping[str, Value]) -> dict[str, Value]:
-    """Those of `names`; UserError lists what there is."""
-    for name in names:
-        if name not in there:
-            have = ", ".join(sorted(n for n in there if not n.startswith("input/")))
-            raise UserError(
-                f"the model gives no '{name}' and the data has no such column; there are {have}"
-            )
-    return {name: there[name] for name in names}
-
-
-def joined(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
-    """The columns of all batches, one after the other."""
-    return {n: torch.cat([batch[n] for batch in batches]).cpu().numpy() for n in batches[0]}
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; in-memory data is there already."""
-    if device.type == "cpu":
-        return batch
-    return {name: column.to(device, non_blocking=True) for name, column in batch.items()}
 
 
 class Loop:
@@ -157,11 +75,8 @@ class Loop:
     def start(self) -> None:
         """Everything as it is before the first step."""
         settings = self.settings
-        self.best = {name: Best(mode) for name, mode in settings.best.items()}
+        self.watch = Watch(settings, self.rules, self.rows.stage)
         self.best_weights: dict[str, dict[str, Tensor]] = {}
-        self.stops = {n: Best(s.mode, s.min_delta) for n, s in self.rules.items()}
-        self.plateau = Best(settings.schedule.mode)
-        self.lr_scale = 1.0
         self.epoch = self.step = self.batch = 0
         self.finished = False
         # Numbers of the current epoch; the latest of each kind; what these were when the weights
@@ -182,7 +97,7 @@ class Loop:
 
         Returns the numbers of the epoch whose weights are left, and how many `epochs` there were.
         """
-        self.check_watched()
+        self.watch.check(metric_names(self.loss.terms))
         seed_everything(self.seed)
         self.restore()
         s = self.settings
@@ -196,8 +111,8 @@ class Loop:
                     self.row |= self.evaluate()
                 self.summary |= self.row
                 if evaluated:
-                    self.track(self.row)
-                self.finished = self.should_stop(self.row)
+                    self.keep(self.watch.evaluated(self.row))
+                self.finished = self.watch.should_stop(self.row)
                 self.rows.row("epoch", self.epoch, self.step, self.row | speed)
                 if s.histogram_every and self.epoch % s.histogram_every == 0:
                     self.rows.histograms(self.model, self.step)
@@ -285,7 +200,7 @@ class Loop:
     def set_rates(self, position: float) -> None:
         """Learning rate of every group, `position` epochs into the fit."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_scale * learning_rate(
+            group["lr"] = self.watch.lr_scale * learning_rate(
                 group["base_lr"], position, self.settings.epochs, self.settings.schedule
             )
 
@@ -378,74 +293,15 @@ class Loop:
                 row |= {f"val_{name}": float(value) for name, value in metric(arrays).items()}
         return row
 
-    def track(self, row: Mapping[str, float]) -> None:
-        """Keep the weights of each best value; lower the rate on a plateau."""
-        for name in self.stops:
-            if name.startswith("val_"):
-                self.value(row, name, "early_stop")
-        for name, best in self.best.items():
-            if best.update(self.value(row, name, "best")):
-                weights = self.averaged.state_dict()
-                self.best_weights[name] = {k: v.detach().cpu().clone() for k, v in weights.items()}
-                if name == self.settings.select:
-                    self.selected = dict(self.summary)
-        schedule = self.settings.schedule
-        if schedule.decay is config.Decay.plateau:
-            self.plateau.update(self.value(row, schedule.metric, "schedule.metric"))
-            if self.plateau.since >= max(schedule.patience, 1):
-                self.lr_scale, self.plateau.since = self.lr_scale * schedule.factor, 0
-
-    def should_stop(self, row: Mapping[str, float]) -> bool:
-        """Whether any of the early-stopping rules says so."""
-        for name, rule in self.rules.items():
-            if name not in row:
-                continue  # not measured in this epoch
-            best = self.stops[name]
-            best.update(row[name])
-            if best.reaches(rule.target, row[name]):
-                log.info("%s: stopped, %s reached %g", self.rows.stage, name, row[name])
-                return True
-            if rule.patience is not None and best.since >= max(rule.patience, 1):
-                value = math.nan if best.value is None else best.value
-                log.info(
-                    "%s: stopped, %s has not improved for %d evaluations (best %g)",
-                    self.rows.stage, name, best.since, value,
-                )  # fmt: skip
-                return True
-        return False
-
-    def value(self, row: Mapping[str, float], name: str, key: str) -> float:
-        """A metric of this epoch; UserError lists those there are."""
-        if name not in row:
-            raise self.no_metric(name, key, row)
-        return row[name]
-
-    def check_watched(self) -> None:
-        """UserError when the settings watch a metric that is known never to be there."""
-        known = metric_names(self.loss.terms)
-        if known is None:
-            return
-        s = self.settings
-        watched = [("best", name) for name in s.best]
-        watched += [("early_stop", name) for name in self.rules]
-        if s.schedule.decay is config.Decay.plateau:
-            watched.append(("schedule.metric", s.schedule.metric))
-        for key, name in watched:
-            # What custom metrics are called is known after the first evaluation.
-            if name not in known and not (s.metrics and name.startswith("val_")):
-                raise self.no_metric(name, key, known)
-
-    def no_metric(self, name: str, key: str, there: Collection[str]) -> UserError:
-        """What to say of a metric that is not there."""
-        stage = self.rows.stage
-        return UserError(f"stage.{stage}.{key}: no metric '{name}'; there are {', '.join(there)}")
-
     # ---------------------------------------------------------------- checkpoints
 
-    def trackers(self) -> dict[str, Best]:
-        """Every best-so-far by a name of its own."""
-        named = {f"best/{n}": b for n, b in self.best.items()}
-        return named | {f"stop/{n}": b for n, b in self.stops.items()} | {"plateau": self.plateau}
+    def keep(self, improved: Collection[str]) -> None:
+        """Keep the weights as the best by these metrics."""
+        for name in improved:
+            weights = self.averaged.state_dict()
+            self.best_weights[name] = {k: v.detach().cpu().clone() for k, v in weights.items()}
+            if name == self.settings.select:
+                self.selected = dict(self.summary)
 
     def save(self) -> None:
         """Write the best weights, then everything that the loop needs to go on."""
@@ -459,7 +315,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "terms": {name: term.state_dict() for name, term in self.loss.terms.items()},
-            "trackers": {name: [b.value, b.since] for name, b in self.trackers().items()},
+            "watch": self.watch.state_dict(),
             "noise": self.noise.get_state(),
             "rng": rng_state(),
             "sums": self.sums,
@@ -480,8 +336,7 @@ class Loop:
         self.scaler.load_state_dict(state["scaler"])
         for name, term in self.loss.terms.items():
             term.load_state_dict(state["terms"][name])
-        for name, best in self.trackers().items():
-            best.value, best.since = state["trackers"][name]
+        self.watch.load_state_dict(state["watch"])
         self.noise.set_state(state["noise"])
         set_rng_state(state["rng"])
         self.sums = state["sums"].to(self.machine.device)
@@ -497,7 +352,7 @@ class Loop:
             if self.ema is not None:
                 self.model.load_state_dict(self.averaged.state_dict())
             return self.summary
-        if self.best[select].value is None:
+        if self.watch.best[select].value is None:
             raise UserError(f"stage.{self.rows.stage}.select={select}: it never was a number")
         state = checkpoint.load(self.folder / f"best_{select}.pt")
         self.model.load_state_dict(state["model"])
@@ -506,4 +361,4 @@ class Loop:
 
 
 # Plain values of the loop that a checkpoint carries.
-LOOP = ("epoch", "step", "batch", "row", "summary", "selected", "lr_scale", "finished")
+LOOP = ("epoch", "step", "batch", "row", "summary", "selected", "finished")

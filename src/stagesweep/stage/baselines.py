@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from stagesweep import config
-from stagesweep.core.fit import predict
+from stagesweep.core.predict import predict
 from stagesweep.data.view import Batch
 from stagesweep.errors import UserError
 from stagesweep.stage.choose_clusters import Points, k_means
