@@ -233,6 +233,23 @@ def test_repeats_without_an_ablation(make: Make) -> None:
     assert "which flatters it" in page.text
 
 
+def test_seeds_show_how_methods_compare(make: Make) -> None:
+    maker = make()
+    for seed, score in enumerate((0.7, 0.9), 1):
+        artifacts = (
+            maker.trial({"seed": float(seed)}, [score]) / "stages" / "1_evaluate" / "artifacts"
+        )
+        artifacts.mkdir(parents=True)
+        lines = "method,split,acc,stability", f"model,train,{score},1", "kmeans,train,0.5,"
+        (artifacts / "comparison.csv").write_text("\n".join(lines))
+    page = shown(maker.folder)
+    head, model, kmeans = page.tables["Methods"]
+    assert head == ["method", "split", "acc"]
+    assert model == ["model", "train", "0.800± 1.271"]
+    assert kmeans == ["kmeans", "train", "0.500± 0.000"]
+    assert page.tables["Repeats"][0] == ["point", "runs", "evaluate/nmi", "95 % interval"]
+
+
 def test_several_objectives_have_a_front(make: Make) -> None:
     names = ["evaluate/nmi", "evaluate/size", "evaluate/time"]
     maker = make(directions=["maximize", "minimize", "minimize"], objectives=names)

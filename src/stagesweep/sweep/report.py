@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -32,9 +33,12 @@ from stagesweep.sweep.results import (
     Trial,
     compare,
     interval,
+    measured,
+    over_seeds,
     read,
     saved,
     shown,
+    table,
 )
 
 log = logging.getLogger(__name__)
@@ -139,6 +143,7 @@ def page(sweeps: Sequence[Sweep], place: Path) -> str:
         now=datetime.now(),
         duration=duration,
         number=number,
+        measured=measured,
         method=method,
         folded=folded,
     )
@@ -266,6 +271,16 @@ class _Part:
         """Repeated points beside a baseline, for each objective; empty without repeats."""
         found = [compare(self.sweep, n) for n in range(len(self.sweep.objectives))]
         return [each for each in found if each is not None]
+
+    @cached_property
+    def methods(self) -> pd.DataFrame | None:
+        """What every trial compared, method by method, when they differ in their seed only."""
+        if self.sweep.parameters != ["seed"]:
+            return None
+        found = over_seeds(table(self.sweep))
+        if found is None or "split" not in found:
+            return found
+        return pd.concat([rows for _, rows in found.groupby("split", sort=False)])
 
     def forest(self, comparison: Comparison, objective: int) -> Markup | None:
         """Differences from the baseline as a picture."""

@@ -9,7 +9,7 @@ import math
 import shlex
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
@@ -21,7 +21,6 @@ from urllib.parse import quote
 
 import pandas as pd
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from stagesweep.config import Mode
 from stagesweep.errors import UserError
@@ -469,47 +468,7 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-# ------------------------------------------------------------------------------ from folders alone
-
-
-def summarise(
-    folder: Path, objective: str, parameters: Sequence[str], faults: Mapping[Path, str]
-) -> pd.DataFrame:
-    """One row for every trial in a sweep's folder, by number.
-
-    Args:
-        folder: the sweep; its trials are the folders in it that Hydra composed.
-        objective: name of the metric that the sweep steers by, which names its column.
-        parameters: keys that differ between trials, a column each.
-        faults: reason, by folder, of trials that ended before they could write a result.
-    """
-    found = [path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")]
-    found.sort(key=lambda trial: (len(trial.name), trial.name))
-    first = ["number", "state", "reason", objective, "seconds", "reused", "dir"]
-    rows = [_row(trial, objective, parameters, faults) for trial in found]
-    return pd.DataFrame(rows, columns=[*first, *parameters])
-
-
-def _row(
-    trial: Path, objective: str, parameters: Sequence[str], faults: Mapping[Path, str]
-) -> dict[str, Any]:
-    file = trial / "result.json"
-    result: dict[str, Any] = {"status": "failed"}
-    if file.exists():
-        result = json.loads(file.read_text())
-    lines = yaml.safe_load((trial / ".hydra" / "overrides.yaml").read_text())
-    overrides = OverridesParser.create().parse_overrides(lines)
-    values = {o.get_key_element(): o.value() for o in overrides if not o.is_delete()}
-    shown = {key: "null" if value is None else value for key, value in values.items()}
-    return {
-        "number": trial.name,
-        "state": result["status"],
-        "reason": result.get("reason") or faults.get(trial.absolute()),
-        objective: (result.get("objective") or {}).get("value"),
-        "seconds": result.get("seconds"),
-        "reused": sum(stage["status"] == "reused" for stage in result.get("stages", [])),
-        "dir": str(trial),
-    } | {key: shown.get(key) for key in parameters}
+# ------------------------------------------------------------------------------ what is printed
 
 
 def ranked(trials: pd.DataFrame, mode: Mode) -> pd.DataFrame:
@@ -576,6 +535,13 @@ def leaderboard(best: pd.DataFrame, parameters: Sequence[str], rows: int = 10) -
     return str(shown.to_string(index=False, float_format="{:.4g}".format))
 
 
+def measured(table: pd.DataFrame) -> list[str]:
+    """The metrics in the table of `over_seeds` that tell its methods apart."""
+    if "split" in table:
+        table = table[table["split"] == table["split"].iloc[0]]
+    return [name for name in table if f"{name}_low" in table and table[name].nunique() > 1]
+
+
 def with_intervals(table: pd.DataFrame) -> str:
     """The table of `over_seeds` as aligned text: ``mean ± half an interval``; of the agreement, its
     mean and range.
@@ -584,7 +550,7 @@ def with_intervals(table: pd.DataFrame) -> str:
     """
     if "split" in table:
         table = table[table["split"] == table["split"].iloc[0]]
-    metrics = [name for name in table if f"{name}_low" in table and table[name].nunique() > 1]
+    metrics = measured(table)
     shown = table[["method", *(["split"] if "split" in table else [])]].copy()
     for name in metrics:
         columns = [table[name], table[f"{name}_low"], table[f"{name}_high"]]
