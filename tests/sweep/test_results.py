@@ -116,6 +116,15 @@ def test_how_far_seeds_agree(make: Make) -> None:
     assert "agreement" not in found
 
 
+def test_one_method_alone_shows_all_its_numbers(make: Make) -> None:
+    folder = seeds_of(make, [{"method": ["model"], "acc": [0.5], "lost": [np.nan]}] * 2)
+    found = results.over_seeds(table(folder))
+    assert found is not None
+    head, row = results.with_intervals(found).splitlines()
+    assert head.split() == ["method", "acc"]
+    assert row.split() == ["model", "0.500", "±", "0.000"]
+
+
 def test_one_seed_has_no_interval(make: Make) -> None:
     folder = seeds_of(make, [{"method": ["model"], "acc": [0.5]}])
     assert results.over_seeds(table(folder)) is None

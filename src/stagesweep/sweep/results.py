@@ -536,10 +536,11 @@ def leaderboard(best: pd.DataFrame, parameters: Sequence[str], rows: int = 10) -
 
 
 def measured(table: pd.DataFrame) -> list[str]:
-    """The metrics in the table of `over_seeds` that tell its methods apart."""
+    """The metrics in the table of `over_seeds` that tell its methods apart; of one method, all."""
     if "split" in table:
         table = table[table["split"] == table["split"].iloc[0]]
-    return [name for name in table if f"{name}_low" in table and table[name].nunique() > 1]
+    found = [name for name in table if f"{name}_low" in table and table[name].notna().any()]
+    return [name for name in found if len(table) == 1 or table[name].nunique() > 1]
 
 
 def with_intervals(table: pd.DataFrame) -> str:
