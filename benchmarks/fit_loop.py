@@ -1,6 +1,6 @@
 """The fit loop against a bare hand-written loop and against Lightning, on the same work.
 
-    make bench            (or: python -m benchmarks.fit_loop --rounds 7)
+    make bench            (or: python -m benchmarks.fit_loop --rounds 13)
 
 All three train the same model from the same start with the same loss, clipping and fused AdamW,
 and compute the same validation loss after every epoch. They take turns in one process, so that
@@ -250,8 +250,8 @@ def processor() -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=13)
+    parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument(
         "--cpu", action="store_true", help="CPU time of this process (for a busy machine)"
     )
