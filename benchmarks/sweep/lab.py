@@ -121,7 +121,7 @@ def experiment(log: Path) -> str:
         each for each in given["defaults"] if not any("/stage@" in str(key) for key in each)
     ] + ["_self_"]
     toy = {"_target_": "benchmarks.sweep.toy.Toy", "log": str(log)}
-    given["stage"] = {"toy": toy | {"x": 0.0, "y": 0.0, "seconds": 0.0, "steps": 0}}
+    given["stage"] = {"toy": toy | {"x": 0.0, "y": 0.0, "z": 0.0, "seconds": 0.0, "steps": 0}}
     given["objective"] = {"metric": "toy/score", "mode": "max"}
     return "# @package _global_\n" + yaml.safe_dump(given, sort_keys=False)
 

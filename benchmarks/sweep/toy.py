@@ -12,7 +12,7 @@ from stagesweep.sweep import trial
 
 @dataclass
 class Toy:
-    """Gives ``x`` as its score after ``seconds`` of sleep, told to the sweep in ``steps`` parts.
+    """Gives a score, ``x`` above all, after ``seconds`` of sleep, told to the sweep in ``steps`` parts.
 
     Each call leaves a file in the folder ``log`` that says when it began and ended.
     """
@@ -20,6 +20,7 @@ class Toy:
     log: str
     x: float = 0.0
     y: float = 0.0
+    z: float = 0.0
     seconds: float = 0.0
     steps: int = 0
 
@@ -28,7 +29,7 @@ class Toy:
 
     def __call__(self, run: Any) -> dict[str, float]:
         began = time.time()
-        score = self.x + self.y / 10
+        score = self.x + self.y / 10 + self.z / 100
         for step in range(1, self.steps + 1):
             time.sleep(self.seconds / self.steps)
             trial.current().report("toy", {"score": score * step}, step)
