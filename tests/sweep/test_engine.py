@@ -199,6 +199,19 @@ def test_the_same_point_is_run_once(lab: Lab) -> None:
     assert sum(value is not None for value in attributes(study, "same_as").values()) == 4
 
 
+def test_a_small_space_is_seen_whole_before_a_point_comes_again(lab: Lab) -> None:
+    lab.sweep(
+        "search=bayes",
+        "search/space=none",
+        "stage.toy.x=choice(0,1,2,3)",
+        "stage.toy.y=choice(0,1)",
+        "search.n_trials=9",
+        "sweep.slots=4",
+    )
+    assert len({str(trial.params) for trial in lab.study.trials[:8]}) == 8
+    assert [trial.number for trial in lab.study.trials if "same_as" in trial.user_attrs] == [8]
+
+
 def test_named_points_come_first(lab: Lab) -> None:
     lab.sweep(
         "search=bayes",

@@ -127,7 +127,7 @@ class Slots:
         # Read by the libraries of the server, once for all trials.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(self.leases))))
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["stagesweep.sweep.warm", *_modules(master)])
+        self.context.set_forkserver_preload([*_modules(master), "stagesweep.sweep.warm"])
         from multiprocessing import forkserver
 
         forkserver.ensure_running()  # it imports while the controller gets ready

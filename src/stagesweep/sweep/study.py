@@ -18,7 +18,7 @@ import optuna
 import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from optuna.distributions import check_distribution_compatibility
+from optuna.distributions import FloatDistribution, check_distribution_compatibility
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -31,6 +31,9 @@ from stagesweep.sweep.space import Space, describe
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+# How often a point that was proposed before is drawn again.
+DRAWS = 20
 
 
 @dataclass
@@ -72,6 +75,13 @@ class Study:
         self.grid = grid
         # Only this one goes on by itself where another process has stopped.
         self.reseed = not target.endswith("QMCSampler")
+        # A discrete space has points that are proposed again; such a draw is made once more. (A
+        # generation of a genetic search may repeat a point, and a Gaussian process takes its time.)
+        discrete = all(
+            not isinstance(each, FloatDistribution) or each.step is not None
+            for each in space.distributions.values()
+        )
+        self.redraws = discrete and target.endswith(("TPESampler", "RandomSampler"))
         self.total = settings.n_trials
         if self.grid is not None:
             self.total = min(self.total, len(self.grid))
@@ -138,8 +148,27 @@ class Study:
                 return None
             self.optuna.enqueue_trial(point, skip_if_exists=True)
         elif self.reseed:
+            if self.redraws and (unseen := self.unseen(begun)) is not None:
+                self.optuna.enqueue_trial(unseen)
             self.optuna.sampler = self.sampler(len(begun))
         return self._proposed(self.optuna.ask())
+
+    def unseen(self, begun: list[FrozenTrial]) -> dict[str, Any] | None:
+        """A point that no trial has, where named points do not wait and a few draws find one.
+
+        They are draws in a copy of the study, where each counts as under way: the next one is led
+        away from it, and the study itself has no trial for a repetition.
+        """
+        if self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return None
+        sampler = self.sampler(len(begun))
+        copy = optuna.create_study(sampler=sampler, directions=self.optuna.directions)
+        copy.add_trials(begun)
+        for _ in range(DRAWS):
+            trial = copy.ask()
+            if tuple(self.space.suggest(trial)) not in self.same:
+                return trial.params
+        return None
 
     def _proposed(self, trial: optuna.trial.Trial) -> Trial:
         known = trial.user_attrs.get("overrides")

@@ -1,0 +1,42 @@
+"""A stage that sleeps and gives a number, to measure what is around it."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stagesweep.errors import Pruned
+from stagesweep.sweep import trial
+
+
+@dataclass
+class Toy:
+    """Gives a score, ``x`` above all, after ``seconds`` of sleep, told to the sweep in ``steps`` parts.
+
+    Each call leaves a file in the folder ``log`` that says when it began and ended.
+    """
+
+    log: str
+    x: float = 0.0
+    y: float = 0.0
+    z: float = 0.0
+    seconds: float = 0.0
+    steps: int = 0
+
+    def metric_names(self) -> tuple[str, ...]:
+        return ("score",)
+
+    def __call__(self, run: Any) -> dict[str, float]:
+        began = time.time()
+        score = self.x + self.y / 10 + self.z / 100
+        for step in range(1, self.steps + 1):
+            time.sleep(self.seconds / self.steps)
+            trial.current().report("toy", {"score": score * step}, step)
+            if trial.current().should_stop():
+                raise Pruned(f"pruned at {step}")
+        if not self.steps:
+            time.sleep(self.seconds)
+        # An attempt more after each kill, in a process of its own.
+        Path(self.log, f"{os.getpid()}_{began}").write_text(f"{began} {time.time()} {run.folder}")
+        return {"score": score}
