@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from stagesweep.config import aims
 from stagesweep.files import atomic_text
 from stagesweep.sweep.slots import Job, Outcome
 from stagesweep.sweep.study import Study, Trial
@@ -22,7 +23,7 @@ class Board:
     """Lines in the log; on a terminal also a bar for the sweep and a line for each run."""
 
     def __init__(self, opened: Study, config: DictConfig) -> None:
-        self.study, self.name = opened, str(config.objective.metric)
+        self.study, self.names = opened, list(aims(config.objective))
         self.began, self.done = time.monotonic(), 0
         self.bar: tqdm[Any] | None = None
         self.lines: dict[str, tqdm[Any]] = {}
@@ -54,7 +55,9 @@ class Board:
         """Say how a trial ended, the best so far and how long the rest will take."""
         self.done += 1
         if outcome.state == "complete":
-            how = f"{self.name} {_number(outcome.value)}"
+            values = outcome.value if isinstance(outcome.value, list) else [outcome.value]
+            named = zip(self.names, values, strict=True)
+            how = ", ".join(f"{name} {value:.5g}" for name, value in named)
         else:
             how = " ".join(filter(None, (outcome.state, outcome.reason, outcome.message)))
         trials = self.study.trials()
@@ -76,22 +79,18 @@ class Board:
     def best(self) -> str:
         """The best so far, in parentheses."""
         if len(self.study.optuna.directions) > 1:
-            return f" ({len(self.study.optuna.best_trials)} on the front)"
+            return f" ({len(self.study.optuna.best_trials)} on the Pareto front)"
         try:
             best = self.study.optuna.best_trial
         except ValueError:
             return ""
-        return f" (best {_number(best.value)}, #{best.number})"
+        return f" (best {best.value:.5g}, #{best.number})"
 
     def close(self) -> None:
         """Take the bars away."""
         for line in (*self.lines.values(), self.bar):
             if line is not None:
                 line.close()
-
-
-def _number(value: Any) -> str:
-    return ", ".join(f"{each:.5g}" for each in (value if isinstance(value, list) else [value]))
 
 
 def cost(folder: Path, runs: Iterable[str]) -> tuple[float | None, int]:
@@ -119,28 +118,28 @@ def sum_up(config: DictConfig, opened: Study) -> None:
     sweep = results.read(folder, opened.optuna)
     results.write(sweep)
     report.at_the_end(folder)
-    trials, parameters = results.table(sweep), sweep.parameters
-    best = results.ranked(trials, config.objective.mode)
-    if best.empty:
+    if not sweep.complete:
         return
-    print(f"\n{len(best)} of {len(trials)} trials finished; the best:\n")
-    print(results.leaderboard(best, parameters))
-    if parameters == ["seed"] and (table := results.over_seeds(trials)) is not None:
+    several = len(sweep.objectives) > 1
+    said = "the Pareto front" if several else "the best"
+    if not (front := sweep.front):
+        said = "none of them keeps search.constraints"
+    print(f"\n{len(sweep.complete)} of {len(sweep.trials)} trials finished; {said}:\n")
+    print(results.leaderboard(sweep))
+    trials = results.table(sweep)
+    if sweep.parameters == ["seed"] and (table := results.over_seeds(trials)) is not None:
         atomic_text(folder / "comparison.csv", table.to_csv(index=False))
-        print(f"\nMean ± half the 95 % interval over {len(best)} seeds:\n")
+        print(f"\nMean ± half the 95 % interval over {len(sweep.complete)} seeds:\n")
         print(results.with_intervals(table))
-    print(where_to_look(folder, Path(best["dir"].iloc[0])))
+    print(where_to_look(folder, front[0].folder if front and not several else None))
 
 
-def where_to_look(folder: Path, best: Path) -> str:
+def where_to_look(folder: Path, best: Path | None) -> str:
     """The last lines of a sweep: paths and commands to copy."""
-    lines = {
-        "all trials": folder / "results_summary.csv",
-        "best trial": best,
-        "report": folder / "report.html",
-        "curves": f"tensorboard --logdir {folder}",
-    }
-    figures = sorted(best.glob("stages/*/figures"))
-    if figures:
+    lines: dict[str, str | Path] = {"all trials": folder / "results_summary.csv"}
+    if best is not None:
+        lines["best trial"] = best
+    lines |= {"report": folder / "report.html", "curves": f"tensorboard --logdir {folder}"}
+    if best is not None and (figures := sorted(best.glob("stages/*/figures"))):
         lines["figures"] = figures[-1]
     return "\n" + "\n".join(f"{name:<11} {place}" for name, place in lines.items())

@@ -9,8 +9,8 @@ import math
 import shlex
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
 from itertools import combinations
@@ -21,9 +21,7 @@ from urllib.parse import quote
 
 import pandas as pd
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from stagesweep.config import Mode
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
 from stagesweep.metric.interval import Interval, mean_interval
@@ -52,6 +50,13 @@ class Trial:
     begun: datetime | None
     ended: datetime | None
     folder: Path
+    # How far each constrained number is above its bound.
+    constraints: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it keeps all constraints."""
+        return all(over <= 0 for over in self.constraints.values())
 
     @cached_property
     def runs(self) -> list[Path]:
@@ -178,6 +183,11 @@ class Sweep:
         return [trial for trial in self.trials if trial.state == "complete"]
 
     @property
+    def constrained(self) -> bool:
+        """Whether the search had constraints."""
+        return any(trial.constraints for trial in self.trials)
+
+    @property
     def states(self) -> dict[str, int]:
         """How many trials are in each state."""
         counted = Counter(trial.state for trial in self.trials)
@@ -205,9 +215,11 @@ class Sweep:
         return total
 
     def ranked(self, objective: int = 0) -> list[Trial]:
-        """The complete trials, best first."""
+        """The complete trials, best first; those that break a constraint come last."""
         sign = -1.0 if self.maximise[objective] else 1.0
-        return sorted(self.complete, key=lambda trial: sign * trial.values[objective])
+        return sorted(
+            self.complete, key=lambda trial: (not trial.feasible, sign * trial.values[objective])
+        )
 
 
 # ------------------------------------------------------------------------------ reading
@@ -235,6 +247,7 @@ def read(folder: Path, study: "Study | None" = None) -> Sweep:
         )
     configs = (_plain(run / "config.yaml") for trial in trials for run in trial.runs)
     config: dict[str, Any] = next(filter(None, configs), {})
+    begun = about.get("config") or {}
     count = len(study.directions)
     return Sweep(
         folder=folder,
@@ -242,7 +255,7 @@ def read(folder: Path, study: "Study | None" = None) -> Sweep:
         storage=storage,
         experiment=str(config.get("experiment", "")),
         command=str(about.get("command") or _command(trials)),
-        objectives=_objectives(config.get("objective"), count),
+        objectives=_objectives(begun.get("objective") or config.get("objective"), count),
         maximise=[direction.name == "MAXIMIZE" for direction in study.directions],
         trials=trials,
     )
@@ -295,6 +308,7 @@ def _trial(folder: Path, trial: "FrozenTrial") -> Trial:
         begun=trial.datetime_start,
         ended=trial.datetime_complete,
         folder=folder / str(attributes.get("dir", trial.number)),
+        constraints=dict(trial.constraints),
     )
 
 
@@ -349,7 +363,7 @@ def table(sweep: Sweep) -> pd.DataFrame:
     """One row a trial: number, state, reason, objectives, seconds, reused, dir, parameters.
 
     With repeats an objective is followed by ``<objective>_low`` and ``<objective>_high``, its 95 %
-    interval.
+    interval. With constraints, ``feasible`` after the objectives says who keeps them.
     """
     repeated = any(trial.repeats for trial in sweep.trials)
     rows = []
@@ -359,10 +373,12 @@ def table(sweep: Sweep) -> pd.DataFrame:
             row[name] = trial.values[place] if trial.values else None
             if repeated:
                 row[f"{name}_low"], row[f"{name}_high"] = interval(trial, place)[1:]
+        row["feasible"] = trial.feasible if trial.state == "complete" else None
         row |= {"seconds": trial.seconds, "reused": trial.reused, "dir": str(trial.folder)}
         rows.append(row | {name: trial.params.get(name) for name in sweep.parameters})
     ends = ("", "_low", "_high") if repeated else ("",)
     objectives = [f"{name}{end}" for name in sweep.objectives for end in ends]
+    objectives += ["feasible"] if sweep.constrained else []
     first = ["number", "state", "reason", *objectives, "seconds", "reused", "dir"]
     return pd.DataFrame(rows, columns=[*first, *sweep.parameters])
 
@@ -430,6 +446,7 @@ def compare(sweep: Sweep, objective: int = 0) -> Comparison | None:
         return None
     sign = -1.0 if sweep.maximise[objective] else 1.0
     found.sort(key=lambda point: sign * point.interval.mean)
+    found.sort(key=lambda point: not point.trial.feasible)
     if full is not None:
         return Comparison([full, *(p for p in found if p is not full)], full, ablation=True)
     return Comparison(found, found[0], ablation=False)
@@ -469,53 +486,7 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-# ------------------------------------------------------------------------------ from folders alone
-
-
-def summarise(
-    folder: Path, objective: str, parameters: Sequence[str], faults: Mapping[Path, str]
-) -> pd.DataFrame:
-    """One row for every trial in a sweep's folder, by number.
-
-    Args:
-        folder: the sweep; its trials are the folders in it that Hydra composed.
-        objective: name of the metric that the sweep steers by, which names its column.
-        parameters: keys that differ between trials, a column each.
-        faults: reason, by folder, of trials that ended before they could write a result.
-    """
-    found = [path.parents[1] for path in folder.glob("*/.hydra/overrides.yaml")]
-    found.sort(key=lambda trial: (len(trial.name), trial.name))
-    first = ["number", "state", "reason", objective, "seconds", "reused", "dir"]
-    rows = [_row(trial, objective, parameters, faults) for trial in found]
-    return pd.DataFrame(rows, columns=[*first, *parameters])
-
-
-def _row(
-    trial: Path, objective: str, parameters: Sequence[str], faults: Mapping[Path, str]
-) -> dict[str, Any]:
-    file = trial / "result.json"
-    result: dict[str, Any] = {"status": "failed"}
-    if file.exists():
-        result = json.loads(file.read_text())
-    lines = yaml.safe_load((trial / ".hydra" / "overrides.yaml").read_text())
-    overrides = OverridesParser.create().parse_overrides(lines)
-    values = {o.get_key_element(): o.value() for o in overrides if not o.is_delete()}
-    shown = {key: "null" if value is None else value for key, value in values.items()}
-    return {
-        "number": trial.name,
-        "state": result["status"],
-        "reason": result.get("reason") or faults.get(trial.absolute()),
-        objective: (result.get("objective") or {}).get("value"),
-        "seconds": result.get("seconds"),
-        "reused": sum(stage["status"] == "reused" for stage in result.get("stages", [])),
-        "dir": str(trial),
-    } | {key: shown.get(key) for key in parameters}
-
-
-def ranked(trials: pd.DataFrame, mode: Mode) -> pd.DataFrame:
-    """The completed trials, best first."""
-    done = trials[trials["state"] == "complete"]
-    return done.sort_values(done.columns[3], ascending=mode is Mode.min, kind="stable")
+# ------------------------------------------------------------------------------ to be printed
 
 
 def over_seeds(trials: pd.DataFrame) -> pd.DataFrame | None:
@@ -570,10 +541,16 @@ def agreement(files: Sequence[Path]) -> dict[tuple[str, ...], list[float]]:
     return found
 
 
-def leaderboard(best: pd.DataFrame, parameters: Sequence[str], rows: int = 10) -> str:
-    """The first rows of `ranked` trials as aligned text."""
-    shown = best[["number", best.columns[3], "seconds", "reused", *parameters]].head(rows)
-    return str(shown.to_string(index=False, float_format="{:.4g}".format))
+def leaderboard(sweep: Sweep, rows: int = 10) -> str:
+    """The best trials as aligned text; of several objectives the Pareto front, by the first."""
+    front = {trial.number for trial in sweep.front if len(sweep.objectives) > 1}
+    best = [trial.number for trial in sweep.ranked() if not front or trial.number in front]
+    shown = table(sweep).drop(columns=["state", "reason", "dir"])
+    return str(
+        shown.set_index("number", drop=False)
+        .loc[best[:rows]]
+        .to_string(index=False, float_format="{:.4g}".format)
+    )
 
 
 def with_intervals(table: pd.DataFrame) -> str:
