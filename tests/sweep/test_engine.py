@@ -1,5 +1,6 @@
 """The engine by the real command: ends of every kind, resume, kills, pruning, repeats, slots."""
 
+import json
 import os
 import random
 import signal
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import pytest
+import yaml
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 EXPERIMENT = """# @package _global_
@@ -80,8 +83,12 @@ class Lab:
         return optuna.load_study(study_name=name, storage=storage)
 
     @property
+    def table(self) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "sweep" / "results_summary.csv")
+
+    @property
     def calls(self) -> list[list[str]]:
-        """When each call of the stage began and ended, and which GPUs it saw."""
+        """When each call of the stage began and ended, its folder, and which GPUs it saw."""
         return [file.read_text().split() for file in self.log.iterdir() if file.name.isdigit()]
 
     def processes(self) -> list[str]:
@@ -241,13 +248,72 @@ def test_trials_that_fall_behind_are_pruned(lab: Lab) -> None:
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 10.0, 3: 15.0, 4: 20.0}
 
 
+@pytest.mark.parametrize("method", ["nsga2", "bayes"])
+def test_several_objectives_have_a_front(lab: Lab, method: str) -> None:
+    points = [{"stage.toy.x": x, "stage.toy.y": y} for x, y in ((1.0, 1.0), (2.0, 2.0), (0.0, 3.0))]
+    said, _ = lab.sweep(
+        f"search={method}",
+        "search/space=none",
+        "search.n_trials=4",
+        "stage.toy.x=interval(0.0,2.0)",
+        "stage.toy.y=interval(1.0,3.0)",
+        "objective.metric=[toy/score,toy/cost]",
+        "objective.mode=[max,min]",
+        f"search.enqueue={points}".replace("'", ""),
+    )
+    table = lab.table
+    assert list(table.columns[3:5]) == ["toy/score", "toy/cost"]
+    assert list(table["toy/cost"]) == list(table["stage.toy.y"])
+    found = yaml.safe_load((lab.folder / "sweep" / "optimization_results.yaml").read_text())
+    front = {tuple(each["values"]) for each in found["solutions"]}
+    assert {(1.0, 1.0), (2.0, 2.0)} <= front
+    assert (0.0, 3.0) not in front
+    assert "4 of 4 trials finished; the Pareto front:" in said
+    assert "toy/score 2, toy/cost 2 in" in said
+    assert f"({len(front)} on the Pareto front); 0 to go" in said
+    assert "Pareto front" in (lab.folder / "sweep" / "report.html").read_text()
+    result = json.loads((lab.folder / "sweep" / "0" / "result.json").read_text())
+    assert [each["name"] for each in result["objective"]] == ["toy/score", "toy/cost"]
+
+
+def test_a_test_over_repeats_leaves_out_the_rest_of_a_point(lab: Lab) -> None:
+    said, _ = lab.sweep(
+        "stage.toy.x=3,3,1",
+        "stage.toy.y=0,1,2",
+        "search.zip=[[stage.toy.x,stage.toy.y]]",
+        "search.repeats=8",
+        "search/pruner=wilcoxon",
+        "sweep.slots=2",
+    )
+    trials = lab.study.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 2 + ["PRUNED"]
+    # Seed by seed, whatever order they ended in.
+    assert trials[0].intermediate_values == {seed: 3.0 + seed for seed in range(8)}
+    assert trials[0].value == 6.5
+    # Four runs that are all worse than the best say so at p = 1/16.
+    assert trials[2].intermediate_values == {seed: 1.0 + seed for seed in range(4)}
+    assert len(lab.calls) == 8 + 8 + 4
+    assert "2 of 3 trials finished" in said
+    # With two slots the first two points ran side by side, each of them seed by seed.
+    assert {Path(call[2]).parent.name for call in sorted(lab.calls)[:4]} == {"0", "1"}
+
+
+def test_of_repeats_the_first_says_whether_its_point_is_pruned(lab: Lab) -> None:
+    pruner = ("search/pruner=median", "search.pruner.n_startup_trials=1", "sweep.slots=1")
+    lab.sweep("stage.toy.x=5,1", "stage.toy.steps=2", "search.repeats=2", *pruner)
+    trials = lab.study.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED"]
+    assert trials[0].intermediate_values == {1: 5.0, 2: 10.0}
+    assert not (lab.folder / "sweep" / "1" / "1").exists()
+
+
 def test_slots_run_side_by_side_on_gpus_of_their_own(lab: Lab) -> None:
     lab.environment["CUDA_VISIBLE_DEVICES"] = "3,5"
     lab.command = (sys.executable, "-c", GPUS)
     lab.sweep("stage.toy.x=0,1", "stage.toy.seconds=3", "hardware.device=auto")
     (first, second) = sorted(lab.calls)
     assert float(second[0]) < float(first[1])
-    assert {first[2], second[2]} == {"3", "5"}
+    assert {first[3], second[3]} == {"3", "5"}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

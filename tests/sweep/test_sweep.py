@@ -116,6 +116,35 @@ REFUSED = {
         ("experiment=tiny", "seed=0,1", "objective.metric=evaluate/nmy"),
         "objective.metric=evaluate/nmy: stage evaluate has no 'nmy'; did you mean 'nmi'?",
     ),
+    "one unknown objective of several": (
+        ("experiment=tiny", "seed=0,1", "objective.metric=[evaluate/nmi,joint/val_los]"),
+        "objective.metric=joint/val_los: stage joint has no 'val_los'; did you mean 'val_loss'?",
+    ),
+    "two modes for one objective": (
+        ("experiment=tiny", "seed=0,1", "objective.mode=[max,min]"),
+        "objective.mode has 2 entries and objective.metric 1; give each metric a mode, or all of",
+    ),
+    "a pruner for several objectives": (
+        (
+            "experiment=tiny",
+            "seed=0,1",
+            "objective.metric=[evaluate/nmi,joint/val_loss]",
+            "search/pruner=median",
+        ),
+        "a pruner compares trials by one objective, and there are 2 (evaluate/nmi, joint/val_loss)",
+    ),
+    "a test over repeats of which there are none": (
+        ("experiment=tiny", "stage.joint.epochs=1,2", "search/pruner=wilcoxon"),
+        "search/pruner=wilcoxon compares the repeats of a point, and each has only one run; set ",
+    ),
+    "a pruner that looks at what no fit gives": (
+        ("experiment=tiny", "seed=0,1", "search/pruner=asha", "search.prune_on=joint/val_los"),
+        "search.prune_on=joint/val_los: no fit gives that after each epoch; did you mean 'joint/",
+    ),
+    "a pruner that looks at no fit": (
+        ("experiment=tiny", "seed=0,1", "search/pruner=asha", "search.prune_on=evaluate/nmi"),
+        "search.prune_on=evaluate/nmi: no fit gives that after each epoch; there are pretrain/",
+    ),
     "nothing to search": (
         ("experiment=tiny", "search=bayes", "search/space=none"),
         "nothing to search; choose search/space=<name>, or sweep a key: ",
