@@ -318,7 +318,11 @@ class Search:
     max_points: int = number(1000, least=1)
     # How often a trial that was killed or ran out of memory starts again, from its checkpoint.
     max_retries: int = number(1, least=0)
-    # Seconds that a run may take, and seconds after which the sweep begins no more trials.
+    # Metric, or `seconds` (what training all stages takes) -> the most it may be: a point that is
+    # above is never the best, and a sampler that can keeps away from it.
+    constraints: dict[str, float] = field(default_factory=dict)
+    # Seconds that a run may take, and seconds with trials under way, over all starts of the sweep,
+    # after which it begins no more.
     timeout: float | None = number(None, above=0)
     budget: float | None = number(None, above=0)
     # A sweep with a larger share of failed trials ends with status 1.

@@ -33,6 +33,9 @@ def validate(cfg: DictConfig) -> None:
         order(resolved, stages)
         objective(resolved, stages)
         pruning(resolved, stages)
+        for name in resolved.search.constraints:
+            if name != "seconds":
+                there(f"search.constraints={name}", name, resolved, stages)
 
 
 def form(cfg: DictConfig) -> DictConfig:

@@ -74,6 +74,10 @@ def test_pauses_are_no_wall_time(make: Make) -> None:
         maker.trial({"lr": lr}, [lr], pause=pause)
     maker.trial({"lr": 0.4}, [0.4], pause=-60)  # beside the one before
     assert read(maker.folder).seconds == 180
+    # Where the controllers have said when they ran, that counts: they may have waited for nothing.
+    for name, span in (("a", [100.0, 110.0]), ("b", [105.0, 115.0]), ("c", [200.0, 201.0])):
+        maker.study.set_user_attr(f"session:{name}", span)
+    assert read(maker.folder).seconds == 16
 
 
 def test_the_best_as_the_stock_plugin_writes_it(mixed: Path) -> None:

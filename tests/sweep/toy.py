@@ -30,12 +30,14 @@ class Toy:
     def __call__(self, run: Any) -> dict[str, float]:
         began = time.time()
         left = Path(self.log, f"{os.getpid()}")
-        first = not Path(self.log, "killed").exists()
+        first = not Path(self.log, self.act).exists()
         if self.act == "raises":
             raise ValueError("as it was told")
         if self.act == "kill" or (self.act == "kill_once" and first):
-            Path(self.log, "killed").touch()
+            Path(self.log, self.act).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.act == "hangs":
+            time.sleep(500)
         for step in range(1, self.steps + 1):
             trial.current().report("toy", {"score": self.x * step}, step)
             if trial.current().should_stop():

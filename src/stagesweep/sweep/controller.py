@@ -4,6 +4,7 @@ The only writer of the study. Trials say how far they are and are told whether t
 """
 
 import logging
+import math
 import shlex
 import signal
 import time
@@ -18,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.config import Search
 from stagesweep.config import aims as objectives
-from stagesweep.errors import Interrupted, UserError
+from stagesweep.errors import Interrupted, NotFinite, UserError
 from stagesweep.sweep import begin, ending, study
+from stagesweep.sweep.clock import BEHIND, Clock
 from stagesweep.sweep.places import Places, opened_by
 from stagesweep.sweep.slots import At, Ended, Event, Job, Outcome, Report
 from stagesweep.sweep.space import parse
@@ -90,7 +92,8 @@ class Controller:
         self.one_by_one = opened.pruner is not None and settings.repeats > 1
         self.by_repeats = self.one_by_one and places.prune_on is None
         self.retries: dict[str, int] = {}
-        self.began = time.monotonic()
+        self.clock = Clock(opened.optuna)
+        self.out_of_time = False
         self.stopped: int | None = None
         # Reports of a metric that is better the other way are recorded with the other sign.
         mode = next(iter(objectives(config.objective).values()))
@@ -101,29 +104,44 @@ class Controller:
         """Until every trial has ended, or a signal has come and the trials have saved."""
         for trial in self.study.unfinished():
             self.begin(trial)
-        while True:
-            self.fill()
-            if not self.trials:
-                return
-            for event in self.places.wait():
-                self.handle(event)
-            if self.stopped is not None and not self.places.busy:
-                return
+        try:
+            while True:
+                self.fill()
+                if not self.trials:
+                    return
+                self.clock.tick()
+                for event in self.places.wait(BEHIND):
+                    self.handle(event)
+                if self.stopped is not None and not self.places.busy:
+                    return
+        finally:
+            self.clock.tick(last=True)
 
     def fill(self) -> None:
         """Start what waits, and new trials while there is room."""
         while self.stopped is None and self.places.free:
             if self.queue:
                 self.start(self.queue.popleft())
-            elif self.out_of_time() or (trial := self.study.ask()) is None:
+            elif self.spent() or (trial := self.study.ask()) is None:
                 return
             else:
                 self.begin(trial)
 
-    def out_of_time(self) -> bool:
-        """Whether the sweep begins no more trials."""
-        budget = self.settings.budget
-        return budget is not None and time.monotonic() - self.began > budget
+    def spent(self) -> bool:
+        """Whether the sweep has had its time, and begins no more trials."""
+        budget, spent = self.settings.budget, self.clock.spent
+        over = budget is not None and spent > budget
+        if over and not self.out_of_time:
+            begun = len(self.study.trials())
+            log.info(
+                "search.budget=%g s is spent (%.0f s): no more trials begin (%d of %d have)",
+                budget,
+                spent,
+                begun,
+                self.study.total,
+            )
+        self.out_of_time = over
+        return over
 
     def begin(self, trial: Trial) -> None:
         """Put the runs of a trial into the queue, but for those that are done."""
@@ -220,7 +238,11 @@ class Controller:
             seconds = time.monotonic() - trial.begun
         runs = [each for each in outcomes.values() if each is not None]
         runs += [Outcome("pruned")] if trial.pruned else []
-        ended = self.study.tell(trial, runs, seconds=seconds, reused=reused)
+        over = ending.excess(self.study.folder, outcomes, self.settings.constraints)
+        if unknown := [name for name, value in over.items() if math.isnan(value)]:
+            why = f"{unknown[0]}, which search.constraints bounds, is no number"
+            runs += [Outcome("failed", None, NotFinite.reason, why)]
+        ended = self.study.tell(trial, runs, over, seconds=seconds, reused=reused)
         del self.trials[trial.number], self.left[trial.number]
         self.board.concluded(trial, ended, seconds)
 

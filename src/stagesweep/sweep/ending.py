@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from stagesweep.config import aims
 from stagesweep.files import atomic_text
+from stagesweep.store import Store
 from stagesweep.sweep.slots import Job, Outcome
 from stagesweep.sweep.study import Study, Trial
 
@@ -106,6 +108,29 @@ def cost(folder: Path, runs: Iterable[str]) -> tuple[float | None, int]:
         known = result.get("seconds") if result.get("status") != "running" else None
         seconds = None if seconds is None or known is None else seconds + known
     return seconds, reused
+
+
+def excess(folder: Path, runs: Collection[str], bounds: Mapping[str, float]) -> dict[str, float]:
+    """How far the runs of a trial are above each bound, in the mean; NaN where that is not known.
+
+    ``seconds`` is how long its stages took when they were trained, also of those that it reused.
+    """
+    store = Store.default()
+    sums = dict.fromkeys(bounds, 0.0)
+    for run in runs if bounds else ():
+        try:
+            result = json.loads((folder / run / "result.json").read_text())
+        except (OSError, ValueError):
+            result = {}
+        seconds = 0.0
+        for stage in result.get("stages", []):
+            stored = store.entry(stage["fingerprint"]).manifest or {}
+            seconds += stored.get("seconds", stage["seconds"])
+        found = {**result.get("metrics", {}), "seconds": seconds}
+        for name in bounds:
+            value = found.get(name)
+            sums[name] += math.nan if value is None else value
+    return {name: total / len(runs) - bounds[name] for name, total in sums.items()}
 
 
 def sum_up(config: DictConfig, opened: Study) -> None:

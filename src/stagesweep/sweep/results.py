@@ -26,6 +26,7 @@ from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
 from stagesweep.metric.interval import Interval, mean_interval
 from stagesweep.store import Store
+from stagesweep.sweep.clock import covered, sessions
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -207,12 +208,10 @@ class Sweep:
     @property
     def seconds(self) -> float:
         """Wall time with at least one trial under way: pauses between do not count."""
-        spans = sorted((t.begun, t.seen) for t in self.trials if t.begun and t.seen)
-        total, until = 0.0, datetime.min
-        for begun, ended in spans:
-            total += max((ended - max(begun, until)).total_seconds(), 0.0)
-            until = max(until, ended)
-        return total
+        if known := sessions(self.study.user_attrs):
+            return covered(known)
+        spans = [(trial.begun, trial.seen) for trial in self.trials]
+        return covered((b.timestamp(), e.timestamp()) for b, e in spans if b and e)
 
     def ranked(self, objective: int = 0) -> list[Trial]:
         """The complete trials, best first; those that break a constraint come last."""

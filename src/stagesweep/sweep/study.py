@@ -178,10 +178,17 @@ class Study:
         for name, value in attributes.items():
             self.optuna._storage.set_trial_user_attr(self._id(number), name, value)
 
-    def tell(self, trial: Trial, outcomes: list[Outcome], **attributes: Any) -> Outcome:
+    def tell(
+        self,
+        trial: Trial,
+        outcomes: list[Outcome],
+        over: Mapping[str, float] | None = None,
+        **attributes: Any,
+    ) -> Outcome:
         """Record the end of a trial, and of those that propose the same; returns how it ended.
 
-        The value of repeats is their mean; one that failed is the failure of all.
+        The value of repeats is their mean; one that failed is the failure of all. ``over`` says how
+        far the trial is above each bound of ``search.constraints``.
         """
         outcome = together(outcomes)
         if len(outcomes) > 1 and outcome.state == "complete":
@@ -196,8 +203,13 @@ class Study:
             if self.frozen(number).state is TrialState.RUNNING:
                 same = {"same_as": first} if number != first else {}
                 self.note(number, **attributes, **same)
+                told = optuna.trial.Trial(self.optuna, self._id(number))
                 for step, value in self.frozen(first).intermediate_values.items() if same else ():
-                    optuna.trial.Trial(self.optuna, self._id(number)).report(value, step)
+                    told.report(value, step)
+                bounded = self.frozen(first).constraints if same else over or {}
+                for name in bounded.keys() - told.constraints.keys():
+                    if not math.isnan(bounded[name]):
+                        told.set_constraint(name, bounded[name])
                 self.optuna.tell(number, values, state)
         return outcome
 
@@ -316,6 +328,8 @@ def plain(config: DictConfig) -> dict[str, Any]:
             found[key] = what_counts(config[key])
         except Exception:
             found[key] = OmegaConf.to_container(config[key], resolve=False)
+    if config.search.constraints:
+        found["search.constraints"] = OmegaConf.to_container(config.search.constraints)
     loaded: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return loaded
 
