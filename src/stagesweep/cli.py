@@ -48,7 +48,7 @@ def main() -> None:
 @hydra.main(
     config_path=str(config.folder()), config_name="config", execution_whitelist=config.trusted()
 )
-def job(cfg: DictConfig) -> float | None:
+def job(cfg: DictConfig) -> float | list[float] | None:
     """One run in Hydra's hands; returns the value of its objective."""
     from stagesweep.walk import walk
 

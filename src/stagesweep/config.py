@@ -20,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from stagesweep import catalogue
+from stagesweep.errors import UserError
 
 NO_RESULT: dict[str, Any] = {"fingerprint": False}
 
@@ -252,10 +253,33 @@ class Hardware:
 
 @dataclass
 class Objective:
-    """The metric a sweep steers by: ``<stage>/<metric>``, and which way it is better."""
+    """The metric a sweep steers by: ``<stage>/<metric>``, and which way it is better.
 
-    metric: str = MISSING
-    mode: Mode = Mode.max
+    Of several objectives ``metric`` is a list, and ``mode`` one as long, or one mode for all.
+    """
+
+    metric: Any = MISSING
+    mode: Any = Mode.max
+
+
+def aims(objective: Any) -> dict[str, Mode]:
+    """Which way each objective is better, by metric; UserError when metrics and modes differ."""
+    metrics, modes = (
+        list(each) if isinstance(each, Sequence) and not isinstance(each, str) else [each]
+        for each in (objective.metric, objective.mode)
+    )
+    if len(modes) == 1:
+        modes *= len(metrics)
+    if not metrics or len(modes) != len(metrics):
+        raise UserError(
+            f"objective.mode has {len(modes)} entries and objective.metric {len(metrics)}; give "
+            "each metric a mode, or all of them one"
+        )
+    if wrong := [mode for mode in modes if str(mode) not in list(Mode)]:
+        raise UserError(f"objective.mode={wrong[0]} must be max or min")
+    if len(set(metrics)) < len(metrics):
+        raise UserError("objective.metric names a metric twice; name each once")
+    return {str(name): Mode(str(mode)) for name, mode in zip(metrics, modes, strict=True)}
 
 
 @dataclass
@@ -294,7 +318,11 @@ class Search:
     max_points: int = number(1000, least=1)
     # How often a trial that was killed or ran out of memory starts again, from its checkpoint.
     max_retries: int = number(1, least=0)
-    # Seconds that a run may take, and seconds after which the sweep begins no more trials.
+    # Metric, or `seconds` (what training all stages takes) -> the most it may be: a point that is
+    # above is never the best, and a sampler that can keeps away from it.
+    constraints: dict[str, float] = field(default_factory=dict)
+    # Seconds that a run may take, and seconds with trials under way, over all starts of the sweep,
+    # after which it begins no more.
     timeout: float | None = number(None, above=0)
     budget: float | None = number(None, above=0)
     # A sweep with a larger share of failed trials ends with status 1.
@@ -376,7 +404,6 @@ def study_of(method: str, overrides: Sequence[str]) -> str:
 def register() -> None:
     """Put every schema into Hydra's ConfigStore, and the resolvers that the YAML uses."""
     OmegaConf.register_resolver("host", lambda: platform.node().split(".")[0], replace=True)
-    OmegaConf.register_resolver("direction", lambda mode: f"{Mode(mode)}imize", replace=True)
     OmegaConf.register_resolver("study_of", study_of, replace=True)
     OmegaConf.register_resolver("list_groups", catalogue.groups, replace=True)
     OmegaConf.register_resolver("list_experiments", catalogue.experiments, replace=True)

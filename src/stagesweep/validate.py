@@ -33,6 +33,9 @@ def validate(cfg: DictConfig) -> None:
         order(resolved, stages)
         objective(resolved, stages)
         pruning(resolved, stages)
+        for name in resolved.search.constraints:
+            if name != "seconds":
+                there(f"search.constraints={name}", name, resolved, stages)
 
 
 def form(cfg: DictConfig) -> DictConfig:
@@ -224,30 +227,42 @@ def order(cfg: DictConfig, stages: Stages) -> None:
 
 
 def objective(cfg: DictConfig, stages: Stages) -> None:
-    """Check that the metric a sweep steers by will be there, as far as that is known."""
-    wanted = cfg.objective.metric
+    """Check that the metrics a sweep steers by will be there, as far as that is known."""
+    for wanted in config.aims(cfg.objective):
+        there(f"objective.metric={wanted}", wanted, cfg, stages)
+
+
+def there(key: str, wanted: str, cfg: DictConfig, stages: Stages) -> None:
+    """Check that a run will have a metric; ``key`` is what asks for it."""
     name, _, metric = wanted.partition("/")
     if name not in stages:
-        hint = nearest(name, stages)
-        raise UserError(f"objective.metric={wanted}: no stage '{name}'; {hint}")
+        raise UserError(f"{key}: no stage '{name}'; {nearest(name, stages)}")
     known = metric_names(stages[name], cfg)
     if known is not None and metric not in known:
-        hint = nearest(metric, sorted(known))
-        raise UserError(f"objective.metric={wanted}: stage {name} has no '{metric}'; {hint}")
+        raise UserError(f"{key}: stage {name} has no '{metric}'; {nearest(metric, sorted(known))}")
 
 
 def pruning(cfg: DictConfig, stages: Stages) -> None:
     """Check that a pruner will be told the metric it looks at, as far as that is known."""
-    if not cfg.search.pruner:
+    pruner = str((cfg.search.pruner or {}).get("_target_", ""))
+    if not pruner or pruner.endswith("WilcoxonPruner"):  # that one looks at whole runs
         return
-    wanted = cfg.search.prune_on or cfg.objective.metric
-    name, _, metric = wanted.partition("/")
-    stage = stages.get(name)
-    told = not isinstance(stage, config.Stage) or isinstance(stage, config.Fit)
-    known = metric_names(stage, cfg) if told else set()
-    if stage is None or (known is not None and metric not in known):
-        fits = [n for n, each in stages.items() if isinstance(each, config.Fit)]
-        example = f"search.prune_on={fits[-1]}/val_loss search.prune_mode=min" if fits else "a fit"
+    wanted = cfg.search.prune_on or str(cfg.objective.metric)
+    told: list[str] = []
+    for name, stage in stages.items():
+        if isinstance(stage, config.Stage) and not isinstance(stage, config.Fit):
+            continue
+        if (known := metric_names(stage, cfg)) is None and wanted.startswith(f"{name}/"):
+            return
+        told += [f"{name}/{metric}" for metric in sorted((known or set()) - {"epochs"})]
+    if wanted in told:
+        return
+    if cfg.search.prune_on is not None:
         raise UserError(
-            f"search/pruner looks at {wanted}, which no fit gives after each epoch; set {example}"
+            f"search.prune_on={wanted}: no fit gives that after each epoch; {nearest(wanted, told)}"
         )
+    losses = [name for name in told if name.endswith("/val_loss")]
+    example = f"set search.prune_on={losses[-1]} search.prune_mode=min" if losses else "add a fit"
+    raise UserError(
+        f"search/pruner looks at {wanted}, which no fit gives after each epoch; {example}"
+    )

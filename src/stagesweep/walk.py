@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from stagesweep.config import Resume
+from stagesweep.config import Resume, aims
 from stagesweep.core import interrupt
 from stagesweep.core.board import Board, read_rows
 from stagesweep.errors import Interrupted, Pruned, UserError
@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def walk(cfg: DictConfig) -> float | None:
+def walk(cfg: DictConfig) -> float | list[float] | None:
     """Execute one composed config in Hydra's output folder; returns the objective's value.
 
-    None when the sweep it belongs to had no more use for it.
+    A list of values when ``objective.metric`` is a list; None when the sweep it belongs to had no
+    more use for it.
 
     Writes ``result.json`` there whatever happens. Raises UserError for everything a person can
     mend, Interrupted (exit status 130 or 143) when told to stop.
@@ -71,11 +72,11 @@ def stored(cfg: DictConfig) -> bool:
         return False
     try:
         form(cfg)
-        store, (stage, _, metric) = Store.default(), cfg.objective.metric.partition("/")
+        store, wanted = Store.default(), [name.partition("/") for name in aims(cfg.objective)]
         entries = {name: store.entry(key) for name, key in fingerprints(cfg).items()}
         manifests = {name: entry.manifest or {} for name, entry in entries.items()}
         whole = all(manifests.values()) and not any(entry.damage() for entry in entries.values())
-        return whole and metric in manifests[stage]["metrics"]
+        return whole and all(metric in manifests[stage]["metrics"] for stage, _, metric in wanted)
     except Exception:
         return False
 
@@ -173,37 +174,42 @@ class Walk:
 
     # ------------------------------------------------------------- the result
 
-    def finish(self) -> float | None:
+    def finish(self) -> float | list[float]:
         """Write the result and the hyperparameters; returns the objective's value."""
-        value = self.objective()
+        values = self.objectives()
         self.write_result("complete")
         metrics = {name: number for name, number in self.metrics().items() if math.isfinite(number)}
         chosen = dict(text.lstrip("+~").partition("=")[::2] for text in self.overrides)
         self.board.hyperparameters(chosen, metrics)
-        log.info("%s = %.6g; results in %s", self.cfg.objective.metric, value, self.folder)
-        return value
+        said = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
+        log.info("%s; results in %s", said, self.folder)
+        several = not isinstance(self.cfg.objective.metric, str)
+        return list(values.values()) if several else next(iter(values.values()))
 
     def metrics(self) -> dict[str, float]:
         """All numbers of all stages so far, as ``<stage>/<metric>``."""
         return {f"{s.name}/{k}": v for s in self.stages for k, v in s.metrics.items()}
 
-    def objective(self) -> float:
-        """The number a sweep steers by; UserError names the nearest when it is missing."""
-        name, metrics = self.cfg.objective.metric, self.metrics()
-        if name not in metrics:
-            have = ", ".join(sorted(metrics))
-            raise UserError(f"objective.metric={name} is no metric of this run; there are {have}")
-        return metrics[name]
+    def objectives(self) -> dict[str, float]:
+        """The numbers a sweep steers by; UserError lists what there is when one is missing."""
+        names, metrics = list(aims(self.cfg.objective)), self.metrics()
+        for name in names:
+            if name not in metrics:
+                have = ", ".join(sorted(metrics))
+                raise UserError(
+                    f"objective.metric={name} is no metric of this run; there are {have}"
+                )
+        return {name: metrics[name] for name in names}
 
     def write_result(self, status: str, reason: str | None = None) -> None:
         """Write result.json: where the run stands and every number so far."""
-        name = self.cfg.objective.metric
-        metrics = self.metrics()
+        metrics, metric = self.metrics(), self.cfg.objective.metric
+        found = [{"name": name, "value": metrics.get(name)} for name in aims(self.cfg.objective)]
         result = {
             "status": status,
             "reason": reason,
             "experiment": self.cfg.experiment,
-            "objective": {"name": name, "value": metrics.get(name)},
+            "objective": found[0] if isinstance(metric, str) else found,
             "metrics": metrics,
             "seconds": perf_counter() - self.started,
             "seed": self.cfg.seed,

@@ -45,6 +45,7 @@ class Maker:
         curves: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
         repeats: Sequence[float | None] = (),
         pause: float = 0,
+        constraints: Mapping[str, float] | None = None,
         **attributes: Any,
     ) -> Path:
         """Add one; it lasts a minute, and begins `pause` seconds after the one before it ended."""
@@ -59,6 +60,7 @@ class Maker:
             distributions={key: self.distribution(value) for key, value in params.items()},
             user_attrs={"dir": str(number), **own, **attributes},
             intermediate_values=dict(reports or {}),
+            constraints=dict(constraints) if constraints else None,
         )
         frozen.datetime_start = begun
         if state != "running":

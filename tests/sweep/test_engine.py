@@ -1,7 +1,9 @@
 """The engine by the real command: ends of every kind, resume, kills, pruning, repeats, slots."""
 
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import pytest
+import yaml
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 EXPERIMENT = """# @package _global_
@@ -80,8 +84,12 @@ class Lab:
         return optuna.load_study(study_name=name, storage=storage)
 
     @property
+    def table(self) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "sweep" / "results_summary.csv")
+
+    @property
     def calls(self) -> list[list[str]]:
-        """When each call of the stage began and ended, and which GPUs it saw."""
+        """When each call of the stage began and ended, its folder, and which GPUs it saw."""
         return [file.read_text().split() for file in self.log.iterdir() if file.name.isdigit()]
 
     def processes(self) -> list[str]:
@@ -111,39 +119,31 @@ def attributes(study: optuna.Study, name: str) -> dict[int, Any]:
 
 
 def test_each_bad_end_has_its_reason_and_the_sweep_goes_on(lab: Lab) -> None:
-    said, _ = lab.sweep("stage.toy.act=well,raises,no_number,kill", "search.max_retries=0")
+    acts = ["well", "raises", "no_number", "kill", "kill_once", "hangs"]
+    given = (f"stage.toy.act={','.join(acts)}", "search.timeout=15", "search.max_retries=1")
+    said, _ = lab.sweep(*given)
+    states = ["complete", "failed", "failed", "failed", "complete", "failed"]
+    reasons = ["", "error", "nan", "killed", "", "timeout"]
+    table = pd.read_csv(lab.folder / "sweep" / "results_summary.csv", keep_default_na=False)
+    assert list(table["stage.toy.act"]) == acts
+    assert list(table["state"]) == states
+    assert list(table["reason"]) == reasons
+    assert "2 of 6 trials finished; the best:" in said
     study = lab.study
-    states = [trial.state.name for trial in study.trials]
-    assert states == ["COMPLETE", "FAIL", "FAIL", "FAIL"]
-    reasons = [None, "error", "nan", "killed"]
-    assert list(attributes(study, "reason").values()) == reasons
+    # A process that was killed is tried again under its number, one that takes too long is not.
+    assert attributes(study, "retries") == {0: None, 1: None, 2: None, 3: 1, 4: 1, 5: None}
     messages = attributes(study, "message")
     assert "as it was told" in messages[1]
     assert "SIGKILL" in messages[3]
+    assert messages[5] == "ran longer than 15 s"
     assert "Traceback" in (lab.folder / "sweep" / "1" / "trial.log").read_text()
-    assert "1 of 4 trials finished" in said
-
-
-def test_a_run_past_its_timeout_is_ended_and_not_tried_again(lab: Lab) -> None:
-    lab.sweep("stage.toy.seconds=0,500", "search.timeout=15", "search.max_retries=3")
-    study = lab.study
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL"]
-    assert attributes(study, "reason")[1] == "timeout"
-    assert attributes(study, "retries")[1] is None
-
-
-def test_a_killed_trial_is_tried_again_under_its_number(lab: Lab) -> None:
-    lab.sweep("stage.toy.act=kill_once", "search.max_retries=1")
-    study = lab.study
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE"]
-    assert attributes(study, "retries") == {0: 1}
-
-
-def test_too_many_failures_end_with_status_1(lab: Lab) -> None:
-    _, errors = lab.sweep("stage.toy.act=well,raises", "search.max_failure_rate=0.4", status=1)
+    # What is allowed counts for the whole sweep, whenever its trials ran.
+    calls = len(lab.calls)
+    _, errors = lab.sweep(*given, "search.max_failure_rate=0.6", status=1)
     assert errors.splitlines()[-1].startswith(
-        "stagesweep: 1 of 2 trials failed, more than search.max_failure_rate=0.4 allows; the first"
+        "stagesweep: 4 of 6 trials failed, more than search.max_failure_rate=0.6 allows; the first"
     )
+    assert len(lab.calls) == calls
 
 
 def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: Lab) -> None:
@@ -238,11 +238,55 @@ def test_repeats_are_runs_under_several_seeds(lab: Lab) -> None:
     assert (lab.folder / "sweep" / "1" / "2" / "result.json").exists()
 
 
-def test_a_budget_begins_no_more_trials(lab: Lab) -> None:
-    lab.sweep(
-        "stage.toy.x=range(0,50)", "stage.toy.seconds=0.2", "search.budget=0.1", "sweep.slots=1"
+def test_a_budget_is_that_of_all_starts_together(lab: Lab) -> None:
+    given = ("stage.toy.x=range(0,5)", "stage.toy.seconds=1", "sweep.slots=1")
+    for _ in range(2):
+        said, _ = lab.sweep(*given, "search.budget=0.5")
+        assert re.search(r"search.budget=0.5 s is spent \(\d+ s\): no more trials begin", said)
+        assert "1 of 1 trials finished" in said
+        assert len(lab.study.trials) == 1
+
+
+def test_points_above_a_bound_are_never_the_best(lab: Lab) -> None:
+    said, _ = lab.sweep(
+        "search=bayes",
+        "search/space=none",
+        "search.n_trials=4",
+        "hydra.sweeper.sampler.n_startup_trials=2",
+        "stage.toy.x=interval(0.0,2.0)",
+        "stage.toy.y=interval(0.0,2.0)",
+        "search.enqueue=[{stage.toy.x: 2.0, stage.toy.y: 2.0},{stage.toy.x: 1.9, stage.toy.y: 1}]",
+        "+search.constraints={toy/cost: 1.0, seconds: 1000}",
     )
-    assert len(lab.study.trials) < 50
+    table = lab.table
+    assert list(table.columns[3:6]) == ["toy/score", "feasible", "seconds"]
+    assert list(table["feasible"]) == list(table["stage.toy.y"] <= 1)
+    first = lab.study.trials[0].constraints
+    assert first["toy/cost"] == 1.0
+    assert -1000 < first["seconds"] < 0
+    best = table[table["feasible"]].sort_values("toy/score").iloc[-1]
+    assert best["toy/score"] < 2.0
+    assert f"best trial  {best['dir']}" in said
+    assert "#0: toy/score 2 in" in said
+    assert "infeasible" in (lab.folder / "sweep" / "report.html").read_text()
+
+
+def test_a_key_is_proposed_only_where_it_exists(lab: Lab) -> None:
+    said, errors = lab.sweep(
+        "search=bayes",
+        "search/space=none",
+        "search.n_trials=6",
+        "hydra.sweeper.sampler.n_startup_trials=2",
+        "stage.toy.act=choice(well,fine)",
+        "stage.toy.x=interval(1.0,2.0)",
+        "+search.when={stage.toy.x: 'stage.toy.act=well'}",
+        "search.enqueue=[{stage.toy.act: well},{stage.toy.act: fine}]",
+    )
+    assert not re.search("warn|independent", said + errors, re.IGNORECASE)
+    there = lab.table["stage.toy.act"] == "well"
+    assert {True, False} == set(there)
+    assert list(lab.table["stage.toy.x"].notna()) == list(there)
+    assert list(lab.table["toy/score"] > 0) == list(there)
 
 
 def test_trials_that_fall_behind_are_pruned(lab: Lab) -> None:
@@ -254,13 +298,72 @@ def test_trials_that_fall_behind_are_pruned(lab: Lab) -> None:
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 10.0, 3: 15.0, 4: 20.0}
 
 
+@pytest.mark.parametrize("method", ["nsga2", "bayes"])
+def test_several_objectives_have_a_front(lab: Lab, method: str) -> None:
+    points = [{"stage.toy.x": x, "stage.toy.y": y} for x, y in ((1.0, 1.0), (2.0, 2.0), (0.0, 3.0))]
+    said, _ = lab.sweep(
+        f"search={method}",
+        "search/space=none",
+        "search.n_trials=4",
+        "stage.toy.x=interval(0.0,2.0)",
+        "stage.toy.y=interval(1.0,3.0)",
+        "objective.metric=[toy/score,toy/cost]",
+        "objective.mode=[max,min]",
+        f"search.enqueue={points}".replace("'", ""),
+    )
+    table = lab.table
+    assert list(table.columns[3:5]) == ["toy/score", "toy/cost"]
+    assert list(table["toy/cost"]) == list(table["stage.toy.y"])
+    found = yaml.safe_load((lab.folder / "sweep" / "optimization_results.yaml").read_text())
+    front = {tuple(each["values"]) for each in found["solutions"]}
+    assert {(1.0, 1.0), (2.0, 2.0)} <= front
+    assert (0.0, 3.0) not in front
+    assert "4 of 4 trials finished; the Pareto front:" in said
+    assert "toy/score 2, toy/cost 2 in" in said
+    assert f"({len(front)} on the Pareto front); 0 to go" in said
+    assert "Pareto front" in (lab.folder / "sweep" / "report.html").read_text()
+    result = json.loads((lab.folder / "sweep" / "0" / "result.json").read_text())
+    assert [each["name"] for each in result["objective"]] == ["toy/score", "toy/cost"]
+
+
+def test_a_test_over_repeats_leaves_out_the_rest_of_a_point(lab: Lab) -> None:
+    said, _ = lab.sweep(
+        "stage.toy.x=3,3,1",
+        "stage.toy.y=0,1,2",
+        "search.zip=[[stage.toy.x,stage.toy.y]]",
+        "search.repeats=8",
+        "search/pruner=wilcoxon",
+        "sweep.slots=2",
+    )
+    trials = lab.study.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 2 + ["PRUNED"]
+    # Seed by seed, whatever order they ended in.
+    assert trials[0].intermediate_values == {seed: 3.0 + seed for seed in range(8)}
+    assert trials[0].value == 6.5
+    # Four runs that are all worse than the best say so at p = 1/16.
+    assert trials[2].intermediate_values == {seed: 1.0 + seed for seed in range(4)}
+    assert len(lab.calls) == 8 + 8 + 4
+    assert "2 of 3 trials finished" in said
+    # With two slots the first two points ran side by side, each of them seed by seed.
+    assert {Path(call[2]).parent.name for call in sorted(lab.calls)[:4]} == {"0", "1"}
+
+
+def test_of_repeats_the_first_says_whether_its_point_is_pruned(lab: Lab) -> None:
+    pruner = ("search/pruner=median", "search.pruner.n_startup_trials=1", "sweep.slots=1")
+    lab.sweep("stage.toy.x=5,1", "stage.toy.steps=2", "search.repeats=2", *pruner)
+    trials = lab.study.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED"]
+    assert trials[0].intermediate_values == {1: 5.0, 2: 10.0}
+    assert not (lab.folder / "sweep" / "1" / "1").exists()
+
+
 def test_slots_run_side_by_side_on_gpus_of_their_own(lab: Lab) -> None:
     lab.environment["CUDA_VISIBLE_DEVICES"] = "3,5"
     lab.command = (sys.executable, "-c", GPUS)
     lab.sweep("stage.toy.x=0,1", "stage.toy.seconds=3", "hardware.device=auto")
     (first, second) = sorted(lab.calls)
     assert float(second[0]) < float(first[1])
-    assert {first[2], second[2]} == {"3", "5"}
+    assert {first[3], second[3]} == {"3", "5"}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

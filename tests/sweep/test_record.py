@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from stagesweep.errors import UserError
-from stagesweep.sweep import results
+from stagesweep.sweep import pictures, results
 from stagesweep.sweep.results import Point, read
 
 Make = Callable[..., Any]
@@ -74,6 +74,10 @@ def test_pauses_are_no_wall_time(make: Make) -> None:
         maker.trial({"lr": lr}, [lr], pause=pause)
     maker.trial({"lr": 0.4}, [0.4], pause=-60)  # beside the one before
     assert read(maker.folder).seconds == 180
+    # Where the controllers have said when they ran, that counts: they may have waited for nothing.
+    for name, span in (("a", [100.0, 110.0]), ("b", [105.0, 115.0]), ("c", [200.0, 201.0])):
+        maker.study.set_user_attr(f"session:{name}", span)
+    assert read(maker.folder).seconds == 16
 
 
 def test_the_best_as_the_stock_plugin_writes_it(mixed: Path) -> None:
@@ -103,6 +107,32 @@ def test_several_objectives_have_solutions(make: Make) -> None:
     ]
     assert "best_params" not in found
     assert list(results.table(sweep).columns[3:5]) == names
+    # What is printed are the trials on the front, the best of the first objective first.
+    head, *lines = results.leaderboard(sweep).splitlines()
+    assert head.split() == ["number", *names, "seconds", "reused", "lr"]
+    assert [line.split()[:3] for line in lines] == [["1", "0.6", "20"], ["0", "0.5", "10"]]
+
+
+def test_the_leaderboard_is_short_and_aligned(mixed: Path) -> None:
+    lines = results.leaderboard(read(mixed), rows=1).splitlines()
+    assert lines[0].split() == ["number", "evaluate/nmi", "seconds", "reused", "lr", "part"]
+    assert [line.split() for line in lines[1:]] == [["5", "0.75", "30", "0", "0.01", "full"]]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_trial_that_breaks_a_constraint_is_never_the_best(make: Make) -> None:
+    maker = make()
+    for lr, value, over in ((0.1, 0.5, -1.0), (0.2, 0.9, 0.5), (0.3, 0.4, 0.0), (0.4, 0.6, 2.0)):
+        maker.trial({"lr": lr}, [value], constraints={"seconds": over, "evaluate/leakage": -1.0})
+    maker.trial({"lr": 0.5}, None, "failed")
+    sweep = read(maker.folder)
+    assert [trial.number for trial in sweep.ranked()] == [0, 2, 1, 3]
+    assert results.best(sweep)["best_trials"] == [0]
+    table = results.table(sweep)
+    assert list(table.columns[3:6]) == ["evaluate/nmi", "feasible", "seconds"]
+    assert list(table["feasible"]) == [True, False, True, False, None]
+    assert pictures.best_so_far(sweep) == [0.5, 0.5, 0.5, 0.5]
+    assert "feasible" not in results.table(read(make("free").folder))
 
 
 def test_nothing_finished_is_no_error(make: Make) -> None:

@@ -10,7 +10,6 @@ import pytest
 from scipy import stats
 from sklearn.metrics import adjusted_rand_score
 
-from stagesweep.config import Mode
 from stagesweep.sweep import results
 
 Make = Callable[..., Any]
@@ -18,35 +17,6 @@ Make = Callable[..., Any]
 
 def table(folder: Path) -> pd.DataFrame:
     return results.table(results.read(folder))
-
-
-@pytest.fixture
-def twelve(make: Make) -> Path:
-    """Two trials of note, one that failed, one pruned, and eight more."""
-    maker = make()
-    maker.trial({"lr": 0.001}, [0.5])
-    maker.trial({"lr": 1e-05}, [0.75])
-    maker.trial({"lr": 0.1}, None, "failed", reason="nan")
-    maker.trial({"lr": 0.2}, [0.9], "pruned")
-    for number in range(4, 12):
-        maker.trial({"lr": float(number)}, [number / 100])
-    return maker.folder  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(("mode", "best"), [(Mode.max, [1, 0]), (Mode.min, [4, 5])])
-def test_the_best_come_first(twelve: Path, mode: Mode, best: list[int]) -> None:
-    found = results.ranked(table(twelve), mode)
-    assert len(found) == 10
-    assert list(found["number"][:2]) == best
-
-
-def test_the_leaderboard_is_short_and_aligned(twelve: Path) -> None:
-    found = results.ranked(table(twelve), Mode.max)
-    lines = results.leaderboard(found, ["lr"], rows=3).splitlines()
-    assert len(lines) == 4
-    assert lines[0].split() == ["number", "evaluate/nmi", "seconds", "reused", "lr"]
-    assert lines[1].split() == ["1", "0.75", "30", "0", "1e-05"]
-    assert len({len(line) for line in lines}) == 1
 
 
 def seeds_of(make: Make, tables: list[dict[str, Any]]) -> Path:

@@ -1,5 +1,6 @@
 """Sweeps by the real command: every method, bad trials, refusals, Ctrl-C."""
 
+import json
 import os
 import signal
 import subprocess
@@ -116,6 +117,39 @@ REFUSED = {
         ("experiment=tiny", "seed=0,1", "objective.metric=evaluate/nmy"),
         "objective.metric=evaluate/nmy: stage evaluate has no 'nmy'; did you mean 'nmi'?",
     ),
+    "one unknown objective of several": (
+        ("experiment=tiny", "seed=0,1", "objective.metric=[evaluate/nmi,joint/val_los]"),
+        "objective.metric=joint/val_los: stage joint has no 'val_los'; did you mean 'val_loss'?",
+    ),
+    "two modes for one objective": (
+        ("experiment=tiny", "seed=0,1", "objective.mode=[max,min]"),
+        "objective.mode has 2 entries and objective.metric 1; give each metric a mode, or all of",
+    ),
+    "a pruner for several objectives": (
+        (
+            "experiment=tiny",
+            "seed=0,1",
+            "objective.metric=[evaluate/nmi,joint/val_loss]",
+            "search/pruner=median",
+        ),
+        "a pruner compares trials by one objective, and there are 2 (evaluate/nmi, joint/val_loss)",
+    ),
+    "a test over repeats of which there are none": (
+        ("experiment=tiny", "stage.joint.epochs=1,2", "search/pruner=wilcoxon"),
+        "search/pruner=wilcoxon compares the repeats of a point, and each has only one run; set ",
+    ),
+    "a pruner that looks at what no fit gives": (
+        ("experiment=tiny", "seed=0,1", "search/pruner=asha", "search.prune_on=joint/val_los"),
+        "search.prune_on=joint/val_los: no fit gives that after each epoch; did you mean 'joint/",
+    ),
+    "a pruner that looks at no fit": (
+        ("experiment=tiny", "seed=0,1", "search/pruner=asha", "search.prune_on=evaluate/nmi"),
+        "search.prune_on=evaluate/nmi: no fit gives that after each epoch; there are pretrain/",
+    ),
+    "an unknown metric to keep below a bound": (
+        ("experiment=tiny", "seed=0,1", "+search.constraints={evaluate/nmu: 1}"),
+        "search.constraints=evaluate/nmu: stage evaluate has no 'nmu'; did you mean 'nmi'?",
+    ),
     "nothing to search": (
         ("experiment=tiny", "search=bayes", "search/space=none"),
         "nothing to search; choose search/space=<name>, or sweep a key: ",
@@ -168,6 +202,47 @@ def test_a_folder_with_results_is_not_written_over(stagesweep: Command, tmp_path
     process = stagesweep("-m", *QUICK, "seed=0,1", status=1)
     assert process.stderr.startswith("stagesweep: sweep holds results already; ")
     assert (tmp_path / "sweep" / "study.db").read_text() == "a study"
+
+
+def test_a_pruned_fit_is_partial_and_goes_on_where_it_is_wanted(
+    stagesweep: Command, tmp_path: Path
+) -> None:
+    process = stagesweep(
+        "-m",
+        "experiment=tiny",
+        "stage.joint.epochs=3",
+        "stage.joint.optimizer.lr=1e-2,1e-5",
+        "search/pruner=median",
+        "search.pruner.n_startup_trials=1",
+        "search.prune_on=joint/val_loss",
+        "search.prune_mode=min",
+        "sweep.slots=1",
+        "hydra.sweep.dir=sweep",
+    )
+    assert list(summary(tmp_path / "sweep")["state"]) == ["complete", "pruned"]
+    assert "1 of 2 trials finished" in process.stdout
+    result = json.loads((tmp_path / "sweep" / "1" / "result.json").read_text())
+    assert result["status"] == "pruned"
+    assert result["reason"] == "pruned in stage joint, after epoch 1"
+    assert [stage["name"] for stage in result["stages"]] == ["pretrain", "init_clusters"]
+    left = tmp_path / "sweep" / "1" / "stages" / "3_joint"
+    assert list(left.glob("checkpoints/last*.pt"))
+    assert not (left / "manifest.json").exists()
+    # Wanted by itself, it goes on from its checkpoint.
+    stagesweep(
+        "experiment=tiny",
+        "stage.joint.epochs=3",
+        "stage.joint.optimizer.lr=1e-5",
+        "hydra.run.dir=alone",
+    )
+    result = json.loads((tmp_path / "alone" / "result.json").read_text())
+    statuses = {stage["name"]: stage["status"] for stage in result["stages"]}
+    assert statuses == {
+        "pretrain": "reused",
+        "init_clusters": "reused",
+        "joint": "resumed",
+        "evaluate": "ran",
+    }
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

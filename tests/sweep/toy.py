@@ -12,7 +12,7 @@ from stagesweep.sweep import trial
 
 @dataclass
 class Toy:
-    """Gives ``x`` as its score, after so many seconds, or ends otherwise.
+    """Gives ``x`` as its score and ``y`` as its cost, after so many seconds, or ends otherwise.
 
     ``log`` is a folder that gets a file for each call: when it was, and in which slot.
     """
@@ -25,17 +25,19 @@ class Toy:
     steps: int = 0
 
     def metric_names(self) -> tuple[str, ...]:
-        return ("score",)
+        return ("score", "cost")
 
     def __call__(self, run: Any) -> dict[str, float]:
         began = time.time()
         left = Path(self.log, f"{os.getpid()}")
-        first = not Path(self.log, "killed").exists()
+        first = not Path(self.log, self.act).exists()
         if self.act == "raises":
             raise ValueError("as it was told")
         if self.act == "kill" or (self.act == "kill_once" and first):
-            Path(self.log, "killed").touch()
+            Path(self.log, self.act).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.act == "hangs":
+            time.sleep(500)
         for step in range(1, self.steps + 1):
             trial.current().report("toy", {"score": self.x * step}, step)
             if trial.current().should_stop():
@@ -44,5 +46,6 @@ class Toy:
                 raise Pruned(f"pruned at {step}")
         time.sleep(self.seconds)
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        left.write_text(f"{began} {time.time()} {gpus}")
-        return {"score": float("nan") if self.act == "no_number" else self.x + run.cfg.seed}
+        left.write_text(f"{began} {time.time()} {run.folder} {gpus}")
+        score = float("nan") if self.act == "no_number" else self.x + run.cfg.seed
+        return {"score": score, "cost": self.y}

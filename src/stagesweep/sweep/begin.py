@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from optuna.pruners import BasePruner, WilcoxonPruner
 
 from stagesweep.config import Search
 from stagesweep.errors import UserError
@@ -28,11 +29,29 @@ def without_hydra(arguments: Sequence[str]) -> list[str]:
     return [each for each in arguments if not each.lstrip("+~").startswith(("hydra.", "hydra/"))]
 
 
-def chosen_pruner(settings: Search) -> Any:
+def chosen_pruner(settings: Search, objectives: Sequence[str]) -> BasePruner | None:
     """The pruner; None when every trial runs to its end."""
     if not settings.pruner:
         return None
-    return instantiate(settings.pruner, _execution_whitelist_=("optuna.*",))
+    if len(objectives) > 1:
+        raise UserError(
+            f"a pruner compares trials by one objective, and there are {len(objectives)} "
+            f"({', '.join(objectives)}); leave search/pruner=none, or steer by one of them"
+        )
+    made: BasePruner = instantiate(settings.pruner, _execution_whitelist_=("optuna.*",))
+    if isinstance(made, WilcoxonPruner) and settings.repeats == 1:
+        raise UserError(
+            "search/pruner=wilcoxon compares the repeats of a point, and each has only one run; "
+            "set search.repeats=8, or choose another pruner"
+        )
+    return made
+
+
+def pruned_on(pruner: BasePruner | None, settings: Search, objective: str) -> str | None:
+    """The metric of a fit that the pruner looks at; None when it looks at none."""
+    if pruner is None or isinstance(pruner, WilcoxonPruner):
+        return None
+    return settings.prune_on or objective
 
 
 def check(config: DictConfig, space: Space, launcher: Launcher) -> None:

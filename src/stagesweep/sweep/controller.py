@@ -4,20 +4,24 @@ The only writer of the study. Trials say how far they are and are told whether t
 """
 
 import logging
+import math
 import shlex
 import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.config import Search
-from stagesweep.errors import Interrupted, UserError
+from stagesweep.config import aims as objectives
+from stagesweep.errors import Interrupted, NotFinite, UserError
 from stagesweep.sweep import begin, ending, study
+from stagesweep.sweep.clock import BEHIND, Clock
 from stagesweep.sweep.places import Places, opened_by
 from stagesweep.sweep.slots import At, Ended, Event, Job, Outcome, Report
 from stagesweep.sweep.space import parse
@@ -50,7 +54,8 @@ def sweep(
             "'stage.<name>.optimizer.lr=interval(1e-4, 1e-2)'"
         )
     points = list(space.points(settings.max_points)) if grid else None
-    pruner = begin.chosen_pruner(settings)
+    aims = objectives(config.objective)
+    pruner = begin.chosen_pruner(settings, list(aims))
     begin.check(config, space, launcher)
     about = {"space": space.fingerprint(), "config": study.plain(config)}
     folder = begin.place(config, sweeper, space, about)
@@ -60,10 +65,9 @@ def sweep(
             command = shlex.join(["stagesweep", "-m", *arguments])
             names = {"study": sweeper.study_name, "storage": sweeper.storage}
             study.record(folder, {"command": command, **names, **about})
-        opened = Study(folder, sweeper, settings, space, points, pruner)
+        opened = Study(folder, sweeper, settings, space, points, pruner, list(aims.values()))
         places = opened_by(launcher)
-        if pruner is not None:
-            places.prune_on = settings.prune_on or config.objective.metric
+        places.prune_on = begin.pruned_on(pruner, settings, next(iter(aims)))
         controller = Controller(opened, places, config, settings)
         try:
             with signals(controller):
@@ -81,42 +85,63 @@ class Controller:
         self.study, self.places, self.config, self.settings = opened, places, config, settings
         self.queue = deque[Job]()
         self.trials: dict[int, Trial] = {}
-        self.outcomes: dict[int, dict[str, Outcome]] = {}
+        # The runs of a trial by folder, None before they have ended; and those still to begin.
+        self.outcomes: dict[int, dict[str, Outcome | None]] = {}
+        self.left: dict[int, deque[Job]] = {}
+        # Repeats of which a pruner may leave some out are run one after another.
+        self.one_by_one = opened.pruner is not None and settings.repeats > 1
+        self.by_repeats = self.one_by_one and places.prune_on is None
         self.retries: dict[str, int] = {}
-        self.began = time.monotonic()
+        self.clock = Clock(opened.optuna)
+        self.out_of_time = False
         self.stopped: int | None = None
         # Reports of a metric that is better the other way are recorded with the other sign.
-        other = settings.prune_mode not in (None, config.objective.mode)
-        self.sign = -1.0 if other else 1.0
+        mode = next(iter(objectives(config.objective).values()))
+        self.sign = 1.0 if settings.prune_mode in (None, mode) else -1.0
         self.board = ending.Board(opened, config)
 
     def run(self) -> None:
         """Until every trial has ended, or a signal has come and the trials have saved."""
         for trial in self.study.unfinished():
             self.begin(trial)
-        while True:
-            self.fill()
-            if not self.trials:
-                return
-            for event in self.places.wait():
-                self.handle(event)
-            if self.stopped is not None and not self.places.busy:
-                return
+        try:
+            while True:
+                self.fill()
+                if not self.trials:
+                    return
+                self.clock.tick()
+                for event in self.places.wait(BEHIND):
+                    self.handle(event)
+                if self.stopped is not None and not self.places.busy:
+                    return
+        finally:
+            self.clock.tick(last=True)
 
     def fill(self) -> None:
         """Start what waits, and new trials while there is room."""
         while self.stopped is None and self.places.free:
             if self.queue:
                 self.start(self.queue.popleft())
-            elif self.out_of_time() or (trial := self.study.ask()) is None:
+            elif self.spent() or (trial := self.study.ask()) is None:
                 return
             else:
                 self.begin(trial)
 
-    def out_of_time(self) -> bool:
-        """Whether the sweep begins no more trials."""
-        budget = self.settings.budget
-        return budget is not None and time.monotonic() - self.began > budget
+    def spent(self) -> bool:
+        """Whether the sweep has had its time, and begins no more trials."""
+        budget, spent = self.settings.budget, self.clock.spent
+        over = budget is not None and spent > budget
+        if over and not self.out_of_time:
+            begun = len(self.study.trials())
+            log.info(
+                "search.budget=%g s is spent (%.0f s): no more trials begin (%d of %d have)",
+                budget,
+                spent,
+                begun,
+                self.study.total,
+            )
+        self.out_of_time = over
+        return over
 
     def begin(self, trial: Trial) -> None:
         """Put the runs of a trial into the queue, but for those that are done."""
@@ -127,14 +152,37 @@ class Controller:
             return
         trial.begun = time.monotonic()
         self.trials[trial.number] = trial
-        self.outcomes[trial.number] = {}
-        for job in self.jobs(trial):
-            done = study.on_disk(self.study.folder / job.subdir)
-            if done is not None:
-                self.outcomes[trial.number][job.subdir] = done
-            else:
-                self.queue.append(job)
-        self.conclude(trial)
+        jobs = self.jobs(trial)
+        self.outcomes[trial.number] = {job.subdir: None for job in jobs}
+        self.left[trial.number] = deque(jobs)
+        self.go_on(trial)
+
+    def go_on(self, trial: Trial) -> None:
+        """Queue what is left of a trial, or the next of it; record its end when all is done."""
+        left = self.left[trial.number]
+        while left:
+            job = left.popleft()
+            if (done := study.on_disk(self.study.folder / job.subdir)) is not None:
+                self.keep(job, done)
+                continue
+            self.queue.append(job)
+            if self.one_by_one:
+                break
+        if None not in self.outcomes[trial.number].values():
+            self.conclude(trial)
+
+    def keep(self, job: Job, outcome: Outcome) -> None:
+        """Remember how a run ended; when it decides for its trial, the rest is left out."""
+        outcomes, left = self.outcomes[job.number], self.left[job.number]
+        outcomes[job.subdir] = outcome = study.finite(outcome)
+        over = outcome.state != "complete"
+        if self.by_repeats and not over:
+            over = self.study.report(job.number, outcome.value, job.repeat)
+            self.trials[job.number].pruned = over and bool(left)
+        if over:
+            for rest in left:
+                del outcomes[rest.subdir]
+            left.clear()
 
     def jobs(self, trial: Trial) -> list[Job]:
         """The runs of a trial: one, or one for each repeat."""
@@ -146,7 +194,7 @@ class Controller:
         seeds = [f"seed={first + n}" for n in range(self.settings.repeats)]
         rest = [each for each in fixed if not each.startswith("seed=")]
         return [
-            Job(number, f"{number}/{n}", [*trial.overrides, *rest, seed], timeout)
+            Job(number, f"{number}/{n}", [*trial.overrides, *rest, seed], timeout, n)
             for n, seed in enumerate(seeds)
         ]
 
@@ -159,7 +207,9 @@ class Controller:
         """Answer a report, or record an end."""
         match event:
             case Report(job, value, step):
-                self.places.answer(job, self.study.report(job.number, self.sign * value, step))
+                # Of repeats, which all take the same steps, the first speaks for its trial.
+                stop = job.repeat == 0 and self.study.report(job.number, self.sign * value, step)
+                self.places.answer(job, stop)
             case At(job, text):
                 self.board.at(job, text)
             case Ended(job, outcome):
@@ -175,21 +225,25 @@ class Controller:
             self.retries[job.subdir] = tried + 1
             self.study.note(job.number, retries=tried + 1)
             log.warning("#%s %s (%s); again", job.subdir, outcome.reason, outcome.message)
-            self.queue.appendleft(Job(job.number, job.subdir, job.overrides, self.settings.timeout))
+            self.queue.appendleft(replace(job, stopping=None, deadline=float("inf")))
             return
-        self.outcomes[job.number][job.subdir] = outcome
-        self.conclude(self.trials[job.number])
+        self.keep(job, outcome)
+        self.go_on(self.trials[job.number])
 
     def conclude(self, trial: Trial) -> None:
-        """Record the end of a trial when all its runs have ended."""
-        outcomes = self.outcomes[trial.number]
-        if len(outcomes) < self.settings.repeats:
-            return
+        """Record the end of a trial."""
+        outcomes = self.outcomes.pop(trial.number)
         seconds, reused = ending.cost(self.study.folder, outcomes)
         if seconds is None:
             seconds = time.monotonic() - trial.begun
-        ended = self.study.tell(trial, list(outcomes.values()), seconds=seconds, reused=reused)
-        del self.trials[trial.number], self.outcomes[trial.number]
+        runs = [each for each in outcomes.values() if each is not None]
+        runs += [Outcome("pruned")] if trial.pruned else []
+        over = ending.excess(self.study.folder, outcomes, self.settings.constraints)
+        if unknown := [name for name, value in over.items() if math.isnan(value)]:
+            why = f"{unknown[0]}, which search.constraints bounds, is no number"
+            runs += [Outcome("failed", None, NotFinite.reason, why)]
+        ended = self.study.tell(trial, runs, over, seconds=seconds, reused=reused)
+        del self.trials[trial.number], self.left[trial.number]
         self.board.concluded(trial, ended, seconds)
 
     def stop(self, signum: int) -> bool:

@@ -2,16 +2,19 @@
 
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from stagesweep.config import aims
 from stagesweep.files import atomic_text
+from stagesweep.store import Store
 from stagesweep.sweep.slots import Job, Outcome
 from stagesweep.sweep.study import Study, Trial
 
@@ -22,7 +25,7 @@ class Board:
     """Lines in the log; on a terminal also a bar for the sweep and a line for each run."""
 
     def __init__(self, opened: Study, config: DictConfig) -> None:
-        self.study, self.name = opened, str(config.objective.metric)
+        self.study, self.names = opened, list(aims(config.objective))
         self.began, self.done = time.monotonic(), 0
         self.bar: tqdm[Any] | None = None
         self.lines: dict[str, tqdm[Any]] = {}
@@ -54,7 +57,9 @@ class Board:
         """Say how a trial ended, the best so far and how long the rest will take."""
         self.done += 1
         if outcome.state == "complete":
-            how = f"{self.name} {_number(outcome.value)}"
+            values = outcome.value if isinstance(outcome.value, list) else [outcome.value]
+            named = zip(self.names, values, strict=True)
+            how = ", ".join(f"{name} {value:.5g}" for name, value in named)
         else:
             how = " ".join(filter(None, (outcome.state, outcome.reason, outcome.message)))
         trials = self.study.trials()
@@ -76,22 +81,18 @@ class Board:
     def best(self) -> str:
         """The best so far, in parentheses."""
         if len(self.study.optuna.directions) > 1:
-            return f" ({len(self.study.optuna.best_trials)} on the front)"
+            return f" ({len(self.study.optuna.best_trials)} on the Pareto front)"
         try:
             best = self.study.optuna.best_trial
         except ValueError:
             return ""
-        return f" (best {_number(best.value)}, #{best.number})"
+        return f" (best {best.value:.5g}, #{best.number})"
 
     def close(self) -> None:
         """Take the bars away."""
         for line in (*self.lines.values(), self.bar):
             if line is not None:
                 line.close()
-
-
-def _number(value: Any) -> str:
-    return ", ".join(f"{each:.5g}" for each in (value if isinstance(value, list) else [value]))
 
 
 def cost(folder: Path, runs: Iterable[str]) -> tuple[float | None, int]:
@@ -109,6 +110,29 @@ def cost(folder: Path, runs: Iterable[str]) -> tuple[float | None, int]:
     return seconds, reused
 
 
+def excess(folder: Path, runs: Collection[str], bounds: Mapping[str, float]) -> dict[str, float]:
+    """How far the runs of a trial are above each bound, in the mean; NaN where that is not known.
+
+    ``seconds`` is how long its stages took when they were trained, also of those that it reused.
+    """
+    store = Store.default()
+    sums = dict.fromkeys(bounds, 0.0)
+    for run in runs if bounds else ():
+        try:
+            result = json.loads((folder / run / "result.json").read_text())
+        except (OSError, ValueError):
+            result = {}
+        seconds = 0.0
+        for stage in result.get("stages", []):
+            stored = store.entry(stage["fingerprint"]).manifest or {}
+            seconds += stored.get("seconds", stage["seconds"])
+        found = {**result.get("metrics", {}), "seconds": seconds}
+        for name in bounds:
+            value = found.get(name)
+            sums[name] += math.nan if value is None else value
+    return {name: total / len(runs) - bounds[name] for name, total in sums.items()}
+
+
 def sum_up(config: DictConfig, opened: Study) -> None:
     """Write the tables and the report, and print what a person wants to know first."""
     from stagesweep.sweep import report, results
@@ -119,28 +143,28 @@ def sum_up(config: DictConfig, opened: Study) -> None:
     sweep = results.read(folder, opened.optuna)
     results.write(sweep)
     report.at_the_end(folder)
-    trials, parameters = results.table(sweep), sweep.parameters
-    best = results.ranked(trials, config.objective.mode)
-    if best.empty:
+    if not sweep.complete:
         return
-    print(f"\n{len(best)} of {len(trials)} trials finished; the best:\n")
-    print(results.leaderboard(best, parameters))
-    if parameters == ["seed"] and (table := results.over_seeds(trials)) is not None:
+    several = len(sweep.objectives) > 1
+    said = "the Pareto front" if several else "the best"
+    if not (front := sweep.front):
+        said = "none of them keeps search.constraints"
+    print(f"\n{len(sweep.complete)} of {len(sweep.trials)} trials finished; {said}:\n")
+    print(results.leaderboard(sweep))
+    trials = results.table(sweep)
+    if sweep.parameters == ["seed"] and (table := results.over_seeds(trials)) is not None:
         atomic_text(folder / "comparison.csv", table.to_csv(index=False))
-        print(f"\nMean ± half the 95 % interval over {len(best)} seeds:\n")
+        print(f"\nMean ± half the 95 % interval over {len(sweep.complete)} seeds:\n")
         print(results.with_intervals(table))
-    print(where_to_look(folder, Path(best["dir"].iloc[0])))
+    print(where_to_look(folder, front[0].folder if front and not several else None))
 
 
-def where_to_look(folder: Path, best: Path) -> str:
+def where_to_look(folder: Path, best: Path | None) -> str:
     """The last lines of a sweep: paths and commands to copy."""
-    lines = {
-        "all trials": folder / "results_summary.csv",
-        "best trial": best,
-        "report": folder / "report.html",
-        "curves": f"tensorboard --logdir {folder}",
-    }
-    figures = sorted(best.glob("stages/*/figures"))
-    if figures:
+    lines: dict[str, str | Path] = {"all trials": folder / "results_summary.csv"}
+    if best is not None:
+        lines["best trial"] = best
+    lines |= {"report": folder / "report.html", "curves": f"tensorboard --logdir {folder}"}
+    if best is not None and (figures := sorted(best.glob("stages/*/figures"))):
         lines["figures"] = figures[-1]
     return "\n" + "\n".join(f"{name:<11} {place}" for name, place in lines.items())

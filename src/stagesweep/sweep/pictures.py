@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
-from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -142,6 +141,14 @@ def finite(sweep: Sweep, objective: int = 0) -> list[Trial]:
     return [trial for trial in sweep.complete if abs(trial.values[objective]) < LARGEST]
 
 
+def best_so_far(sweep: Sweep, objective: int = 0) -> list[float]:
+    """The best value up to each of the `finite` trials; NaN before one keeps the constraints."""
+    better = np.fmax if sweep.maximise[objective] else np.fmin
+    trials = finite(sweep, objective)
+    values = [trial.values[objective] if trial.feasible else math.nan for trial in trials]
+    return [float(value) for value in better.accumulate(values)]
+
+
 # ------------------------------------------------------------------------------ pictures
 
 
@@ -152,9 +159,13 @@ def history(sweep: Sweep, objective: int, link: Link, width: float = 480) -> Mar
     numbers = [trial.number for trial in trials]
 
     def draw(axes: Axes) -> None:
-        best = list(accumulate(values, max if sweep.maximise[objective] else min))
+        best = best_so_far(sweep, objective)
         axes.step(numbers, best, where="post", color=BEST, linewidth=1.8, label="best so far")
-        _dots(axes, numbers, values, [link(trial) for trial in trials], label="trial")
+        for feasible, name, colour in ((True, "trial", ACCENT), (False, "infeasible", MUTED)):
+            chosen = [trial for trial in trials if trial.feasible is feasible]
+            x, y = [t.number for t in chosen], [t.values[objective] for t in chosen]
+            if chosen:
+                _dots(axes, x, y, [link(t) for t in chosen], colour, label=name)
         _values_axis(axes, values)
         for state, colour in (("pruned", MUTED), ("failed", BAD)):
             found = [trial.number for trial in sweep.trials if trial.state == state]
@@ -175,14 +186,13 @@ def histories(sweeps: Mapping[str, Sweep]) -> Markup:
     def draw(axes: Axes) -> None:
         everything: list[float] = []
         for place, (name, sweep) in enumerate(sweeps.items()):
-            values = [trial.values[0] for trial in finite(sweep)]
-            best = list(accumulate(values, max if sweep.maximise[0] else min))
+            best = best_so_far(sweep)
             colour = SERIES[place % len(SERIES)]
             style = ("-", "--", ":", "-.")[place // len(SERIES) % 4]
             count = range(1, len(best) + 1)
             axes.step(count, best, where="post", color=colour, ls=style, lw=1.8, label=name)
             axes.plot(count[-1:], best[-1:], "o", color=colour, ms=5)
-            everything += best
+            everything += [value for value in best if math.isfinite(value)]
         _values_axis(axes, everything)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set(xlabel="finished trials", ylabel=_short(next(iter(sweeps.values())).objectives[0]))

@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 class StudySweeper(Sweeper):
     """A sweep is an Optuna study: resumed by the same command, one process writes it."""
 
-    def __init__(self, sampler: Any, storage: str, study_name: str, direction: Any) -> None:
+    def __init__(self, sampler: Any, storage: str, study_name: str) -> None:
         self.settings = OmegaConf.create(
             {
                 "sampler": OmegaConf.to_container(sampler, resolve=True),
                 "storage": storage,
                 "study_name": study_name,
-                "direction": direction,
             }
         )
 

@@ -187,7 +187,7 @@ class _Part:
     def best(self, objective: int) -> dict[str, Any] | None:
         """The best value of an objective, its trial, and its interval when it was repeated."""
         ranked = self.sweep.ranked(objective)
-        if not ranked:
+        if not ranked or not ranked[0].feasible:
             return None
         found = interval(ranked[0], objective)
         return {

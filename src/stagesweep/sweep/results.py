@@ -10,7 +10,7 @@ import shlex
 import sqlite3
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
 from itertools import combinations
@@ -22,11 +22,11 @@ from urllib.parse import quote
 import pandas as pd
 import yaml
 
-from stagesweep.config import Mode
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
 from stagesweep.metric.interval import Interval, mean_interval
 from stagesweep.store import Store
+from stagesweep.sweep.clock import covered, sessions
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -51,6 +51,13 @@ class Trial:
     begun: datetime | None
     ended: datetime | None
     folder: Path
+    # How far each constrained number is above its bound.
+    constraints: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it keeps all constraints."""
+        return all(over <= 0 for over in self.constraints.values())
 
     @cached_property
     def runs(self) -> list[Path]:
@@ -177,6 +184,11 @@ class Sweep:
         return [trial for trial in self.trials if trial.state == "complete"]
 
     @property
+    def constrained(self) -> bool:
+        """Whether the search had constraints."""
+        return any(trial.constraints for trial in self.trials)
+
+    @property
     def states(self) -> dict[str, int]:
         """How many trials are in each state."""
         counted = Counter(trial.state for trial in self.trials)
@@ -196,17 +208,17 @@ class Sweep:
     @property
     def seconds(self) -> float:
         """Wall time with at least one trial under way: pauses between do not count."""
-        spans = sorted((t.begun, t.seen) for t in self.trials if t.begun and t.seen)
-        total, until = 0.0, datetime.min
-        for begun, ended in spans:
-            total += max((ended - max(begun, until)).total_seconds(), 0.0)
-            until = max(until, ended)
-        return total
+        if known := sessions(self.study.user_attrs):
+            return covered(known)
+        spans = [(trial.begun, trial.seen) for trial in self.trials]
+        return covered((b.timestamp(), e.timestamp()) for b, e in spans if b and e)
 
     def ranked(self, objective: int = 0) -> list[Trial]:
-        """The complete trials, best first."""
+        """The complete trials, best first; those that break a constraint come last."""
         sign = -1.0 if self.maximise[objective] else 1.0
-        return sorted(self.complete, key=lambda trial: sign * trial.values[objective])
+        return sorted(
+            self.complete, key=lambda trial: (not trial.feasible, sign * trial.values[objective])
+        )
 
 
 # ------------------------------------------------------------------------------ reading
@@ -234,6 +246,7 @@ def read(folder: Path, study: "Study | None" = None) -> Sweep:
         )
     configs = (_plain(run / "config.yaml") for trial in trials for run in trial.runs)
     config: dict[str, Any] = next(filter(None, configs), {})
+    begun = about.get("config") or {}
     count = len(study.directions)
     return Sweep(
         folder=folder,
@@ -241,7 +254,7 @@ def read(folder: Path, study: "Study | None" = None) -> Sweep:
         storage=storage,
         experiment=str(config.get("experiment", "")),
         command=str(about.get("command") or _command(trials)),
-        objectives=_objectives(config.get("objective"), count),
+        objectives=_objectives(begun.get("objective") or config.get("objective"), count),
         maximise=[direction.name == "MAXIMIZE" for direction in study.directions],
         trials=trials,
     )
@@ -294,6 +307,7 @@ def _trial(folder: Path, trial: "FrozenTrial") -> Trial:
         begun=trial.datetime_start,
         ended=trial.datetime_complete,
         folder=folder / str(attributes.get("dir", trial.number)),
+        constraints=dict(trial.constraints),
     )
 
 
@@ -348,7 +362,7 @@ def table(sweep: Sweep) -> pd.DataFrame:
     """One row a trial: number, state, reason, objectives, seconds, reused, dir, parameters.
 
     With repeats an objective is followed by ``<objective>_low`` and ``<objective>_high``, its 95 %
-    interval.
+    interval. With constraints, ``feasible`` after the objectives says who keeps them.
     """
     repeated = any(trial.repeats for trial in sweep.trials)
     rows = []
@@ -358,10 +372,12 @@ def table(sweep: Sweep) -> pd.DataFrame:
             row[name] = trial.values[place] if trial.values else None
             if repeated:
                 row[f"{name}_low"], row[f"{name}_high"] = interval(trial, place)[1:]
+        row["feasible"] = trial.feasible if trial.state == "complete" else None
         row |= {"seconds": trial.seconds, "reused": trial.reused, "dir": str(trial.folder)}
         rows.append(row | {name: trial.params.get(name) for name in sweep.parameters})
     ends = ("", "_low", "_high") if repeated else ("",)
     objectives = [f"{name}{end}" for name in sweep.objectives for end in ends]
+    objectives += ["feasible"] if sweep.constrained else []
     first = ["number", "state", "reason", *objectives, "seconds", "reused", "dir"]
     return pd.DataFrame(rows, columns=[*first, *sweep.parameters])
 
@@ -429,6 +445,7 @@ def compare(sweep: Sweep, objective: int = 0) -> Comparison | None:
         return None
     sign = -1.0 if sweep.maximise[objective] else 1.0
     found.sort(key=lambda point: sign * point.interval.mean)
+    found.sort(key=lambda point: not point.trial.feasible)
     if full is not None:
         return Comparison([full, *(p for p in found if p is not full)], full, ablation=True)
     return Comparison(found, found[0], ablation=False)
@@ -469,12 +486,6 @@ def shown(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------ what is printed
-
-
-def ranked(trials: pd.DataFrame, mode: Mode) -> pd.DataFrame:
-    """The completed trials, best first."""
-    done = trials[trials["state"] == "complete"]
-    return done.sort_values(done.columns[3], ascending=mode is Mode.min, kind="stable")
 
 
 def over_seeds(trials: pd.DataFrame) -> pd.DataFrame | None:
@@ -529,10 +540,16 @@ def agreement(files: Sequence[Path]) -> dict[tuple[str, ...], list[float]]:
     return found
 
 
-def leaderboard(best: pd.DataFrame, parameters: Sequence[str], rows: int = 10) -> str:
-    """The first rows of `ranked` trials as aligned text."""
-    shown = best[["number", best.columns[3], "seconds", "reused", *parameters]].head(rows)
-    return str(shown.to_string(index=False, float_format="{:.4g}".format))
+def leaderboard(sweep: Sweep, rows: int = 10) -> str:
+    """The best trials as aligned text; of several objectives the Pareto front, by the first."""
+    front = {trial.number for trial in sweep.front if len(sweep.objectives) > 1}
+    best = [trial.number for trial in sweep.ranked() if not front or trial.number in front]
+    shown = table(sweep).drop(columns=["state", "reason", "dir"])
+    return str(
+        shown.set_index("number", drop=False)
+        .loc[best[:rows]]
+        .to_string(index=False, float_format="{:.4g}".format)
+    )
 
 
 def measured(table: pd.DataFrame) -> list[str]:

@@ -49,6 +49,7 @@ class Job:
     subdir: str
     overrides: list[str]
     timeout: float | None = None
+    repeat: int = 0
     # Why it was told to end, in a word, and when it is ended.
     stopping: str | None = None
     deadline: float = field(default=float("inf"))

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,9 +20,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import FloatDistribution, check_distribution_compatibility
 from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from stagesweep.config import Search
+from stagesweep.config import Mode, Search
 from stagesweep.errors import NotFinite, UserError
 from stagesweep.files import atomic_text
 from stagesweep.sweep.slots import Outcome
@@ -44,6 +45,8 @@ class Trial:
     overrides: list[str]
     begun: float = 0.0
     retries: int = 0
+    # Whether it was ended with repeats still to run.
+    pruned: bool = False
 
 
 class Study:
@@ -57,18 +60,17 @@ class Study:
         space: Space,
         grid: list[dict[str, Any]] | None,
         pruner: Any,
+        modes: Sequence[Mode],
     ) -> None:
         self.folder, self.settings, self.space, self.pruner = folder, settings, space, pruner
         self.sampler_config = sweeper.sampler
         target = str(sweeper.sampler.get("_target_", ""))
-        given = sweeper.direction
-        directions: Any = [given] if isinstance(given, str) else list(given)
         self.optuna = optuna.create_study(
             study_name=sweeper.study_name,
             storage=sweeper.storage,
             sampler=None if grid is not None else self.sampler(0),
             pruner=pruner,
-            directions=directions,
+            directions=[StudyDirection[f"{mode}imize".upper()] for mode in modes],
             load_if_exists=True,
         )
         # A grid is a list of points, taken in order.
@@ -85,7 +87,7 @@ class Study:
         self.total = settings.n_trials
         if self.grid is not None:
             self.total = min(self.total, len(self.grid))
-        self.check_compatible()
+        self.check_compatible(modes)
         for named in settings.enqueue:
             self.optuna.enqueue_trial(space.point(named), skip_if_exists=True)
         # The trials that have each set of overrides: the first runs, the others are told its value.
@@ -94,17 +96,23 @@ class Study:
             if (overrides := trial.user_attrs.get("overrides")) is not None:
                 self.same.setdefault(tuple(overrides), []).append(trial.number)
 
-    def check_compatible(self) -> None:
+    def check_compatible(self, modes: Sequence[Mode]) -> None:
         """UserError when what is to be proposed cannot stand beside what was."""
-        now = self.space.distributions
+        was = [direction.name.lower() for direction in self.optuna.directions]
+        if (now := [f"{mode}imize" for mode in modes]) != was:
+            raise UserError(
+                f"one study cannot {' and '.join(was)} and then {' and '.join(now)}; set "
+                "sweep.on_change=new, or another search.study"
+            )
+        space = self.space.distributions
         before = {k: v for trial in self.trials() for k, v in trial.distributions.items()}
-        for name in before.keys() & now.keys():
+        for name in before.keys() & space.keys():
             try:
-                check_distribution_compatibility(before[name], now[name])
+                check_distribution_compatibility(before[name], space[name])
             except ValueError as error:
                 raise UserError(
                     f"{name}: one study cannot hold both {describe(before[name])} and "
-                    f"{describe(now[name])}; set sweep.on_change=new, or another search.study"
+                    f"{describe(space[name])}; set sweep.on_change=new, or another search.study"
                 ) from error
 
     def trials(self) -> list[FrozenTrial]:
@@ -199,10 +207,17 @@ class Study:
         for name, value in attributes.items():
             self.optuna._storage.set_trial_user_attr(self._id(number), name, value)
 
-    def tell(self, trial: Trial, outcomes: list[Outcome], **attributes: Any) -> Outcome:
+    def tell(
+        self,
+        trial: Trial,
+        outcomes: list[Outcome],
+        over: Mapping[str, float] | None = None,
+        **attributes: Any,
+    ) -> Outcome:
         """Record the end of a trial, and of those that propose the same; returns how it ended.
 
-        The value of repeats is their mean; one that failed is the failure of all.
+        The value of repeats is their mean; one that failed is the failure of all. ``over`` says how
+        far the trial is above each bound of ``search.constraints``.
         """
         outcome = together(outcomes)
         if len(outcomes) > 1 and outcome.state == "complete":
@@ -217,8 +232,13 @@ class Study:
             if self.frozen(number).state is TrialState.RUNNING:
                 same = {"same_as": first} if number != first else {}
                 self.note(number, **attributes, **same)
+                told = optuna.trial.Trial(self.optuna, self._id(number))
                 for step, value in self.frozen(first).intermediate_values.items() if same else ():
-                    optuna.trial.Trial(self.optuna, self._id(number)).report(value, step)
+                    told.report(value, step)
+                bounded = self.frozen(first).constraints if same else over or {}
+                for name in bounded.keys() - told.constraints.keys():
+                    if not math.isnan(bounded[name]):
+                        told.set_constraint(name, bounded[name])
                 self.optuna.tell(number, values, state)
         return outcome
 
@@ -282,8 +302,10 @@ def on_disk(folder: Path) -> Outcome | None:
         return None
     match result.get("status"):
         case "complete":
-            value = (result.get("objective") or {}).get("value")
-            return Outcome("complete", math.nan if value is None else value)
+            objective = result.get("objective") or {}
+            several = objective if isinstance(objective, list) else [objective]
+            values = [math.nan if (v := each.get("value")) is None else v for each in several]
+            return Outcome("complete", values if isinstance(objective, list) else values[0])
         case "pruned":
             return Outcome("pruned")
     return None
@@ -335,6 +357,8 @@ def plain(config: DictConfig) -> dict[str, Any]:
             found[key] = what_counts(config[key])
         except Exception:
             found[key] = OmegaConf.to_container(config[key], resolve=False)
+    if config.search.constraints:
+        found["search.constraints"] = OmegaConf.to_container(config.search.constraints)
     loaded: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return loaded
 
