@@ -139,7 +139,7 @@ class Loop:
 
     def stop_if_pruned(self) -> None:
         """Tell the sweep how far this is; save and raise when it has no more use for it."""
-        self.trial.report(self.rows.stage, self.row, self.epoch)
+        self.trial.report(self.rows.stage, self.row, self.epoch, self.settings.epochs)
         if self.epoch < self.settings.epochs and not self.finished and self.trial.should_stop():
             self.save()
             raise Pruned(f"pruned in stage {self.rows.stage}, after epoch {self.epoch}")

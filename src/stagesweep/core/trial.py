@@ -6,8 +6,10 @@ from collections.abc import Mapping
 class Trial:
     """Outside a sweep, where nobody listens. In one, ``stagesweep.sweep.trial`` does."""
 
-    def report(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
-        """Tell how far a stage is: its metrics after epoch ``step``."""
+    def report(
+        self, stage: str, metrics: Mapping[str, float], step: int, of: int | None = None
+    ) -> None:
+        """Tell how far a stage is: its metrics after epoch ``step``, and how many there will be."""
 
     def should_stop(self) -> bool:
         """Whether the sweep has no more use for this run."""

@@ -6,11 +6,13 @@ import math
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stagesweep.config import aims
 from stagesweep.files import atomic_text
@@ -29,7 +31,10 @@ class Board:
         self.began, self.done = time.monotonic(), 0
         self.bar: tqdm[Any] | None = None
         self.lines: dict[str, tqdm[Any]] = {}
+        self.tried: dict[int, str] = {}
+        self.held = ExitStack()
         if sys.stderr.isatty():
+            self.held.enter_context(logging_redirect_tqdm())  # log lines go above the bars
             ended = [trial for trial in opened.trials() if trial.state.is_finished()]
             self.bar = tqdm(total=opened.total, initial=len(ended), desc="trials", position=0)
 
@@ -40,13 +45,14 @@ class Board:
             taken = {line.pos for line in self.lines.values()}
             free = next(n for n in range(1, 1000) if -n not in taken)
             line = tqdm(bar_format="  {desc}", position=free, leave=False)
-            line.set_description_str(f"#{job.subdir}")
             self.lines[job.subdir] = line
+            self.tried[job.number] = " ".join(trial.overrides)
+            self.at(job, "begins")
 
     def at(self, job: Job, text: str) -> None:
         """Show how far a run is."""
         if (line := self.lines.get(job.subdir)) is not None:
-            line.set_description_str(f"#{job.subdir} {text}")
+            line.set_description_str(f"#{job.subdir} {text:<16} {self.tried[job.number]}")
 
     def ended(self, job: Job) -> None:
         """Take a run's line away."""
@@ -93,6 +99,7 @@ class Board:
         for line in (*self.lines.values(), self.bar):
             if line is not None:
                 line.close()
+        self.held.close()
 
 
 def cost(folder: Path, runs: Iterable[str]) -> tuple[float | None, int]:

@@ -36,9 +36,11 @@ class Child(Trial):
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="controller", daemon=True).start()
 
-    def report(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
+    def report(
+        self, stage: str, metrics: Mapping[str, float], step: int, of: int | None = None
+    ) -> None:
         """Tell the controller; with a pruner, wait for what it decides."""
-        self.say("at", f"{stage} {step}")
+        self.say("at", f"{stage} {step}/{of}" if of else f"{stage} {step}")
         name, _, metric = (self.prune_on or "").partition("/")
         value = metrics.get(metric, math.nan)
         if name == stage and math.isfinite(value) and self.say("report", float(value), step):
