@@ -180,8 +180,8 @@ def test_a_changed_sweep_is_refused_with_the_differences(lab: Lab) -> None:
 
 
 def test_the_name_of_a_sweep_follows_from_its_command(lab: Lab) -> None:
-    for limit in ("search.n_trials=1", "search.n_trials=2", "sweep.slots=1"):
-        lab.sweep("stage.toy.x=0,1", limit, "hydra.sweep.dir=multirun/${search.study}")
+    for own in (["search.n_trials=1"], ["search.n_trials=2", "sweep.slots=1"]):
+        lab.sweep("stage.toy.x=0,1", *own, "hydra.sweep.dir=multirun/${search.study}")
     (folder,) = (lab.folder / "multirun").iterdir()
     assert folder.name.startswith("grid_")
     assert (folder / "1" / "result.json").exists()
@@ -212,30 +212,11 @@ def test_a_small_space_is_seen_whole_before_a_point_comes_again(lab: Lab) -> Non
     assert [trial.number for trial in lab.study.trials if "same_as" in trial.user_attrs] == [8]
 
 
-def test_named_points_come_first(lab: Lab) -> None:
-    lab.sweep(
-        "search=bayes",
-        "search/space=none",
-        "stage.toy.x=interval(0.0,1.0)",
-        "search.enqueue=[{stage.toy.x: 0.25},{stage.toy.x: 0.75}]",
-        "search.n_trials=3",
-    )
-    assert [trial.params["stage.toy.x"] for trial in lab.study.trials][:2] == [0.25, 0.75]
-
-
 def test_an_ablation_runs_the_full_model_and_each_variant(lab: Lab) -> None:
     variant = "+search.ablation.variants.more=['stage.toy.x=2']"
     lab.sweep("search=ablation", "search/ablation=none", variant)
     found = {trial.params["ablation"]: trial.value for trial in lab.study.trials}
     assert found == {"full": 0.0, "more": 2.0}
-
-
-def test_repeats_are_runs_under_several_seeds(lab: Lab) -> None:
-    lab.sweep("stage.toy.x=0,10", "search.repeats=3")
-    study = lab.study
-    assert [trial.value for trial in study.trials] == [1.0, 11.0]
-    assert sorted(attributes(study, "values")[1]) == [10.0, 11.0, 12.0]
-    assert (lab.folder / "sweep" / "1" / "2" / "result.json").exists()
 
 
 def test_a_budget_is_that_of_all_starts_together(lab: Lab) -> None:
@@ -261,6 +242,9 @@ def test_points_above_a_bound_are_never_the_best(lab: Lab) -> None:
     table = lab.table
     assert list(table.columns[3:6]) == ["toy/score", "feasible", "seconds"]
     assert list(table["feasible"]) == list(table["stage.toy.y"] <= 1)
+    # Points that a person names come first.
+    points = [tuple(trial.params.values()) for trial in lab.study.trials]
+    assert points[:2] == [(2.0, 2.0), (1.9, 1.0)]
     first = lab.study.trials[0].constraints
     assert first["toy/cost"] == 1.0
     assert -1000 < first["seconds"] < 0
@@ -421,4 +405,8 @@ def test_told_to_stop_it_leaves_what_is_under_way_to_the_next_start(lab: Lab) ->
 def test_hydras_own_launcher_runs_them_one_by_one(lab: Lab) -> None:
     lab.sweep("stage.toy.act=well,raises", "hydra/launcher=basic", "search.repeats=2")
     assert [trial.state.name for trial in lab.study.trials] == ["COMPLETE", "FAIL"]
+    # Repeats are runs under several seeds, and the value is their mean.
+    assert attributes(lab.study, "values")[0] == [0.0, 1.0]
+    assert lab.study.trials[0].value == 0.5
+    assert (lab.folder / "sweep" / "0" / "1" / "result.json").exists()
     assert "as it was told" in attributes(lab.study, "message")[1]

@@ -1,15 +1,19 @@
 """The report: what it says, that it is one safe file, and how it looks."""
 
+import json
 import re
 import shutil
+import socket
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+from urllib.request import urlopen
 
-import optuna
 import pytest
 
 from stagesweep.sweep import pictures, report
@@ -387,15 +391,37 @@ def test_chromium_draws_it(make: Make, tmp_path: Path, size: str) -> None:
 # ------------------------------------------------------------------------------ other programs
 
 
-def test_optuna_dashboard_opens_the_study(make: Make) -> None:
-    dashboard = pytest.importorskip("optuna_dashboard", reason="needs the extra `dashboard`")
+def test_optuna_dashboard_shows_the_study(make: Make) -> None:
+    pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard")
     folder = full(make)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
-    app: Any = dashboard.wsgi(storage)
-    status: list[str] = []
-    body = app(
-        {"REQUEST_METHOD": "GET", "PATH_INFO": "/api/studies", "wsgi.url_scheme": "http"},
-        lambda line, *_: status.append(line),
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = "from optuna_dashboard._cli import main; main()"
+    where = ["--host", "127.0.0.1", "--port", str(port), f"sqlite:///{folder / 'study.db'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, *where], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    assert status == ["200 OK"]
-    assert b'"study"' in b"".join(body)
+
+    def get(page: str) -> str:
+        with urlopen(f"http://127.0.0.1:{port}/{page}", timeout=60) as answer:
+            return str(answer.read().decode())
+
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                page = get("dashboard")
+                break
+            except OSError:
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < until
+                time.sleep(0.1)
+        assert "Optuna Dashboard" in page
+        (study,) = json.loads(get("api/studies"))["study_summaries"]
+        assert study["study_name"] == "study"
+        trials = json.loads(get(f"api/studies/{study['study_id']}"))["trials"]
+        assert [trial["number"] for trial in trials] == list(range(len(read(folder).trials)))
+    finally:
+        process.kill()
+        process.communicate()
