@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
     asha = (*ASHA, f"search.pruner.min_resource={given.least}")
     print(machine())
     print(f"{given.trials} trials of {given.epochs} epochs, objective {METRIC}")
-    print(f"{'seed':>4}{'best':>10}{'by asha':>10}{'worse by':>10}{'epochs':>9}{'by asha':>9}{'share':>8}")
+    print(
+        f"{'seed':>4}{'best':>10}{'by asha':>10}{'worse by':>10}{'epochs':>9}{'by asha':>9}{'share':>8}"
+    )
     worst, total = 0.0, [0, 0]
     for seed in range(given.seeds):
         best, epochs = [], []

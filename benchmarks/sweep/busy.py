@@ -22,7 +22,9 @@ def main(argv: Sequence[str]) -> int:
         "joblib": ("search=grid", space, *STOCK, *stock, f"hydra.sweeper.n_trials={given.trials}"),
     }
     print(machine())
-    print(f"{given.trials} trials of {min(lengths)} to {max(lengths)} s, {sum(lengths):.0f} s in all")
+    print(
+        f"{given.trials} trials of {min(lengths)} to {max(lengths)} s, {sum(lengths):.0f} s in all"
+    )
     print(f"{'':8}{'busy until the last start':>28}{'first to last':>16}{'least':>10}{'wall':>10}")
     shares = {}
     for name, overrides in ways.items():

@@ -126,7 +126,9 @@ class Watch:
         except sqlite3.OperationalError:  # not there yet, or being written
             return self.known
         found = {n: (state, value) for n, state, value in rows if state in FINISHED}
-        self.faults += [(n, was, found.get(n)) for n, was in self.known.items() if found.get(n) != was]
+        self.faults += [
+            (n, was, found.get(n)) for n, was in self.known.items() if found.get(n) != was
+        ]
         self.known = found
         return found
 

@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from stagesweep.config import Search
 from stagesweep.errors import NotFinite, UserError
 from stagesweep.files import atomic_text
+from stagesweep.sweep import storage
 from stagesweep.sweep.slots import Outcome
 from stagesweep.sweep.space import Space, describe
 
@@ -65,7 +66,7 @@ class Study:
         directions: Any = [given] if isinstance(given, str) else list(given)
         self.optuna = optuna.create_study(
             study_name=sweeper.study_name,
-            storage=sweeper.storage,
+            storage=storage.opened(str(sweeper.storage)),
             sampler=None if grid is not None else self.sampler(0),
             pruner=pruner,
             directions=directions,
