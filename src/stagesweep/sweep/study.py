@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from stagesweep.config import Mode, Search
 from stagesweep.errors import NotFinite, UserError
 from stagesweep.files import atomic_text
+from stagesweep.sweep import storage
 from stagesweep.sweep.slots import Outcome
 from stagesweep.sweep.space import Space, describe
 
@@ -67,7 +68,7 @@ class Study:
         target = str(sweeper.sampler.get("_target_", ""))
         self.optuna = optuna.create_study(
             study_name=sweeper.study_name,
-            storage=sweeper.storage,
+            storage=storage.opened(str(sweeper.storage)),
             sampler=None if grid is not None else self.sampler(0),
             pruner=pruner,
             directions=[StudyDirection[f"{mode}imize".upper()] for mode in modes],

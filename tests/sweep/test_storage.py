@@ -1,0 +1,44 @@
+"""What is read from memory is what is on disk."""
+
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from stagesweep.sweep.storage import OneWriter
+
+
+def same(study: optuna.Study, url: str) -> list[FrozenTrial]:
+    """The trials as this process sees them; another one sees the same."""
+    other = optuna.load_study(study_name="s", storage=url)
+    seen = study.get_trials()
+    assert seen == other.get_trials()
+    assert [study._storage.get_trial(t._trial_id) for t in seen] == seen
+    return seen
+
+
+def test_memory_and_disk_agree_after_every_write(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=1, multivariate=True)
+    study = optuna.create_study(study_name="s", storage=OneWriter(url), sampler=sampler)
+    for number in range(4):
+        if number == 2:
+            study.enqueue_trial({"x": 0.5})
+            assert same(study, url)[2].state.name == "WAITING"
+        trial = study.ask()
+        assert same(study, url)[number].state.name == "RUNNING"
+        trial.suggest_float("x", 0, 1)
+        trial.suggest_categorical("c", ["a", "b"])
+        trial.report(0.25, 1)
+        trial.set_user_attr("overrides", ("x=1", "c=a"))
+        assert same(study, url)[number].user_attrs == {"overrides": ["x=1", "c=a"]}
+        if number != 1:  # one stays under way
+            study.tell(trial, float(number))
+            assert same(study, url)[number].value == number
+    again = optuna.load_study(study_name="s", storage=OneWriter(url))
+    assert [trial.state.name for trial in same(again, url)] == ["COMPLETE", "RUNNING"] + [
+        "COMPLETE"
+    ] * 2
+    again.tell(1, state=optuna.trial.TrialState.FAIL)
+    assert same(again, url)[1].state.name == "FAIL"
