@@ -3,29 +3,16 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
-import pytest
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-EXPERIMENT = """# @package _global_
-# A stage that does as it is told.
-defaults:
-  - override /data: digits
-  - override /model: vae_base
-  - _self_
-stage:
-  toy: {_target_: toy.Toy, log: LOG, x: 0.0, y: 0.0, act: well, seconds: 0.0, steps: 0}
-objective:
-  metric: toy/score
-"""
-
+if TYPE_CHECKING:
+    from conftest import Lab
 
 # The command on a machine whose driver has left a device file; its trials find no GPU.
 GPUS = """
@@ -36,81 +23,11 @@ main()
 """
 
 
-class Lab:
-    """A folder to sweep in, with an experiment of one toy stage."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
-        self.command = (sys.executable, "-m", "stagesweep")
-        (folder / "conf" / "experiment").mkdir(parents=True)
-        self.log.mkdir()
-        text = EXPERIMENT.replace("LOG", str(self.log))
-        (folder / "conf" / "experiment" / "toy.yaml").write_text(text)
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        self.environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "STAGESWEEP_STORE": str(folder / "store"),
-            "STAGESWEEP_TRUST": "toy",
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        }
-
-    def start(self, *overrides: str) -> "subprocess.Popen[str]":
-        command = [*self.command, f"--config-dir={self.folder / 'conf'}"]
-        return subprocess.Popen(
-            [*command, "-m", "experiment=toy", "hydra.sweep.dir=sweep", *overrides],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def sweep(self, *overrides: str, status: int = 0) -> tuple[str, str]:
-        process = self.start(*overrides)
-        said, errors = process.communicate(timeout=300)
-        assert process.returncode == status, said + errors
-        assert "Traceback" not in errors
-        return said, errors
-
-    @property
-    def study(self) -> optuna.Study:
-        storage = f"sqlite:///{self.folder / 'sweep' / 'study.db'}"
-        name = optuna.study.get_all_study_names(storage)[0]
-        return optuna.load_study(study_name=name, storage=storage)
-
-    @property
-    def calls(self) -> list[list[str]]:
-        """When each call of the stage began and ended, and which GPUs it saw."""
-        return [file.read_text().split() for file in self.log.iterdir() if file.name.isdigit()]
-
-    def processes(self) -> list[str]:
-        """Processes that still run something of this sweep."""
-        return [
-            str(entry)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and _environment(entry).count(str(self.folder / "store"))
-        ]
-
-
-def _environment(process: Path) -> str:
-    try:
-        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-        return "" if state == "Z" else (process / "environ").read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path)
-
-
 def attributes(study: optuna.Study, name: str) -> dict[int, Any]:
     return {trial.number: trial.user_attrs.get(name) for trial in study.trials}
 
 
-def test_each_bad_end_has_its_reason_and_the_sweep_goes_on(lab: Lab) -> None:
+def test_each_bad_end_has_its_reason_and_the_sweep_goes_on(lab: "Lab") -> None:
     said, _ = lab.sweep("stage.toy.act=well,raises,no_number,kill", "search.max_retries=0")
     study = lab.study
     states = [trial.state.name for trial in study.trials]
@@ -124,7 +41,7 @@ def test_each_bad_end_has_its_reason_and_the_sweep_goes_on(lab: Lab) -> None:
     assert "1 of 4 trials finished" in said
 
 
-def test_a_run_past_its_timeout_is_ended_and_not_tried_again(lab: Lab) -> None:
+def test_a_run_past_its_timeout_is_ended_and_not_tried_again(lab: "Lab") -> None:
     lab.sweep("stage.toy.seconds=0,500", "search.timeout=15", "search.max_retries=3")
     study = lab.study
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL"]
@@ -132,21 +49,21 @@ def test_a_run_past_its_timeout_is_ended_and_not_tried_again(lab: Lab) -> None:
     assert attributes(study, "retries")[1] is None
 
 
-def test_a_killed_trial_is_tried_again_under_its_number(lab: Lab) -> None:
+def test_a_killed_trial_is_tried_again_under_its_number(lab: "Lab") -> None:
     lab.sweep("stage.toy.act=kill_once", "search.max_retries=1")
     study = lab.study
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"]
     assert attributes(study, "retries") == {0: 1}
 
 
-def test_too_many_failures_end_with_status_1(lab: Lab) -> None:
+def test_too_many_failures_end_with_status_1(lab: "Lab") -> None:
     _, errors = lab.sweep("stage.toy.act=well,raises", "search.max_failure_rate=0.4", status=1)
     assert errors.splitlines()[-1].startswith(
         "stagesweep: 1 of 2 trials failed, more than search.max_failure_rate=0.4 allows; the first"
     )
 
 
-def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: Lab) -> None:
+def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: "Lab") -> None:
     space = "stage.toy.x=interval(0.0,1.0)"
     given = ("search=random", "search/space=none", space)
     lab.sweep(*given, "search.n_trials=3")
@@ -161,7 +78,7 @@ def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: Lab) ->
     assert len(lab.calls) == 5
 
 
-def test_a_changed_sweep_is_refused_with_the_differences(lab: Lab) -> None:
+def test_a_changed_sweep_is_refused_with_the_differences(lab: "Lab") -> None:
     lab.sweep("stage.toy.x=0,1")
     _, errors = lab.sweep("stage.toy.x=0,2", "stage.toy.y=3", "objective.mode=min", status=1)
     assert errors.count("\n") == 1
@@ -179,7 +96,7 @@ def test_a_changed_sweep_is_refused_with_the_differences(lab: Lab) -> None:
     assert "stage.toy.x: one study cannot hold both" in errors
 
 
-def test_the_name_of_a_sweep_follows_from_its_command(lab: Lab) -> None:
+def test_the_name_of_a_sweep_follows_from_its_command(lab: "Lab") -> None:
     for limit in ("search.n_trials=1", "search.n_trials=2", "sweep.slots=1"):
         lab.sweep("stage.toy.x=0,1", limit, "hydra.sweep.dir=multirun/${search.study}")
     (folder,) = (lab.folder / "multirun").iterdir()
@@ -187,7 +104,7 @@ def test_the_name_of_a_sweep_follows_from_its_command(lab: Lab) -> None:
     assert (folder / "1" / "result.json").exists()
 
 
-def test_the_same_point_is_run_once(lab: Lab) -> None:
+def test_the_same_point_is_run_once(lab: "Lab") -> None:
     choices = "stage.toy.x=choice(0,1)"
     lab.sweep("search=random", "search/space=none", choices, "search.n_trials=6")
     study = lab.study
@@ -199,7 +116,7 @@ def test_the_same_point_is_run_once(lab: Lab) -> None:
     assert sum(value is not None for value in attributes(study, "same_as").values()) == 4
 
 
-def test_named_points_come_first(lab: Lab) -> None:
+def test_named_points_come_first(lab: "Lab") -> None:
     lab.sweep(
         "search=bayes",
         "search/space=none",
@@ -210,14 +127,14 @@ def test_named_points_come_first(lab: Lab) -> None:
     assert [trial.params["stage.toy.x"] for trial in lab.study.trials][:2] == [0.25, 0.75]
 
 
-def test_an_ablation_runs_the_full_model_and_each_variant(lab: Lab) -> None:
+def test_an_ablation_runs_the_full_model_and_each_variant(lab: "Lab") -> None:
     variant = "+search.ablation.variants.more=['stage.toy.x=2']"
     lab.sweep("search=ablation", "search/ablation=none", variant)
     found = {trial.params["ablation"]: trial.value for trial in lab.study.trials}
     assert found == {"full": 0.0, "more": 2.0}
 
 
-def test_repeats_are_runs_under_several_seeds(lab: Lab) -> None:
+def test_repeats_are_runs_under_several_seeds(lab: "Lab") -> None:
     lab.sweep("stage.toy.x=0,10", "search.repeats=3")
     study = lab.study
     assert [trial.value for trial in study.trials] == [1.0, 11.0]
@@ -225,14 +142,14 @@ def test_repeats_are_runs_under_several_seeds(lab: Lab) -> None:
     assert (lab.folder / "sweep" / "1" / "2" / "result.json").exists()
 
 
-def test_a_budget_begins_no_more_trials(lab: Lab) -> None:
+def test_a_budget_begins_no_more_trials(lab: "Lab") -> None:
     lab.sweep(
         "stage.toy.x=range(0,50)", "stage.toy.seconds=0.2", "search.budget=0.1", "sweep.slots=1"
     )
     assert len(lab.study.trials) < 50
 
 
-def test_trials_that_fall_behind_are_pruned(lab: Lab) -> None:
+def test_trials_that_fall_behind_are_pruned(lab: "Lab") -> None:
     pruner = ("search/pruner=median", "search.pruner.n_startup_trials=1", "sweep.slots=1")
     lab.sweep("stage.toy.x=5,1,6", "stage.toy.steps=4", *pruner)
     study = lab.study
@@ -241,7 +158,7 @@ def test_trials_that_fall_behind_are_pruned(lab: Lab) -> None:
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 10.0, 3: 15.0, 4: 20.0}
 
 
-def test_slots_run_side_by_side_on_gpus_of_their_own(lab: Lab) -> None:
+def test_slots_run_side_by_side_on_gpus_of_their_own(lab: "Lab") -> None:
     lab.environment["CUDA_VISIBLE_DEVICES"] = "3,5"
     lab.command = (sys.executable, "-c", GPUS)
     lab.sweep("stage.toy.x=0,1", "stage.toy.seconds=3", "hardware.device=auto")
@@ -257,7 +174,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_killed_anywhere_it_ends_with_every_point_once(lab: Lab) -> None:
+def test_killed_anywhere_it_ends_with_every_point_once(lab: "Lab") -> None:
     chance = random.Random(0)
     given = ("stage.toy.x=range(0,8)", "stage.toy.seconds=0.5", "search.max_retries=9")
     for victim in ("controller", "trial", "controller"):
@@ -279,7 +196,7 @@ def test_killed_anywhere_it_ends_with_every_point_once(lab: Lab) -> None:
     wait_until(lambda: not lab.processes())
 
 
-def test_two_controllers_do_not_share_a_sweep(lab: Lab) -> None:
+def test_two_controllers_do_not_share_a_sweep(lab: "Lab") -> None:
     given = ("stage.toy.x=0,1", "stage.toy.seconds=3")
     process = lab.start(*given)
     wait_until((lab.folder / "sweep" / "sweep.yaml").exists)
@@ -288,7 +205,7 @@ def test_two_controllers_do_not_share_a_sweep(lab: Lab) -> None:
     process.communicate(timeout=120)
 
 
-def test_told_to_stop_it_leaves_what_is_under_way_to_the_next_start(lab: Lab) -> None:
+def test_told_to_stop_it_leaves_what_is_under_way_to_the_next_start(lab: "Lab") -> None:
     given = ("stage.toy.x=0,1,2", "stage.toy.seconds=2")
     process = lab.start(*given)
     wait_until((lab.folder / "sweep" / "0" / "config.yaml").exists)
@@ -302,7 +219,7 @@ def test_told_to_stop_it_leaves_what_is_under_way_to_the_next_start(lab: Lab) ->
     assert [trial.state.name for trial in lab.study.trials] == ["COMPLETE"] * 3
 
 
-def test_hydras_own_launcher_runs_them_one_by_one(lab: Lab) -> None:
+def test_hydras_own_launcher_runs_them_one_by_one(lab: "Lab") -> None:
     lab.sweep("stage.toy.act=well,raises", "hydra/launcher=basic", "search.repeats=2")
     assert [trial.state.name for trial in lab.study.trials] == ["COMPLETE", "FAIL"]
     assert "as it was told" in attributes(lab.study, "message")[1]

@@ -1,6 +1,7 @@
 """Where a sweep's jobs run: the slots of this machine, or another launcher of Hydra in batches."""
 
 import os
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -34,8 +35,8 @@ class Places(Protocol):
     def answer(self, job: Job, stop: bool) -> None:
         """Tell a job that has reported whether to stop."""
 
-    def stop(self) -> bool:
-        """Tell every job to save and end; False when none can be told."""
+    def stop(self, number: int | None = None) -> bool:
+        """Tell every job, or those of a trial, to save and end; False when none can be told."""
 
 
 def opened_by(launcher: Launcher) -> Places:
@@ -73,6 +74,8 @@ class Batches:
     def wait(self, seconds: float | None = None) -> Iterator[Event]:
         """Launch the batch; consecutive numbers together."""
         jobs, self.waiting = self.waiting, []
+        if not jobs:
+            time.sleep(seconds or 0.0)
         while jobs:
             count = next(
                 (n for n in range(1, len(jobs)) if jobs[n].number != jobs[0].number + n), len(jobs)
@@ -94,6 +97,6 @@ class Batches:
     def answer(self, job: Job, stop: bool) -> None:
         """Nobody asks: such a job has no pipe to this process."""
 
-    def stop(self) -> bool:
+    def stop(self, number: int | None = None) -> bool:
         """Nothing runs between two batches, and in one nobody listens."""
         return False

@@ -182,10 +182,11 @@ class Slots:
                 with suppress(OSError):
                     each.pipe.send(stop)
 
-    def stop(self) -> bool:
-        """Tell every job to save and end."""
+    def stop(self, number: int | None = None) -> bool:
+        """Tell every job, or those of a trial, to save and end."""
         for each in self.running.values():
-            each.stop("interrupted")
+            if number in (None, each.job.number):
+                each.stop("interrupted")
         return True
 
 
