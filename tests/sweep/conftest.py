@@ -137,7 +137,7 @@ defaults:
   - override /model: vae_base
   - _self_
 stage:
-  toy: {_target_: toy.Toy, log: LOG, x: 0.0, y: 0.0, act: well, seconds: 0.0, steps: 0}
+  toy: {_target_: toy.Toy, log: LOG, x: 0.0, y: 0.0, act: well, seconds: 0.0, steps: 0, pause: 0.0}
 objective:
   metric: toy/score
 """

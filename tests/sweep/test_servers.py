@@ -147,13 +147,15 @@ def test_the_same_point_of_two_controllers_is_run_once(lab: "Lab", server: Serve
     assert len(lab.calls) == 2
 
 
-@pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "ended", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "standing still"]
+)
 def test_what_a_dead_controller_left_is_taken_over(
     lab: "Lab", server: Server, ended: signal.Signals
 ) -> None:
     given = (
         "stage.toy.x=range(0,4)",
-        "stage.toy.seconds=4",
+        "stage.toy.seconds=8",
         "sweep.slots=1",
         f"search.study={lab.folder.name}",
         f"hydra.sweeper.storage={server.url()}",
@@ -161,14 +163,25 @@ def test_what_a_dead_controller_left_is_taken_over(
     first = lab.start(*given)
     wait_until((lab.folder / "sweep" / "0" / "config.yaml").exists)
     second = lab.start(*given)
-    wait_until((lab.folder / "sweep" / "1" / "config.yaml").exists)
+
+    def held(process: "subprocess.Popen[str]") -> list[int]:
+        """The trials under way that a controller looks after."""
+        return [
+            trial.number
+            for trial in study(lab, server).trials
+            if trial.state.name == "RUNNING" and f"-{process.pid}-" in trial.user_attrs["owner"]
+        ]
+
+    wait_until(lambda: bool(held(first) and held(second)))
     os.kill(first.pid, ended)
+    left = held(first)
+    assert len(left) == 1
     said, errors = second.communicate(timeout=300)
     assert second.returncode == 0, said + errors
     found = study(lab, server)
     assert [trial.state.name for trial in found.trials] == ["COMPLETE"] * 4
     assert sorted(trial.params["stage.toy.x"] for trial in found.trials) == [0, 1, 2, 3]
-    (owner,) = owners(found)
+    owner = found.trials[left[0]].user_attrs["owner"]
     assert f"-{second.pid}-" in owner
     if ended is signal.SIGSTOP:  # it comes back, and finds nothing left to do
         calls = len(lab.calls)
@@ -176,7 +189,7 @@ def test_what_a_dead_controller_left_is_taken_over(
         said, errors = first.communicate(timeout=120)
         assert first.returncode == 0, said + errors
         assert "4 of 4 trials finished" in said
-        assert owners(study(lab, server)) == {owner}
+        assert study(lab, server).trials[left[0]].user_attrs["owner"] == owner
         assert len(lab.calls) == calls
     first.communicate()
     wait_until(lambda: not lab.processes())

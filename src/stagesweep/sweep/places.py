@@ -1,4 +1,4 @@
-"""Where a sweep's jobs run: the slots of this machine, or another launcher of Hydra in batches."""
+"""Where a sweep's jobs run: slots of this machine, a cluster, or another launcher in batches."""
 
 import os
 import time
@@ -9,6 +9,7 @@ from hydra.plugins.launcher import Launcher
 
 from stagesweep.errors import reason
 from stagesweep.explain import explain
+from stagesweep.sweep import remote
 from stagesweep.sweep.plugin import SlotsLauncher
 from stagesweep.sweep.slots import Ended, Event, Job, Outcome
 
@@ -41,7 +42,14 @@ class Places(Protocol):
 
 def opened_by(launcher: Launcher) -> Places:
     """Where a launcher runs jobs."""
-    return launcher.open() if isinstance(launcher, SlotsLauncher) else Batches(launcher)
+    if isinstance(launcher, SlotsLauncher):
+        return launcher.open()
+    match type(launcher).__module__.split(".")[:2]:
+        case ["hydra_plugins", "hydra_submitit_launcher"]:
+            return remote.submitit(launcher)
+        case ["hydra_plugins", "hydra_ray_launcher"]:
+            return remote.ray(launcher)
+    return Batches(launcher)
 
 
 class Batches:

@@ -120,7 +120,7 @@ class Slots:
     ) -> None:
         self.leases = list(given)
         self.running: dict[int, _Process] = {}
-        self._work = (context, master, _name_of(task))
+        self._work = (context, master, name_of(task))
         self._pickled: bytes | None = None
         self.prune_on: str | None = None
         cores = len(os.sched_getaffinity(0))
@@ -292,7 +292,7 @@ def serve(
     write_to(folder / "trial.log")
     child = trial.attach(pipe, prune_on)
     try:
-        returned = run(context, master, _find(task), number, subdir, overrides)
+        returned = run(context, master, find(task), number, subdir, overrides)
         pruned = child.stopped and returned is None
         outcome = Outcome("pruned") if pruned else Outcome("complete", returned)
     except (SystemExit, KeyboardInterrupt) as error:
@@ -349,11 +349,12 @@ def write_to(file: Path) -> None:
     os.close(descriptor)
 
 
-def _name_of(task: TaskFunction) -> tuple[str, str]:
+def name_of(task: TaskFunction) -> tuple[str, str]:
+    """Where another process finds the task."""
     return task.__module__, task.__qualname__
 
 
-def _find(name: tuple[str, str]) -> TaskFunction:
+def find(name: tuple[str, str]) -> TaskFunction:
     """The task of that name, below what ``hydra.main`` put around it."""
     found: Any = reduce(getattr, name[1].split("."), import_module(name[0]))
     while hasattr(found, "__wrapped__"):
