@@ -43,7 +43,7 @@ def test_without_a_barrier_killed_tried_again_and_pruned(lab: "Lab", launcher: s
         "search=ablation",
         "search/ablation=none",
         "search.ablation.leave_one_out="
-        "[stage.toy.seconds=12,stage.toy.act=kill_once,'stage.toy.x=-5',stage.toy.y=1]",
+        "['stage.toy.seconds=20','stage.toy.act=kill_once','stage.toy.x=-5','stage.toy.y=1']",
         "stage.toy.steps=3",
         "stage.toy.pause=1",
         "stage.toy.x=1",
