@@ -3,10 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test test-extras check format bench clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 setup: $(READY)  ## make .venv with everything in it
 
@@ -23,6 +23,15 @@ demo: $(READY)  ## Bayesian sweep of the digits experiment: 12 trials, leaderboa
 test: $(READY)  ## run the tests (real data: set STAGESWEEP_TEST_DATA)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
+# In an environment of its own: what is optional must not be needed by the other tests.
+test-extras: .venv-extras/.ready  ## test PostgreSQL, joblib, submitit and Ray for real
+	OMP_NUM_THREADS=1 .venv-extras/bin/pytest tests/sweep/test_servers.py tests/sweep/test_launchers.py
+
+.venv-extras/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/python -m pip install --quiet -e '.[dev,postgres,joblib,submitit,ray]' -c constraints.txt
+	@touch $@
+
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -37,4 +46,4 @@ bench: $(READY)  ## the fit loop against a bare loop and against Lightning
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fit_loop
 
 clean:  ## remove .venv and caches; results stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-extras .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

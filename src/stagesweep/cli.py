@@ -28,10 +28,11 @@ os.environ["HYDRA_FULL_ERROR"] = "1"
 def main() -> None:
     """Compose and execute a run, or a sweep of runs; exits with a status that tells how it went.
 
-    1: one line on stderr names the fault (HYDRA_FULL_ERROR=1 adds the traceback); 130 or 143: it
-    was interrupted, and the same command goes on.
+    1: one line on stderr names the fault (HYDRA_FULL_ERROR=1 adds the traceback); 130, 138 or 143:
+    it was interrupted, and the same command goes on.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))
     try:
         job()
     except KeyboardInterrupt:

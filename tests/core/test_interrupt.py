@@ -9,7 +9,7 @@ import pytest
 from stagesweep.core.interrupt import deferred, handled, pending
 from stagesweep.errors import Interrupted
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 
 
 Work = Callable[[], None]

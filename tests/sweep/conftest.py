@@ -1,12 +1,18 @@
-"""Sweeps made by hand: a real Optuna study, and the files that its trials leave."""
+"""Sweeps made by hand: a real Optuna study, and the files that its trials leave. And a folder to
+run the real command in, on an experiment of one toy stage.
+"""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import pytest
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -125,3 +131,90 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         return Maker(tmp_path / name, directions, objectives)
 
     return begin
+
+
+EXPERIMENT = """# @package _global_
+# A stage that does as it is told.
+defaults:
+  - override /data: digits
+  - override /model: vae_base
+  - _self_
+stage:
+  toy: {_target_: toy.Toy, log: LOG, x: 0.0, y: 0.0, act: well, seconds: 0.0, steps: 0, pause: 0.0}
+objective:
+  metric: toy/score
+"""
+
+
+class Lab:
+    """A folder to sweep in, with an experiment of one toy stage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        self.command = (sys.executable, "-m", "stagesweep")
+        (folder / "conf" / "experiment").mkdir(parents=True)
+        self.log.mkdir()
+        text = EXPERIMENT.replace("LOG", str(self.log))
+        (folder / "conf" / "experiment" / "toy.yaml").write_text(text)
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        self.environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "STAGESWEEP_STORE": str(folder / "store"),
+            "STAGESWEEP_TRUST": "toy",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
+
+    def start(self, *overrides: str) -> "subprocess.Popen[str]":
+        command = [*self.command, f"--config-dir={self.folder / 'conf'}"]
+        return subprocess.Popen(
+            [*command, "-m", "experiment=toy", "hydra.sweep.dir=sweep", *overrides],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def sweep(self, *overrides: str, status: int = 0) -> tuple[str, str]:
+        process = self.start(*overrides)
+        said, errors = process.communicate(timeout=300)
+        assert process.returncode == status, said + errors
+        assert "Traceback" not in errors
+        return said, errors
+
+    @property
+    def study(self) -> optuna.Study:
+        storage = f"sqlite:///{self.folder / 'sweep' / 'study.db'}"
+        name = optuna.study.get_all_study_names(storage)[0]
+        return optuna.load_study(study_name=name, storage=storage)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "sweep" / "results_summary.csv")
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """When each call of the stage began and ended, its folder, and which GPUs it saw."""
+        return [file.read_text().split() for file in self.log.iterdir() if file.name.isdigit()]
+
+    def processes(self) -> list[str]:
+        """Processes that still run something of this sweep."""
+        return [
+            str(entry)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and _environment(entry).count(str(self.folder / "store"))
+        ]
+
+
+def _environment(process: Path) -> str:
+    try:
+        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        return "" if state == "Z" else (process / "environ").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path)

@@ -5,31 +5,19 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pandas as pd
 import pytest
 import yaml
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-EXPERIMENT = """# @package _global_
-# A stage that does as it is told.
-defaults:
-  - override /data: digits
-  - override /model: vae_base
-  - _self_
-stage:
-  toy: {_target_: toy.Toy, log: LOG, x: 0.0, y: 0.0, act: well, seconds: 0.0, steps: 0}
-objective:
-  metric: toy/score
-"""
-
+if TYPE_CHECKING:
+    from conftest import Lab
 
 # The command on a machine whose driver has left a device file; its trials find no GPU.
 GPUS = """
@@ -40,85 +28,11 @@ main()
 """
 
 
-class Lab:
-    """A folder to sweep in, with an experiment of one toy stage."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
-        self.command = (sys.executable, "-m", "stagesweep")
-        (folder / "conf" / "experiment").mkdir(parents=True)
-        self.log.mkdir()
-        text = EXPERIMENT.replace("LOG", str(self.log))
-        (folder / "conf" / "experiment" / "toy.yaml").write_text(text)
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        self.environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "STAGESWEEP_STORE": str(folder / "store"),
-            "STAGESWEEP_TRUST": "toy",
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        }
-
-    def start(self, *overrides: str) -> "subprocess.Popen[str]":
-        command = [*self.command, f"--config-dir={self.folder / 'conf'}"]
-        return subprocess.Popen(
-            [*command, "-m", "experiment=toy", "hydra.sweep.dir=sweep", *overrides],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def sweep(self, *overrides: str, status: int = 0) -> tuple[str, str]:
-        process = self.start(*overrides)
-        said, errors = process.communicate(timeout=300)
-        assert process.returncode == status, said + errors
-        assert "Traceback" not in errors
-        return said, errors
-
-    @property
-    def study(self) -> optuna.Study:
-        storage = f"sqlite:///{self.folder / 'sweep' / 'study.db'}"
-        name = optuna.study.get_all_study_names(storage)[0]
-        return optuna.load_study(study_name=name, storage=storage)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        return pd.read_csv(self.folder / "sweep" / "results_summary.csv")
-
-    @property
-    def calls(self) -> list[list[str]]:
-        """When each call of the stage began and ended, its folder, and which GPUs it saw."""
-        return [file.read_text().split() for file in self.log.iterdir() if file.name.isdigit()]
-
-    def processes(self) -> list[str]:
-        """Processes that still run something of this sweep."""
-        return [
-            str(entry)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and _environment(entry).count(str(self.folder / "store"))
-        ]
-
-
-def _environment(process: Path) -> str:
-    try:
-        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-        return "" if state == "Z" else (process / "environ").read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path)
-
-
 def attributes(study: optuna.Study, name: str) -> dict[int, Any]:
     return {trial.number: trial.user_attrs.get(name) for trial in study.trials}
 
 
-def test_each_bad_end_has_its_reason_and_the_sweep_goes_on(lab: Lab) -> None:
+def test_each_bad_end_has_its_reason_and_the_sweep_goes_on(lab: "Lab") -> None:
     acts = ["well", "raises", "no_number", "kill", "kill_once", "hangs"]
     given = (f"stage.toy.act={','.join(acts)}", "search.timeout=15", "search.max_retries=1")
     said, _ = lab.sweep(*given)
@@ -146,7 +60,7 @@ def test_each_bad_end_has_its_reason_and_the_sweep_goes_on(lab: Lab) -> None:
     assert len(lab.calls) == calls
 
 
-def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: Lab) -> None:
+def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: "Lab") -> None:
     space = "stage.toy.x=interval(0.0,1.0)"
     given = ("search=random", "search/space=none", space)
     lab.sweep(*given, "search.n_trials=3")
@@ -161,7 +75,7 @@ def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: Lab) ->
     assert len(lab.calls) == 5
 
 
-def test_a_changed_sweep_is_refused_with_the_differences(lab: Lab) -> None:
+def test_a_changed_sweep_is_refused_with_the_differences(lab: "Lab") -> None:
     lab.sweep("stage.toy.x=0,1")
     _, errors = lab.sweep("stage.toy.x=0,2", "stage.toy.y=3", "objective.mode=min", status=1)
     assert errors.count("\n") == 1
@@ -179,7 +93,7 @@ def test_a_changed_sweep_is_refused_with_the_differences(lab: Lab) -> None:
     assert "stage.toy.x: one study cannot hold both" in errors
 
 
-def test_the_name_of_a_sweep_follows_from_its_command(lab: Lab) -> None:
+def test_the_name_of_a_sweep_follows_from_its_command(lab: "Lab") -> None:
     for own in (["search.n_trials=1"], ["search.n_trials=2", "sweep.slots=1"]):
         lab.sweep("stage.toy.x=0,1", *own, "hydra.sweep.dir=multirun/${search.study}")
     (folder,) = (lab.folder / "multirun").iterdir()
@@ -187,7 +101,7 @@ def test_the_name_of_a_sweep_follows_from_its_command(lab: Lab) -> None:
     assert (folder / "1" / "result.json").exists()
 
 
-def test_the_same_point_is_run_once(lab: Lab) -> None:
+def test_the_same_point_is_run_once(lab: "Lab") -> None:
     choices = "stage.toy.x=choice(0,1)"
     lab.sweep("search=random", "search/space=none", choices, "search.n_trials=6")
     study = lab.study
@@ -199,7 +113,7 @@ def test_the_same_point_is_run_once(lab: Lab) -> None:
     assert sum(value is not None for value in attributes(study, "same_as").values()) == 4
 
 
-def test_a_small_space_is_seen_whole_before_a_point_comes_again(lab: Lab) -> None:
+def test_a_small_space_is_seen_whole_before_a_point_comes_again(lab: "Lab") -> None:
     lab.sweep(
         "search=bayes",
         "search/space=none",
@@ -212,14 +126,14 @@ def test_a_small_space_is_seen_whole_before_a_point_comes_again(lab: Lab) -> Non
     assert [trial.number for trial in lab.study.trials if "same_as" in trial.user_attrs] == [8]
 
 
-def test_an_ablation_runs_the_full_model_and_each_variant(lab: Lab) -> None:
+def test_an_ablation_runs_the_full_model_and_each_variant(lab: "Lab") -> None:
     variant = "+search.ablation.variants.more=['stage.toy.x=2']"
     lab.sweep("search=ablation", "search/ablation=none", variant)
     found = {trial.params["ablation"]: trial.value for trial in lab.study.trials}
     assert found == {"full": 0.0, "more": 2.0}
 
 
-def test_a_budget_is_that_of_all_starts_together(lab: Lab) -> None:
+def test_a_budget_is_that_of_all_starts_together(lab: "Lab") -> None:
     given = ("stage.toy.x=range(0,5)", "stage.toy.seconds=1", "sweep.slots=1")
     for _ in range(2):
         said, _ = lab.sweep(*given, "search.budget=0.5")
@@ -228,7 +142,7 @@ def test_a_budget_is_that_of_all_starts_together(lab: Lab) -> None:
         assert len(lab.study.trials) == 1
 
 
-def test_points_above_a_bound_are_never_the_best(lab: Lab) -> None:
+def test_points_above_a_bound_are_never_the_best(lab: "Lab") -> None:
     said, _ = lab.sweep(
         "search=bayes",
         "search/space=none",
@@ -255,7 +169,7 @@ def test_points_above_a_bound_are_never_the_best(lab: Lab) -> None:
     assert "infeasible" in (lab.folder / "sweep" / "report.html").read_text()
 
 
-def test_a_key_is_proposed_only_where_it_exists(lab: Lab) -> None:
+def test_a_key_is_proposed_only_where_it_exists(lab: "Lab") -> None:
     said, errors = lab.sweep(
         "search=bayes",
         "search/space=none",
@@ -273,7 +187,7 @@ def test_a_key_is_proposed_only_where_it_exists(lab: Lab) -> None:
     assert list(lab.table["toy/score"] > 0) == list(there)
 
 
-def test_trials_that_fall_behind_are_pruned(lab: Lab) -> None:
+def test_trials_that_fall_behind_are_pruned(lab: "Lab") -> None:
     pruner = ("search/pruner=median", "search.pruner.n_startup_trials=1", "sweep.slots=1")
     lab.sweep("stage.toy.x=5,1,6", "stage.toy.steps=4", *pruner)
     study = lab.study
@@ -283,7 +197,7 @@ def test_trials_that_fall_behind_are_pruned(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("method", ["nsga2", "bayes"])
-def test_several_objectives_have_a_front(lab: Lab, method: str) -> None:
+def test_several_objectives_have_a_front(lab: "Lab", method: str) -> None:
     points = [{"stage.toy.x": x, "stage.toy.y": y} for x, y in ((1.0, 1.0), (2.0, 2.0), (0.0, 3.0))]
     said, _ = lab.sweep(
         f"search={method}",
@@ -310,7 +224,7 @@ def test_several_objectives_have_a_front(lab: Lab, method: str) -> None:
     assert [each["name"] for each in result["objective"]] == ["toy/score", "toy/cost"]
 
 
-def test_a_test_over_repeats_leaves_out_the_rest_of_a_point(lab: Lab) -> None:
+def test_a_test_over_repeats_leaves_out_the_rest_of_a_point(lab: "Lab") -> None:
     said, _ = lab.sweep(
         "stage.toy.x=3,3,1",
         "stage.toy.y=0,1,2",
@@ -332,7 +246,7 @@ def test_a_test_over_repeats_leaves_out_the_rest_of_a_point(lab: Lab) -> None:
     assert {Path(call[2]).parent.name for call in sorted(lab.calls)[:4]} == {"0", "1"}
 
 
-def test_of_repeats_the_first_says_whether_its_point_is_pruned(lab: Lab) -> None:
+def test_of_repeats_the_first_says_whether_its_point_is_pruned(lab: "Lab") -> None:
     pruner = ("search/pruner=median", "search.pruner.n_startup_trials=1", "sweep.slots=1")
     lab.sweep("stage.toy.x=5,1", "stage.toy.steps=2", "search.repeats=2", *pruner)
     trials = lab.study.trials
@@ -341,7 +255,7 @@ def test_of_repeats_the_first_says_whether_its_point_is_pruned(lab: Lab) -> None
     assert not (lab.folder / "sweep" / "1" / "1").exists()
 
 
-def test_slots_run_side_by_side_on_gpus_of_their_own(lab: Lab) -> None:
+def test_slots_run_side_by_side_on_gpus_of_their_own(lab: "Lab") -> None:
     lab.environment["CUDA_VISIBLE_DEVICES"] = "3,5"
     lab.command = (sys.executable, "-c", GPUS)
     lab.sweep("stage.toy.x=0,1", "stage.toy.seconds=3", "hardware.device=auto")
@@ -357,7 +271,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_killed_anywhere_it_ends_with_every_point_once(lab: Lab) -> None:
+def test_killed_anywhere_it_ends_with_every_point_once(lab: "Lab") -> None:
     chance = random.Random(0)
     given = ("stage.toy.x=range(0,8)", "stage.toy.seconds=0.5", "search.max_retries=9")
     for victim in ("controller", "trial", "controller"):
@@ -379,7 +293,7 @@ def test_killed_anywhere_it_ends_with_every_point_once(lab: Lab) -> None:
     wait_until(lambda: not lab.processes())
 
 
-def test_two_controllers_do_not_share_a_sweep(lab: Lab) -> None:
+def test_two_controllers_do_not_share_a_sweep(lab: "Lab") -> None:
     given = ("stage.toy.x=0,1", "stage.toy.seconds=3")
     process = lab.start(*given)
     wait_until((lab.folder / "sweep" / "sweep.yaml").exists)
@@ -388,7 +302,7 @@ def test_two_controllers_do_not_share_a_sweep(lab: Lab) -> None:
     process.communicate(timeout=120)
 
 
-def test_told_to_stop_it_leaves_what_is_under_way_to_the_next_start(lab: Lab) -> None:
+def test_told_to_stop_it_leaves_what_is_under_way_to_the_next_start(lab: "Lab") -> None:
     given = ("stage.toy.x=0,1,2", "stage.toy.seconds=2")
     process = lab.start(*given)
     wait_until((lab.folder / "sweep" / "0" / "config.yaml").exists)
@@ -402,7 +316,7 @@ def test_told_to_stop_it_leaves_what_is_under_way_to_the_next_start(lab: Lab) ->
     assert [trial.state.name for trial in lab.study.trials] == ["COMPLETE"] * 3
 
 
-def test_hydras_own_launcher_runs_them_one_by_one(lab: Lab) -> None:
+def test_hydras_own_launcher_runs_them_one_by_one(lab: "Lab") -> None:
     lab.sweep("stage.toy.act=well,raises", "hydra/launcher=basic", "search.repeats=2")
     assert [trial.state.name for trial in lab.study.trials] == ["COMPLETE", "FAIL"]
     # Repeats are runs under several seeds, and the value is their mean.

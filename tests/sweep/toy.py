@@ -23,6 +23,7 @@ class Toy:
     act: str = "well"
     seconds: float = 0.0
     steps: int = 0
+    pause: float = 0.0
 
     def metric_names(self) -> tuple[str, ...]:
         return ("score", "cost")
@@ -40,6 +41,7 @@ class Toy:
             time.sleep(500)
         for step in range(1, self.steps + 1):
             trial.current().report("toy", {"score": self.x * step}, step)
+            time.sleep(self.pause)
             if trial.current().should_stop():
                 from stagesweep.errors import Pruned
 

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: a fit finishes its step and saves; everything else stops at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1: a fit finishes its step and saves; everything else stops at once.
+
+SIGUSR1 is what Slurm can send some time before it ends a job.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -7,6 +10,7 @@ from types import FrameType
 
 from stagesweep.errors import Interrupted
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _deferred = False
 _pending: int | None = None
 
@@ -26,9 +30,9 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted` for the length of a run."""
+    """Turn SIGINT, SIGTERM and SIGUSR1 into `Interrupted` for the length of a run."""
     global _pending
-    before = {s: signal.signal(s, _handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, _handle) for s in SIGNALS}
     try:
         yield
     finally:

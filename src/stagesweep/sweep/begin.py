@@ -17,6 +17,7 @@ from optuna.pruners import BasePruner, WilcoxonPruner
 from stagesweep.config import Search
 from stagesweep.errors import UserError
 from stagesweep.sweep import study
+from stagesweep.sweep.sharing import without_password
 from stagesweep.sweep.space import ABLATION, Space
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,15 @@ def place(config: DictConfig, sweeper: DictConfig, space: Space, about: dict[str
         config.search.study = sweeper.study_name
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
     return folder
+
+
+def keep_secret(config: DictConfig, storage: str) -> None:
+    """Take the password of a storage out of what each trial writes down."""
+    bare = without_password(storage)
+    with read_write(config.hydra):
+        config.hydra.sweeper.storage = bare
+        given = config.hydra.overrides.hydra
+        config.hydra.overrides.hydra = [each.replace(storage, bare) for each in given]
 
 
 @contextmanager

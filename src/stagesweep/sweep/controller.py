@@ -10,7 +10,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
 
@@ -19,10 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.config import Search
 from stagesweep.config import aims as objectives
+from stagesweep.core import interrupt
 from stagesweep.errors import Interrupted, NotFinite, UserError
 from stagesweep.sweep import begin, ending, study
 from stagesweep.sweep.clock import BEHIND, Clock
 from stagesweep.sweep.places import Places, opened_by
+from stagesweep.sweep.sharing import Sharing, explained, without_password
 from stagesweep.sweep.slots import At, Ended, Event, Job, Outcome, Report
 from stagesweep.sweep.space import parse
 from stagesweep.sweep.study import Study, Trial
@@ -58,19 +60,29 @@ def sweep(
     pruner = begin.chosen_pruner(settings, list(aims))
     begin.check(config, space, launcher)
     about = {"space": space.fingerprint(), "config": study.plain(config)}
-    folder = begin.place(config, sweeper, space, about)
-    folder.mkdir(parents=True, exist_ok=True)
-    with begin.locked(folder):
-        if study.recorded(folder) is None:
-            command = shlex.join(["stagesweep", "-m", *arguments])
-            names = {"study": sweeper.study_name, "storage": sweeper.storage}
-            study.record(folder, {"command": command, **names, **about})
-        opened = Study(folder, sweeper, settings, space, points, pruner, list(aims.values()))
+    sharing = Sharing(sweeper.storage)
+    with explained(sweeper.storage), ExitStack() as held:
+        with sharing.alone():
+            folder = begin.place(config, sweeper, space, about)
+            folder.mkdir(parents=True, exist_ok=True)
+            if sharing.shared:
+                begin.keep_secret(config, sharing.url)
+            else:
+                held.enter_context(begin.locked(folder))
+            if study.recorded(folder) is None:
+                command = shlex.join(["stagesweep", "-m", *arguments])
+                bare = without_password(sweeper.storage)
+                names = {"study": sweeper.study_name, "storage": bare}
+                said = command.replace(sweeper.storage, bare)
+                study.record(folder, {"command": said, **names, **about})
+            sharing.url = sweeper.storage
+            modes = list(aims.values())
+            opened = Study(folder, sweeper, settings, space, points, pruner, modes, sharing)
         places = opened_by(launcher)
         places.prune_on = begin.pruned_on(pruner, settings, next(iter(aims)))
         controller = Controller(opened, places, config, settings)
         try:
-            with signals(controller):
+            with signals(controller), sharing.joined(opened.optuna):
                 controller.run()
         finally:
             controller.board.close()
@@ -102,20 +114,39 @@ class Controller:
 
     def run(self) -> None:
         """Until every trial has ended, or a signal has come and the trials have saved."""
-        for trial in self.study.unfinished():
-            self.begin(trial)
+        if not self.study.sharing.shared:  # or else each takes what it has room for
+            for trial in self.study.unfinished():
+                self.begin(trial)
         try:
             while True:
                 self.fill()
-                if not self.trials:
+                if not self.trials and not self.others():
                     return
                 self.clock.tick()
-                for event in self.places.wait(BEHIND):
+                for event in self.places.wait(self.study.sharing.pause or BEHIND):
                     self.handle(event)
+                self.give_up()
                 if self.stopped is not None and not self.places.busy:
                     return
         finally:
             self.clock.tick(last=True)
+
+    def others(self) -> bool:
+        """Whether to wait for trials of other controllers: they may leave them to this one."""
+        if not self.study.sharing.shared or self.stopped is not None or self.out_of_time:
+            return False
+        return bool(self.study.running())
+
+    def give_up(self) -> None:
+        """End what others have taken over, if they may have taken this controller for dead."""
+        if not self.study.sharing.late.is_set():
+            return
+        self.study.sharing.late.clear()
+        for number in set(self.study.lost()) & self.trials.keys():
+            log.warning("#%d was taken over by another controller while this one stood", number)
+            self.queue = deque(job for job in self.queue if job.number != number)
+            self.places.stop(number)
+            del self.trials[number], self.outcomes[number], self.left[number]
 
     def fill(self) -> None:
         """Start what waits, and new trials while there is room."""
@@ -208,7 +239,8 @@ class Controller:
         match event:
             case Report(job, value, step):
                 # Of repeats, which all take the same steps, the first speaks for its trial.
-                stop = job.repeat == 0 and self.study.report(job.number, self.sign * value, step)
+                known = job.number in self.trials and job.repeat == 0
+                stop = known and self.study.report(job.number, self.sign * value, step)
                 self.places.answer(job, stop)
             case At(job, text):
                 self.board.at(job, text)
@@ -218,7 +250,7 @@ class Controller:
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """Record the end of a run; one that was killed starts again."""
-        if outcome.state == "interrupted":
+        if outcome.state == "interrupted" or job.number not in self.trials:
             return
         tried = self.retries.get(job.subdir, 0)
         if outcome.reason in RETRIED and tried < self.settings.max_retries:
@@ -275,13 +307,13 @@ class Controller:
 
 @contextmanager
 def signals(controller: Controller) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into the orderly end of a sweep; a second one does not wait."""
+    """Turn SIGINT, SIGTERM, SIGUSR1 into the orderly end of a sweep; a second does not wait."""
 
     def handle(signum: int, _: FrameType | None) -> None:
         if not controller.stop(signum):
             raise Interrupted(signum, "sweep stopped; the same command goes on with what is left")
 
-    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, handle) for each in interrupt.SIGNALS}
     try:
         yield
     finally:

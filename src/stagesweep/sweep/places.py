@@ -1,6 +1,7 @@
-"""Where a sweep's jobs run: the slots of this machine, or another launcher of Hydra in batches."""
+"""Where a sweep's jobs run: slots of this machine, a cluster, or another launcher in batches."""
 
 import os
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ from hydra.plugins.launcher import Launcher
 
 from stagesweep.errors import reason
 from stagesweep.explain import explain
+from stagesweep.sweep import remote
 from stagesweep.sweep.plugin import SlotsLauncher
 from stagesweep.sweep.slots import Ended, Event, Job, Outcome
 
@@ -34,13 +36,20 @@ class Places(Protocol):
     def answer(self, job: Job, stop: bool) -> None:
         """Tell a job that has reported whether to stop."""
 
-    def stop(self) -> bool:
-        """Tell every job to save and end; False when none can be told."""
+    def stop(self, number: int | None = None) -> bool:
+        """Tell every job, or those of a trial, to save and end; False when none can be told."""
 
 
 def opened_by(launcher: Launcher) -> Places:
     """Where a launcher runs jobs."""
-    return launcher.open() if isinstance(launcher, SlotsLauncher) else Batches(launcher)
+    if isinstance(launcher, SlotsLauncher):
+        return launcher.open()
+    match type(launcher).__module__.split(".")[:2]:
+        case ["hydra_plugins", "hydra_submitit_launcher"]:
+            return remote.submitit(launcher)
+        case ["hydra_plugins", "hydra_ray_launcher"]:
+            return remote.ray(launcher)
+    return Batches(launcher)
 
 
 class Batches:
@@ -73,6 +82,8 @@ class Batches:
     def wait(self, seconds: float | None = None) -> Iterator[Event]:
         """Launch the batch; consecutive numbers together."""
         jobs, self.waiting = self.waiting, []
+        if not jobs:
+            time.sleep(seconds or 0.0)
         while jobs:
             count = next(
                 (n for n in range(1, len(jobs)) if jobs[n].number != jobs[0].number + n), len(jobs)
@@ -94,6 +105,6 @@ class Batches:
     def answer(self, job: Job, stop: bool) -> None:
         """Nobody asks: such a job has no pipe to this process."""
 
-    def stop(self) -> bool:
+    def stop(self, number: int | None = None) -> bool:
         """Nothing runs between two batches, and in one nobody listens."""
         return False

@@ -25,6 +25,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from stagesweep import config
+from stagesweep.core.trial import Trial
 from stagesweep.errors import reason
 from stagesweep.explain import explain
 from stagesweep.hardware import gpu
@@ -121,7 +122,7 @@ class Slots:
     ) -> None:
         self.leases = list(given)
         self.running: dict[int, _Process] = {}
-        self._work = (context, master, _name_of(task))
+        self._work = (context, master, name_of(task))
         self._pickled: bytes | None = None
         self.prune_on: str | None = None
         cores = len(os.sched_getaffinity(0))
@@ -183,10 +184,11 @@ class Slots:
                 with suppress(OSError):
                     each.pipe.send(stop)
 
-    def stop(self) -> bool:
-        """Tell every job to save and end."""
+    def stop(self, number: int | None = None) -> bool:
+        """Tell every job, or those of a trial, to save and end."""
         for each in self.running.values():
-            each.stop("interrupted")
+            if number in (None, each.job.number):
+                each.stop("interrupted")
         return True
 
 
@@ -292,19 +294,29 @@ def serve(
     write_to(folder / "trial.log")
     child = trial.attach(pipe, prune_on)
     try:
-        returned = run(context, master, _find(task), number, subdir, overrides)
-        pruned = child.stopped and returned is None
-        outcome = Outcome("pruned") if pruned else Outcome("complete", returned)
+        given = (context, master, find(task), number, subdir, overrides)
+        outcome = run_to_end(child, *given)
     except (SystemExit, KeyboardInterrupt) as error:
         child.say("end", "interrupted", None, "killed", "it was told to end")
         raise SystemExit(getattr(error, "code", 130)) from None
+    child.say("end", outcome.state, outcome.value, outcome.reason, outcome.message)
+
+
+def run_to_end(child: Trial, *given: Any) -> Outcome:
+    """`run` a job, and say how it ended; what tells this process to end is raised."""
+    try:
+        returned = run(*given)
+    except (SystemExit, KeyboardInterrupt):
+        raise
     except BaseException as error:
         line = explain(error)
         if line is None:
             log.exception("failed")
         said = line or f"{type(error).__name__}: {error}"
-        outcome = Outcome("failed", None, reason(error), said.splitlines()[0])
-    child.say("end", outcome.state, outcome.value, outcome.reason, outcome.message)
+        return Outcome("failed", None, reason(error), said.splitlines()[0])
+    if returned is None and child.should_stop():
+        return Outcome("pruned")
+    return Outcome("complete", returned)
 
 
 def run(
@@ -349,11 +361,12 @@ def write_to(file: Path) -> None:
     os.close(descriptor)
 
 
-def _name_of(task: TaskFunction) -> tuple[str, str]:
+def name_of(task: TaskFunction) -> tuple[str, str]:
+    """Where another process finds the task."""
     return task.__module__, task.__qualname__
 
 
-def _find(name: tuple[str, str]) -> TaskFunction:
+def find(name: tuple[str, str]) -> TaskFunction:
     """The task of that name, below what ``hydra.main`` put around it."""
     found: Any = reduce(getattr, name[1].split("."), import_module(name[0]))
     while hasattr(found, "__wrapped__"):

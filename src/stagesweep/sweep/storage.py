@@ -10,11 +10,6 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 
-def opened(url: str) -> "str | OneWriter":
-    """The storage of a study; a database file lies in the sweep's folder, which has one writer."""
-    return OneWriter(url) if url.startswith("sqlite:") else url
-
-
 class OneWriter(RDBStorage):
     """A database of which trials under way are read from memory.
 

@@ -9,6 +9,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from stagesweep.config import Mode, Search
 from stagesweep.errors import NotFinite, UserError
 from stagesweep.files import atomic_text
-from stagesweep.sweep import storage
+from stagesweep.sweep.sharing import Sharing
 from stagesweep.sweep.slots import Outcome
 from stagesweep.sweep.space import Space, describe
 
@@ -62,13 +63,15 @@ class Study:
         grid: list[dict[str, Any]] | None,
         pruner: Any,
         modes: Sequence[Mode],
+        sharing: Sharing,
     ) -> None:
         self.folder, self.settings, self.space, self.pruner = folder, settings, space, pruner
+        self.sharing = sharing
         self.sampler_config = sweeper.sampler
         target = str(sweeper.sampler.get("_target_", ""))
         self.optuna = optuna.create_study(
             study_name=sweeper.study_name,
-            storage=storage.opened(str(sweeper.storage)),
+            storage=sharing.storage(),
             sampler=None if grid is not None else self.sampler(0),
             pruner=pruner,
             directions=[StudyDirection[f"{mode}imize".upper()] for mode in modes],
@@ -93,6 +96,13 @@ class Study:
             self.optuna.enqueue_trial(space.point(named), skip_if_exists=True)
         # The trials that have each set of overrides: the first runs, the others are told its value.
         self.same: dict[tuple[str, ...], list[int]] = {}
+        # Those that this controller runs, or has run.
+        self.mine: set[int] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what is in the study, by whichever controller."""
+        self.same.clear()
         for trial in self.trials():
             if (overrides := trial.user_attrs.get("overrides")) is not None:
                 self.same.setdefault(tuple(overrides), []).append(trial.number)
@@ -137,16 +147,44 @@ class Study:
 
     # ------------------------------------------------------------------ proposing
 
+    def alone(self) -> AbstractContextManager[None]:
+        """A block that no other controller of this study is in at the same time."""
+        return self.sharing.alone(self.optuna.study_name)
+
+    def running(self) -> list[FrozenTrial]:
+        """The trials under way, whoever runs them."""
+        return [trial for trial in self.trials() if trial.state is TrialState.RUNNING]
+
     def unfinished(self) -> Iterator[Trial]:
-        """The trials that were under way when the sweep was ended."""
-        for frozen in self.trials():
-            if frozen.state is TrialState.RUNNING:
+        """The trials under way that no living controller looks after; now this one does."""
+        living = self.sharing.living(self.optuna) - {self.sharing.me}
+        for frozen in self.running():
+            if frozen.number not in self.mine and frozen.user_attrs.get("owner") not in living:
                 trial = self._proposed(optuna.trial.Trial(self.optuna, frozen._trial_id))
                 trial.retries = int(frozen.user_attrs.get("retries", 0))
                 yield trial
 
+    def lost(self) -> list[int]:
+        """The trials of this controller that another has taken over."""
+        others = {trial.number for trial in self.running() if not self.owns(trial.number)}
+        lost = sorted(self.mine & others)
+        self.mine -= others
+        return lost
+
+    def owns(self, number: int) -> bool:
+        """Whether this controller looks after a trial."""
+        owner = self.frozen(number).user_attrs.get("owner", self.sharing.me)
+        return not self.sharing.shared or bool(owner == self.sharing.me)
+
     def ask(self) -> Trial | None:
         """The next point; None when there are as many as there should be."""
+        if not self.sharing.shared:
+            return self._next()
+        with self.alone():
+            self.refresh()
+            return next(self.unfinished(), None) or self._next()
+
+    def _next(self) -> Trial | None:
         begun = self.trials()
         if len(begun) >= self.total:
             return None
@@ -185,6 +223,9 @@ class Study:
         if known is None:
             trial.set_user_attr("overrides", overrides)
             trial.set_user_attr("dir", str(trial.number))
+        if self.sharing.shared:
+            trial.set_user_attr("owner", self.sharing.me)
+        self.mine.add(trial.number)
         same = self.same.setdefault(tuple(overrides), [])
         if trial.number not in same:
             same.append(trial.number)
@@ -220,7 +261,22 @@ class Study:
         The value of repeats is their mean; one that failed is the failure of all. ``over`` says how
         far the trial is above each bound of ``search.constraints``.
         """
+        with self.alone():
+            if self.sharing.shared:
+                self.refresh()
+            return self._tell(trial, outcomes, over or {}, attributes)
+
+    def _tell(
+        self,
+        trial: Trial,
+        outcomes: list[Outcome],
+        over: Mapping[str, float],
+        attributes: dict[str, Any],
+    ) -> Outcome:
         outcome = together(outcomes)
+        running = self.frozen(trial.number).state is TrialState.RUNNING
+        if running and not self.owns(trial.number):
+            return outcome  # it is another controller's now, which will tell
         if len(outcomes) > 1 and outcome.state == "complete":
             attributes["values"] = [each.value for each in outcomes]
         if outcome.reason is not None:
@@ -236,7 +292,7 @@ class Study:
                 told = optuna.trial.Trial(self.optuna, self._id(number))
                 for step, value in self.frozen(first).intermediate_values.items() if same else ():
                     told.report(value, step)
-                bounded = self.frozen(first).constraints if same else over or {}
+                bounded = self.frozen(first).constraints if same else over
                 for name in bounded.keys() - told.constraints.keys():
                     if not math.isnan(bounded[name]):
                         told.set_constraint(name, bounded[name])

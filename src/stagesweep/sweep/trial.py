@@ -72,6 +72,12 @@ class Child(Trial):
 
 def attach(connection: "Connection[Any, Any]", prune_on: str | None) -> Child:
     """Make this process a trial of the controller at the other end."""
-    global _current
-    _current = child = Child(connection, prune_on)
+    child = Child(connection, prune_on)
+    become(child)
     return child
+
+
+def become(one: Trial) -> None:
+    """Make this process that trial."""
+    global _current
+    _current = one

@@ -4,6 +4,7 @@ Nothing here may start threads or initialise CUDA: neither survives a fork.
 """
 
 import gc
+import signal
 import sys
 
 from hydra import compose, initialize_config_dir
@@ -12,6 +13,8 @@ from hydra.core.plugins import Plugins
 from stagesweep import cli, config, fingerprint, run, validate  # noqa: F401
 
 Plugins.instance()
+# Slurm sends it to every process of a job; the controller says who is to save and end.
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 # What parsers and fingerprints remember, every trial has from the start: Hydra's grammars learn
 # while they read, and code that has been hashed is not read again.
 with initialize_config_dir(str(config.folder())):

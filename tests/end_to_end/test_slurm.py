@@ -1,0 +1,108 @@
+"""Put back into the queue: the job script of the guide, with the signals that Slurm sends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
+QUICK = (
+    "stage.pretrain.epochs=2 stage.joint.epochs=12 stage.joint.save_every=3 "
+    "stage.joint.save_seconds=0 model.clusters=10 ~stage.choose_clusters ~stage.init_clusters "
+    "~stage.baselines ~stage.figures"
+)
+RUN = "stagesweep experiment=digits hydra.run.dir=outputs/digits/first"
+
+
+class Cluster:
+    """A folder, and a path on which `scontrol` writes down what it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, folder / "store"
+        programs = folder / "bin"
+        programs.mkdir(parents=True)
+        for name, text in {
+            "stagesweep": f'exec {sys.executable} -m stagesweep "$@"',
+            "scontrol": f'echo "$@" >> {folder / "asked"}',
+        }.items():
+            (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+            (programs / name).chmod(0o755)
+        self.environment = os.environ | {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "STAGESWEEP_STORE": str(self.store),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def job(self, command: str) -> "subprocess.Popen[str]":
+        """The guide's script with another command in it."""
+        (script,) = re.findall(r"#!/bin/bash\n#SBATCH.*?(?=```)", GUIDE.read_text(), re.DOTALL)
+        assert script.count(RUN) == 1
+        return subprocess.Popen(
+            ["bash", "-c", script.replace(RUN, command)],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def epochs(self) -> int:
+        found = [path.read_text() for path in self.store.rglob("metrics.jsonl")]
+        return sum(text.count('"stage": "joint"') for text in found)
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    cluster = Cluster(tmp_path_factory.mktemp("undisturbed"))
+    process = cluster.job(f"{RUN} {QUICK}")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert not (cluster.folder / "asked").exists()
+    return result(cluster.folder / "outputs" / "digits" / "first")
+
+
+@pytest.mark.parametrize(
+    ("command", "signum", "place"),
+    [
+        (RUN, signal.SIGUSR1, "outputs/digits/first"),
+        (RUN, signal.SIGTERM, "outputs/digits/first"),
+        (
+            "stagesweep -m seed=0,1 sweep.slots=1 hydra.sweep.dir=sweep",
+            signal.SIGUSR1,
+            "sweep/0",
+        ),
+    ],
+    ids=["run", "preempted", "sweep"],
+)
+def test_a_job_saves_is_put_back_and_goes_on(
+    tmp_path: Path, undisturbed: dict[str, Any], command: str, signum: int, place: str
+) -> None:
+    cluster = Cluster(tmp_path)
+    process = cluster.job(f"{command} {QUICK}")
+    while cluster.epochs() < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 138, errors
+    assert "stopped by SIGUSR1; the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    process = cluster.job(f"{command} {QUICK}")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    found = result(tmp_path / place)
+    assert {stage["name"]: stage["status"] for stage in found["stages"]}["joint"] == "resumed"
+    assert found["metrics"] == undisturbed["metrics"]

@@ -1,0 +1,60 @@
+"""Other launchers, for real: joblib, submitit's local executor, a local Ray cluster."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Lab
+
+LAUNCHERS = {
+    "joblib": "joblib_launcher",
+    "submitit_local": "submitit_launcher",
+    "ray": "ray_launcher",
+}
+
+
+@pytest.fixture(params=LAUNCHERS)
+def launcher(request: pytest.FixtureRequest) -> str:
+    package = f"hydra_plugins.hydra_{LAUNCHERS[request.param]}"
+    if importlib.util.find_spec("hydra_plugins") is None or not importlib.util.find_spec(package):
+        pytest.skip(f"{package} is not installed: make test-extras")
+    return str(request.param)
+
+
+def test_each_ends_as_it_does_on_slots(lab: "Lab", launcher: str) -> None:
+    lab.sweep(
+        "stage.toy.act=well,raises,no_number",
+        "search.repeats=1",
+        f"hydra/launcher={launcher}",
+        "sweep.slots=2",
+    )
+    study = lab.study
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "FAIL"]
+    assert [trial.user_attrs.get("reason") for trial in study.trials] == [None, "error", "nan"]
+    assert "as it was told" in study.trials[1].user_attrs["message"]
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "ray"], indirect=True)
+def test_without_a_barrier_killed_tried_again_and_pruned(lab: "Lab", launcher: str) -> None:
+    pruner = ("search/pruner=median", "search.pruner.n_startup_trials=1")
+    lab.sweep(
+        "search=ablation",
+        "search/ablation=none",
+        "search.ablation.leave_one_out="
+        "['stage.toy.seconds=20','stage.toy.act=kill_once','stage.toy.x=-5','stage.toy.y=1']",
+        "stage.toy.steps=3",
+        "stage.toy.pause=1",
+        "stage.toy.x=1",
+        "search.max_retries=1",
+        f"hydra/launcher={launcher}",
+        "sweep.slots=2",
+        *pruner,
+    )
+    trials = {trial.params["ablation"]: trial for trial in lab.study.trials}
+    long, killed, behind, last = (trials[name] for name in list(trials)[1:])
+    assert [t.state.name for t in trials.values()].count("COMPLETE") == 4
+    assert behind.state.name == "PRUNED"
+    assert killed.user_attrs["retries"] == 1
+    assert long.datetime_complete > last.datetime_start  # others began while it ran
