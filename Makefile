@@ -3,10 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-extras check format bench clean
+.PHONY: help setup demo test test-extras check format bench bench-sweep clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 setup: $(READY)  ## make .venv with everything in it
 
@@ -44,6 +44,12 @@ format: $(READY)  ## put the code in its normal form
 bench: $(READY)  ## the fit loop against a bare loop and against Lightning
 	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fit_loop
+
+# One by itself, or a smoke run: python -m benchmarks.sweep overhead --small
+bench-sweep: $(READY)  ## the sweep engine against the stock sweeper, reuse, pruning, kills
+	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt
+	status=0; for name in overhead kills busy duplicates reuse asha; do echo "== $$name"; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep $$name || status=1; done; exit $$status
 
 clean:  ## remove .venv and caches; results stay
 	rm -rf .venv .venv-extras .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

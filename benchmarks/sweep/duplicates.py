@@ -1,4 +1,4 @@
-"""Proposals that repeat an earlier one, on 8 slots: `search=bayes`, and TPE as the stock plugin has it.
+"""Proposals that repeat an earlier one, on 8 slots: `search=bayes`, and TPE as the plugin has it.
 
 The space is small and discrete (5 x 5 x 5 points), where a model of the objective soon points at
 the same best place again, and does so for every free slot at once.

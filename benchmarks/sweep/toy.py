@@ -12,7 +12,7 @@ from stagesweep.sweep import trial
 
 @dataclass
 class Toy:
-    """Gives a score, ``x`` above all, after ``seconds`` of sleep, told to the sweep in ``steps`` parts.
+    """Gives a score, ``x`` above all, after ``seconds`` of sleep; tells the sweep ``steps`` times.
 
     Each call leaves a file in the folder ``log`` that says when it began and ended.
     """

@@ -1,0 +1,42 @@
+"""What the benchmarks of the sweep engine compute and make; running them is `make bench-sweep`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_slots_are_busy_from_the_first_begin_to_the_last() -> None:
+    from benchmarks.sweep.busy import busy
+
+    assert busy([(0, 4), (0, 2), (2, 9), (4, 5)], slots=2) == 1
+    # One slot waits from 1 to 3; what comes after the last begin does not count.
+    assert busy([(0, 3), (0, 1), (3, 20), (3, 4)], slots=2) == pytest.approx(4 / 6)
+
+
+def test_lengths_are_mixed_from_1_to_20_and_all_different() -> None:
+    from benchmarks.sweep.busy import mixed
+
+    lengths = mixed(24, shortest=1.0, seed=0)
+    assert len(set(lengths)) == 24
+    assert min(lengths) == pytest.approx(1, abs=0.03)
+    assert max(lengths) == pytest.approx(20, abs=0.03)
+
+
+def test_the_toy_experiment_is_digits_with_another_stage(tmp_path: Path) -> None:
+    from benchmarks.sweep.lab import experiment
+
+    toy: dict[str, Any] = yaml.safe_load(experiment(tmp_path))
+    digits = yaml.safe_load((ROOT / "conf" / "experiment" / "digits.yaml").read_text())
+    assert toy["loss"] == digits["loss"]
+    assert list(toy["stage"]) == ["toy"]
+    assert {"override /model": "vae_digits"} in toy["defaults"]
+    assert not [each for each in toy["defaults"] if "stage@" in str(each)]
