@@ -169,7 +169,8 @@ def test_what_a_dead_controller_left_is_taken_over(
         return [
             trial.number
             for trial in study(lab, server).trials
-            if trial.state.name == "RUNNING" and f"-{process.pid}-" in trial.user_attrs.get("owner", "")
+            if trial.state.name == "RUNNING"
+            and f"-{process.pid}-" in trial.user_attrs.get("owner", "")
         ]
 
     wait_until(lambda: bool(held(first) and held(second)))

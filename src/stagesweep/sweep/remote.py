@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from stagesweep.core.trial import Trial
@@ -54,7 +53,7 @@ class _Running:
 class Remote:
     """Jobs given away one by one, and looked after by their files: no job waits for another."""
 
-    def __init__(self, launcher: Launcher, submit: Callable[..., Handle], room: int) -> None:
+    def __init__(self, launcher: Any, submit: Callable[..., Handle], room: int) -> None:
         config: Any = launcher.config
         wanted = str(config.sweep.slots)
         self.size = room if wanted == "auto" else max(1, int(wanted))
@@ -160,8 +159,8 @@ def submitit(launcher: Any) -> Remote:
     # As Hydra's launcher does it: some parameters make the executor, the others are a job's.
     made = {f"{kind}_{k}": given.pop(k) for k in ("max_num_timeout", "python") if k in given}
     executor = library.AutoExecutor(given.pop("submitit_folder"), cluster=kind, **made)
-    common = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes")
-    common += ("name", "stderr_to_stdout")
+    common = {"timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes"}
+    common |= {"name", "stderr_to_stdout"}
     executor.update_parameters(
         **{k if k in common else f"{kind}_{k}": value for k, value in given.items()}
     )
