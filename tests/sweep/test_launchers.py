@@ -46,7 +46,6 @@ def test_without_a_barrier_killed_tried_again_and_pruned(lab: "Lab", launcher: s
         "['stage.toy.seconds=20','stage.toy.act=kill_once','stage.toy.x=-5','stage.toy.y=1']",
         "stage.toy.steps=3",
         "stage.toy.pause=1",
-        "stage.toy.x=1",
         "search.max_retries=1",
         f"hydra/launcher={launcher}",
         "sweep.slots=2",
