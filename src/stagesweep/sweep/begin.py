@@ -1,6 +1,7 @@
 """What comes before the first trial: checks of the whole sweep, its folder, its lock."""
 
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from hydra.utils import instantiate
@@ -17,7 +19,9 @@ from optuna.pruners import BasePruner, WilcoxonPruner
 from stagesweep.config import Search
 from stagesweep.errors import UserError
 from stagesweep.sweep import study
+from stagesweep.sweep.places import Places
 from stagesweep.sweep.sharing import without_password
+from stagesweep.sweep.slots import Slots
 from stagesweep.sweep.space import ABLATION, Space
 
 log = logging.getLogger(__name__)
@@ -55,27 +59,37 @@ def pruned_on(pruner: BasePruner | None, settings: Search, objective: str) -> st
     return settings.prune_on or objective
 
 
-def check(config: DictConfig, space: Space, launcher: Launcher) -> None:
+def check(config: DictConfig, space: Space, launcher: Launcher, places: Places) -> None:
     """Validate what the trials share; what is swept may still be open and is checked in each."""
-    from stagesweep.validate import validate
-
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
     swept |= {key for name in space.distributions for key in name.split(",")} - {ABLATION}
+    if config.search.repeats > 1 and "seed" in swept:
+        raise UserError("search.repeats runs each point under several seeds; do not sweep seed")
+    if swept & set(config.hydra.runtime.choices):
+        return
+    for key in filter(partial(absent, config), sorted(swept)):
+        # Composition says it as for a single run.
+        context: Any = getattr(launcher, "hydra_context", None)
+        context.config_loader.load_sweep_config(config, [f"{key}=null"])
+    if any(OmegaConf.is_missing(config, key) for key in swept):
+        return
+    if isinstance(places, Slots):  # in a process that has imported torch already: this one need not
+        places.call(validate_shared, config)
+    else:
+        validate_shared(config)
+
+
+def validate_shared(config: DictConfig) -> None:
+    """Validate the config of a sweep as that of a run."""
+    from stagesweep.validate import validate
+
+    HydraConfig.instance().set_config(config)
     shared = config.copy()
     OmegaConf.set_readonly(shared, False)
     with open_dict(shared):
         del shared["hydra"]
-    groups = set(config.hydra.runtime.choices)
-    if not swept & groups:
-        for key in filter(partial(absent, shared), sorted(swept)):
-            # Composition says it as for a single run.
-            context: Any = getattr(launcher, "hydra_context", None)
-            context.config_loader.load_sweep_config(config, [f"{key}=null"])
-        if not any(OmegaConf.is_missing(shared, key) for key in swept):
-            validate(shared)
-    if config.search.repeats > 1 and "seed" in swept:
-        raise UserError("search.repeats runs each point under several seeds; do not sweep seed")
+    validate(shared)
 
 
 def absent(config: DictConfig, key: str) -> bool:
@@ -85,12 +99,14 @@ def absent(config: DictConfig, key: str) -> bool:
     return key[0].isalpha() and isinstance(node, DictConfig) and leaf not in node.keys()  # noqa: SIM118
 
 
-def place(config: DictConfig, sweeper: DictConfig, space: Space, about: dict[str, Any]) -> Path:
-    """The folder of the sweep: a new one, or one that was begun with the same settings."""
+def place(
+    config: DictConfig, sweeper: DictConfig, space: Space, about: dict[str, Any]
+) -> tuple[Path, bool]:
+    """The folder of the sweep, and whether the sweep was begun there with these very settings."""
     base, wanted = Path(config.hydra.sweep.dir), config.sweep.on_change
     if wanted not in ("refuse", "continue", "new"):
         raise UserError(f"sweep.on_change={wanted} must be refuse, continue or new")
-    folder, count, name = base, 1, str(sweeper.study_name)
+    folder, count, name, lines = base, 1, str(sweeper.study_name), list[str]()
     while (before := study.recorded(folder)) is not None:
         lines = study.changes(space, about, before)
         if not lines or wanted == "continue":
@@ -117,7 +133,18 @@ def place(config: DictConfig, sweeper: DictConfig, space: Space, about: dict[str
         config.hydra.sweep.dir = str(folder)
         config.search.study = sweeper.study_name
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
-    return folder
+    return folder, before is not None and not lines
+
+
+def record(
+    folder: Path, sweeper: DictConfig, arguments: Sequence[str], about: dict[str, Any]
+) -> None:
+    """Write down what a sweep is begun with, if it was not; no password."""
+    if study.recorded(folder) is None:
+        url, bare = str(sweeper.storage), without_password(str(sweeper.storage))
+        command = shlex.join(["stagesweep", "-m", *arguments]).replace(url, bare)
+        names = {"study": sweeper.study_name, "storage": bare}
+        study.record(folder, {"command": command, **names, **about})
 
 
 def keep_secret(config: DictConfig, storage: str) -> None:

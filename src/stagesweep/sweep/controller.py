@@ -5,7 +5,6 @@ The only writer of the study. Trials say how far they are and are told whether t
 
 import logging
 import math
-import shlex
 import signal
 import time
 from collections import deque
@@ -24,7 +23,7 @@ from stagesweep.errors import Interrupted, NotFinite, UserError
 from stagesweep.sweep import begin, ending, study
 from stagesweep.sweep.clock import BEHIND, Clock
 from stagesweep.sweep.places import Places, opened_by
-from stagesweep.sweep.sharing import Sharing, explained, without_password
+from stagesweep.sweep.sharing import Sharing, explained
 from stagesweep.sweep.slots import At, Ended, Event, Job, Outcome, Report
 from stagesweep.sweep.space import parse
 from stagesweep.sweep.study import Study, Trial
@@ -58,36 +57,31 @@ def sweep(
     points = list(space.points(settings.max_points)) if grid else None
     aims = objectives(config.objective)
     pruner = begin.chosen_pruner(settings, list(aims))
-    begin.check(config, space, launcher)
     about = {"space": space.fingerprint(), "config": study.plain(config)}
     sharing = Sharing(sweeper.storage)
     with explained(sweeper.storage), ExitStack() as held:
         with sharing.alone():
-            folder = begin.place(config, sweeper, space, about)
+            folder, begun = begin.place(config, sweeper, space, about)
+            places = None if begun else opened_by(launcher)
+            if places is not None:  # what was begun has been checked
+                begin.check(config, space, launcher, places)
             folder.mkdir(parents=True, exist_ok=True)
             if sharing.shared:
                 begin.keep_secret(config, sharing.url)
             else:
                 held.enter_context(begin.locked(folder))
-            if study.recorded(folder) is None:
-                command = shlex.join(["stagesweep", "-m", *arguments])
-                bare = without_password(sweeper.storage)
-                names = {"study": sweeper.study_name, "storage": bare}
-                said = command.replace(sweeper.storage, bare)
-                study.record(folder, {"command": said, **names, **about})
+            begin.record(folder, sweeper, arguments, about)
             sharing.url = sweeper.storage
             modes = list(aims.values())
             opened = Study(folder, sweeper, settings, space, points, pruner, modes, sharing)
-        places = opened_by(launcher)
-        places.prune_on = begin.pruned_on(pruner, settings, next(iter(aims)))
-        controller = Controller(opened, places, config, settings)
         try:
-            with signals(controller), sharing.joined(opened.optuna):
-                controller.run()
+            if not opened.over:
+                places = places or opened_by(launcher)
+                places.prune_on = begin.pruned_on(pruner, settings, next(iter(aims)))
+                Controller(opened, places, config, settings).run()
         finally:
-            controller.board.close()
             ending.sum_up(config, opened)
-    controller.leave()
+    ending.judge(opened)
 
 
 class Controller:
@@ -113,7 +107,19 @@ class Controller:
         self.board = ending.Board(opened, config)
 
     def run(self) -> None:
-        """Until every trial has ended, or a signal has come and the trials have saved."""
+        """Until every trial has ended; Interrupted when a signal came and the trials have saved."""
+        try:
+            with signals(self), self.study.sharing.joined(self.study.optuna):
+                self.loop()
+        finally:
+            self.board.close()
+        if self.stopped is not None:
+            said = "the same command goes on with what is left"
+            name = signal.Signals(self.stopped).name
+            raise Interrupted(self.stopped, f"sweep stopped by {name}; {said}")
+
+    def loop(self) -> None:
+        """Record what ends and fill what is free, until nothing is left."""
         if not self.study.sharing.shared:  # or else each takes what it has room for
             for trial in self.study.unfinished():
                 self.begin(trial)
@@ -285,24 +291,6 @@ class Controller:
         """
         again, self.stopped = self.stopped is not None, signum
         return not again and self.places.stop()
-
-    def leave(self) -> None:
-        """How the command ends: as interrupted, or with one line if too many trials failed."""
-        if self.stopped is not None:
-            said = "the same command goes on with what is left"
-            name = signal.Signals(self.stopped).name
-            raise Interrupted(self.stopped, f"sweep stopped by {name}; {said}")
-        ended = [self.study.told(trial.number) for trial in self.study.trials()]
-        failed = [each for each in ended if each is not None and each.state == "failed"]
-        if ended and not any(each is not None and each.state == "complete" for each in ended):
-            why = f"; the first: {failed[0].message}" if failed else ""
-            raise UserError(f"none of {len(ended)} trials finished{why}")
-        if len(failed) > self.settings.max_failure_rate * len(ended):
-            raise UserError(
-                f"{len(failed)} of {len(ended)} trials failed, more than "
-                f"search.max_failure_rate={self.settings.max_failure_rate:g} allows; "
-                f"the first: {failed[0].message}"
-            )
 
 
 @contextmanager

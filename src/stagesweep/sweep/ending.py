@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stagesweep.config import aims
+from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
 from stagesweep.store import Store
 from stagesweep.sweep.slots import Job, Outcome
@@ -164,6 +165,21 @@ def sum_up(config: DictConfig, opened: Study) -> None:
         print(f"\nMean ± half the 95 % interval over {len(sweep.complete)} seeds:\n")
         print(results.with_intervals(table))
     print(where_to_look(folder, front[0].folder if front and not several else None))
+
+
+def judge(opened: Study) -> None:
+    """UserError when too many trials failed, of all that the sweep had."""
+    ended = [opened.told(trial.number) for trial in opened.trials()]
+    failed = [each for each in ended if each is not None and each.state == "failed"]
+    if ended and not any(each is not None and each.state == "complete" for each in ended):
+        why = f"; the first: {failed[0].message}" if failed else ""
+        raise UserError(f"none of {len(ended)} trials finished{why}")
+    if len(failed) > opened.settings.max_failure_rate * len(ended):
+        raise UserError(
+            f"{len(failed)} of {len(ended)} trials failed, more than "
+            f"search.max_failure_rate={opened.settings.max_failure_rate:g} allows; "
+            f"the first: {failed[0].message}"
+        )
 
 
 def where_to_look(folder: Path, best: Path | None) -> str:

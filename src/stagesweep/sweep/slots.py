@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from importlib import import_module
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from omegaconf import DictConfig, open_dict
 
 from stagesweep import config
 from stagesweep.core.trial import Trial
-from stagesweep.errors import reason
+from stagesweep.errors import UserError, reason
 from stagesweep.explain import explain
 from stagesweep.hardware import gpu
 from stagesweep.sweep import trial
@@ -130,9 +130,23 @@ class Slots:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(self.leases))))
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([*_modules(master), "stagesweep.sweep.warm"])
-        from multiprocessing import forkserver
-
         forkserver.ensure_running()  # it imports while the controller gets ready
+
+    def call(self, function: Callable[..., None], *given: Any) -> None:
+        """Call a function in a process of the server; UserError for what it raises."""
+        ours, theirs = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=_call, args=(theirs, function, given))
+        process.start()
+        theirs.close()
+        try:
+            if (said := ours.recv()) is not None:
+                raise UserError(said)
+        except EOFError as error:
+            raise UserError(
+                "the process that checks the sweep was ended; start it again"
+            ) from error
+        finally:
+            process.join()
 
     @property
     def free(self) -> bool:
@@ -272,6 +286,20 @@ def oom_kills() -> int:
 
 
 # ------------------------------------------------------------------ in the trial's process
+
+
+def _call(
+    pipe: "connection.Connection[Any, Any]", function: Callable[..., None], given: tuple[Any, ...]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's
+    try:
+        function(*given)
+    except Exception as error:
+        if (said := explain(error)) is None:
+            log.exception("failed")
+        pipe.send(said or f"{type(error).__name__}: {error}")
+    else:
+        pipe.send(None)
 
 
 def serve(

@@ -164,6 +164,11 @@ class Study:
                 trial.retries = int(frozen.user_attrs.get("retries", 0))
                 yield trial
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to run."""
+        return len(self.trials()) >= self.total and not self.running()
+
     def lost(self) -> list[int]:
         """The trials of this controller that another has taken over."""
         others = {trial.number for trial in self.running() if not self.owns(trial.number)}
