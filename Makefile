@@ -23,13 +23,15 @@ demo: $(READY)  ## Bayesian sweep of the digits experiment: 12 trials, leaderboa
 test: $(READY)  ## run the tests (real data: set STAGESWEEP_TEST_DATA)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
-# In an environment of its own: what is optional must not be needed by the other tests.
+# In an environment of its own: what is optional must not be needed by the other tests. Of Ray only
+# what runs tasks: what its dashboard wants does not go with the other pins.
 test-extras: .venv-extras/.ready  ## test PostgreSQL, joblib, submitit and Ray for real
 	OMP_NUM_THREADS=1 .venv-extras/bin/pytest tests/sweep/test_servers.py tests/sweep/test_launchers.py
 
 .venv-extras/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/python -m pip install --quiet -e '.[dev,postgres,joblib,submitit,ray]' -c constraints.txt
+	.venv-extras/bin/python -m pip install --quiet -e '.[dev,postgres,joblib,submitit]' ray -c constraints.txt
+	.venv-extras/bin/python -m pip install --quiet --no-deps hydra-ray-launcher -c constraints.txt
 	@touch $@
 
 check: $(READY)  ## lint, format, types

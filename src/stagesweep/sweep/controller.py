@@ -271,7 +271,7 @@ class Controller:
     def conclude(self, trial: Trial) -> None:
         """Record the end of a trial."""
         outcomes = self.outcomes.pop(trial.number)
-        seconds, reused = ending.cost(self.study.folder, outcomes)
+        seconds = ending.cost(self.study.folder, outcomes)
         if seconds is None:
             seconds = time.monotonic() - trial.begun
         runs = [each for each in outcomes.values() if each is not None]
@@ -280,7 +280,7 @@ class Controller:
         if unknown := [name for name, value in over.items() if math.isnan(value)]:
             why = f"{unknown[0]}, which search.constraints bounds, is no number"
             runs += [Outcome("failed", None, NotFinite.reason, why)]
-        ended = self.study.tell(trial, runs, over, seconds=seconds, reused=reused)
+        ended = self.study.tell(trial, runs, over, seconds=seconds)
         del self.trials[trial.number], self.left[trial.number]
         self.board.concluded(trial, ended, seconds)
 

@@ -103,19 +103,17 @@ class Board:
         self.held.close()
 
 
-def cost(folder: Path, runs: Iterable[str]) -> tuple[float | None, int]:
-    """Seconds that runs took, and how many stages they reused; None when one did not say."""
+def cost(folder: Path, runs: Iterable[str]) -> float | None:
+    """Seconds that runs took; None when one did not say."""
     seconds: float | None = 0.0
-    reused = 0
     for run in runs:
         try:
             result = json.loads((folder / run / "result.json").read_text())
         except (OSError, ValueError):
             result = {}
-        reused += sum(stage["status"] == "reused" for stage in result.get("stages", []))
         known = result.get("seconds") if result.get("status") != "running" else None
         seconds = None if seconds is None or known is None else seconds + known
-    return seconds, reused
+    return seconds
 
 
 def excess(folder: Path, runs: Collection[str], bounds: Mapping[str, float]) -> dict[str, float]:

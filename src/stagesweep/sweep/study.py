@@ -77,8 +77,8 @@ class Study:
             directions=[StudyDirection[f"{mode}imize".upper()] for mode in modes],
             load_if_exists=True,
         )
-        # A grid is a list of points, taken in order.
-        self.grid = grid
+        # A grid is a list of points, taken in order; here by the overrides that they are.
+        self.grid = None if grid is None else {space.key(point): point for point in grid}
         # Only this one goes on by itself where another process has stopped.
         self.reseed = not target.endswith("QMCSampler")
         # A discrete space has points that are proposed again; such a draw is made once more. (A
@@ -193,26 +193,38 @@ class Study:
         begun = self.trials()
         if len(begun) >= self.total:
             return None
-        if self.grid is not None:
-            known = {self.space.key(trial.params) for trial in begun if trial.params}
-            rest = (point for point in self.grid if self.space.key(point) not in known)
-            if (point := next(rest, None)) is None:
-                return None
-            self.optuna.enqueue_trial(point, skip_if_exists=True)
-        elif self.reseed:
-            if self.redraws and (unseen := self.unseen(begun)) is not None:
-                self.optuna.enqueue_trial(unseen)
+        named = len(self.optuna.get_trials(deepcopy=False)) > len(begun)
+        if self.grid is not None and not named:
+            rest = (point for key, point in self.grid.items() if key not in self.same)
+            return None if (point := next(rest, None)) is None else self._given(point)
+        if self.reseed and self.grid is None:
+            if self.redraws and not named and (unseen := self.unseen(begun)) is not None:
+                return self._given(unseen)
             self.optuna.sampler = self.sampler(len(begun))
         return self._proposed(self.optuna.ask())
 
+    def _given(self, point: dict[str, Any]) -> Trial:
+        """A new trial of a point that is known: one write, where a question and an answer for each
+        parameter would be many.
+        """
+        fixed = optuna.trial.FixedTrial(point)
+        overrides = self.space.suggest(fixed)
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=fixed.params,
+            distributions=fixed.distributions,
+            user_attrs={"overrides": overrides, **self._owner()},
+        )
+        storage = self.optuna._storage
+        number = storage.create_new_trial(self.optuna._study_id, template)
+        return self._mine(storage.get_trial_number_from_id(number), overrides)
+
     def unseen(self, begun: list[FrozenTrial]) -> dict[str, Any] | None:
-        """A point that no trial has, where named points do not wait and a few draws find one.
+        """A point that no trial has, where a few draws find one.
 
         They are draws in a copy of the study, where each counts as under way: the next one is led
         away from it, and the study itself has no trial for a repetition.
         """
-        if self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            return None
         sampler = self.sampler(len(begun))
         copy = optuna.create_study(sampler=sampler, directions=self.optuna.directions)
         copy.add_trials(begun)
@@ -225,16 +237,22 @@ class Study:
     def _proposed(self, trial: optuna.trial.Trial) -> Trial:
         known = trial.user_attrs.get("overrides")
         overrides = list(known) if known is not None else self.space.suggest(trial)
-        if known is None:
-            trial.set_user_attr("overrides", overrides)
-            trial.set_user_attr("dir", str(trial.number))
-        if self.sharing.shared:
-            trial.set_user_attr("owner", self.sharing.me)
-        self.mine.add(trial.number)
+        wanted = {"overrides": overrides} if known is None else {}
+        for name, value in {**wanted, **self._owner()}.items():
+            trial.set_user_attr(name, value)
+        return self._mine(trial.number, overrides)
+
+    def _owner(self) -> dict[str, str]:
+        """The note in a trial that says who runs it, where it could be another."""
+        return {"owner": self.sharing.me} if self.sharing.shared else {}
+
+    def _mine(self, number: int, overrides: list[str]) -> Trial:
+        """A trial that this controller runs."""
+        self.mine.add(number)
         same = self.same.setdefault(tuple(overrides), [])
-        if trial.number not in same:
-            same.append(trial.number)
-        return Trial(trial.number, overrides)
+        if number not in same:
+            same.append(number)
+        return Trial(number, overrides)
 
     def first(self, trial: Trial) -> int:
         """The number of the first trial with the same overrides."""
