@@ -232,7 +232,9 @@ def test_the_examples_of_contributing_pass_their_tests(contributed: Path) -> Non
 
 
 def test_the_experiment_of_contributing_validates(compose: Compose, contributed: Path) -> None:
-    validate(compose("experiment=wine", "search=bayes", folders=[contributed / "conf"]))
+    cfg = compose("experiment=wine", "search=bayes", folders=[contributed / "conf"])
+    validate(cfg)  # raises at the first fault
+    assert cfg.experiment == "wine"
 
 
 def with_rows(guide: str, rows: list[str]) -> str:
@@ -273,7 +275,7 @@ def test_who_follows_contributing_to_the_letter_passes_the_tests(tmp_path: Path)
 @pytest.mark.parametrize("page", PAGES)
 def test_code_that_is_shown_is_python(page: str) -> None:
     for body in blocks(page, "python"):
-        ast.parse(body)
+        assert ast.parse(body).body
 
 
 # ------------------------------------------------------------------------------ trees and links

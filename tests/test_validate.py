@@ -29,7 +29,9 @@ def tiny(compose: Compose) -> Compose:
 
 
 def test_a_good_config_passes(tiny: Compose) -> None:
-    validate(tiny())
+    cfg = tiny()
+    validate(cfg)  # raises at the first fault
+    assert cfg == tiny()
 
 
 LINES = {
@@ -121,13 +123,20 @@ def test_the_range_of_k_is_in_order(compose: Compose) -> None:
 def test_a_checkpoint_stands_for_the_stages_before(tiny: Compose, tmp_path: Path) -> None:
     weights = tmp_path / "weights.pt"
     weights.touch()
-    validate(tiny("~stage.pretrain", f"init_from={weights}"))
+    cfg = tiny("~stage.pretrain", f"init_from={weights}")
+    validate(cfg)  # raises at the first fault
+    assert "pretrain" not in cfg.stage
 
 
 def test_a_term_that_does_not_act_needs_nothing(tiny: Compose) -> None:
     off = "stage.joint.loss.clustering.weight=0"
-    validate(tiny("~stage.init_clusters", off))
-    validate(tiny(off, "+stage.joint.early_stop={label_change: {target: 0.001}}"))
+    for given in (
+        ("~stage.init_clusters", off),
+        (off, "+stage.joint.early_stop={label_change: {target: 0.001}}"),
+    ):
+        cfg = tiny(*given)
+        validate(cfg)  # raises at the first fault
+        assert cfg.stage.joint.loss.clustering.weight == 0
 
 
 def test_a_run_has_a_stage(tiny: Compose) -> None:

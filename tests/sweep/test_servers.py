@@ -94,6 +94,15 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
         time.sleep(0.1)
 
 
+def both(lab: "Lab", server: Server, *space: str) -> list[str]:
+    """The same command twice at once, to the end; returns what each said."""
+    names = (f"search.study={lab.folder.name}", f"hydra.sweeper.storage={server.url()}")
+    pair = [lab.start(*space, "sweep.slots=1", *names) for _ in range(2)]
+    ends = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], ends
+    return [said for said, _ in ends]
+
+
 @pytest.mark.parametrize(
     "space",
     [
@@ -103,18 +112,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
     ids=["grid", "bayes"],
 )
 def test_two_controllers_share_one_total(lab: "Lab", server: Server, space: tuple[str]) -> None:
-    given = (
-        *space,
-        "search.n_trials=10",
-        "stage.toy.seconds=1",
-        "sweep.slots=1",
-        f"search.study={lab.folder.name}",
-        f"hydra.sweeper.storage={server.url()}",
-    )
-    pair = [lab.start(*given) for _ in range(2)]
-    for process in pair:
-        said, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, said + errors
+    for said in both(lab, server, *space, "search.n_trials=10", "stage.toy.seconds=1"):
         assert "10 of 10 trials finished" in said
     found = study(lab, server)
     assert [trial.number for trial in found.trials] == list(range(10))
@@ -128,20 +126,8 @@ def test_two_controllers_share_one_total(lab: "Lab", server: Server, space: tupl
 
 
 def test_the_same_point_of_two_controllers_is_run_once(lab: "Lab", server: Server) -> None:
-    given = (
-        "search=random",
-        "search/space=none",
-        "stage.toy.x=choice(0,1)",
-        "stage.toy.seconds=2",
-        "search.n_trials=8",
-        "sweep.slots=1",
-        f"search.study={lab.folder.name}",
-        f"hydra.sweeper.storage={server.url()}",
-    )
-    pair = [lab.start(*given) for _ in range(2)]
-    for process in pair:
-        said, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, said + errors
+    space = ("search=random", "search/space=none", "stage.toy.x=choice(0,1)")
+    both(lab, server, *space, "stage.toy.seconds=2", "search.n_trials=8")
     found = study(lab, server)
     assert [trial.value for trial in found.trials] == [
         trial.params["stage.toy.x"] for trial in found.trials
