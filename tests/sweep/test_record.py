@@ -17,7 +17,7 @@ from scipy import stats
 
 from stagesweep.errors import UserError
 from stagesweep.sweep import pictures, results
-from stagesweep.sweep.results import Point, read
+from stagesweep.sweep.record import Point, read
 
 Make = Callable[..., Any]
 

@@ -17,7 +17,8 @@ from urllib.request import urlopen
 import pytest
 
 from stagesweep.sweep import pictures, report
-from stagesweep.sweep.results import compare, read
+from stagesweep.sweep.record import read
+from stagesweep.sweep.results import compare
 
 Make = Callable[..., Any]
 

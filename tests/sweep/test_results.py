@@ -11,12 +11,13 @@ from scipy import stats
 from sklearn.metrics import adjusted_rand_score
 
 from stagesweep.sweep import results
+from stagesweep.sweep.record import read
 
 Make = Callable[..., Any]
 
 
 def table(folder: Path) -> pd.DataFrame:
-    return results.table(results.read(folder))
+    return results.table(read(folder))
 
 
 def seeds_of(make: Make, tables: list[dict[str, Any]]) -> Path:

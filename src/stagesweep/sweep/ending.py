@@ -141,12 +141,12 @@ def excess(folder: Path, runs: Collection[str], bounds: Mapping[str, float]) -> 
 
 def sum_up(config: DictConfig, opened: Study) -> None:
     """Write the tables and the report, and print what a person wants to know first."""
-    from stagesweep.sweep import report, results
+    from stagesweep.sweep import record, report, results
 
     folder = opened.folder
     if not opened.trials():
         return
-    sweep = results.read(folder, opened.optuna)
+    sweep = record.read(folder, opened.optuna)
     results.write(sweep)
     report.at_the_end(folder)
     if not sweep.complete:

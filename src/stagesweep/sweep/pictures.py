@@ -20,7 +20,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial
 
-from stagesweep.sweep.results import Comparison, Sweep, Trial, shown
+from stagesweep.sweep.record import Comparison, Sweep, Trial
+from stagesweep.sweep.results import shown
 
 Link = Callable[[Trial], str]
 Floats = Sequence[float]

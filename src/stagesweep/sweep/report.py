@@ -27,19 +27,8 @@ from markupsafe import Markup
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
 from stagesweep.sweep import pictures
-from stagesweep.sweep.results import (
-    Comparison,
-    Sweep,
-    Trial,
-    compare,
-    interval,
-    measured,
-    over_seeds,
-    read,
-    saved,
-    shown,
-    table,
-)
+from stagesweep.sweep.record import Comparison, Sweep, Trial, read
+from stagesweep.sweep.results import compare, interval, measured, over_seeds, saved, shown, table
 
 log = logging.getLogger(__name__)
 
