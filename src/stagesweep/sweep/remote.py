@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from stagesweep.core.trial import Trial
 from stagesweep.files import atomic_text
 from stagesweep.sweep import slots, trial
+from stagesweep.sweep.compose import Work
 from stagesweep.sweep.slots import Ended, Event, Job, Outcome, Report
 
 REPORTS, ORDER = "reports.jsonl", "order.txt"
@@ -58,7 +59,8 @@ class Remote:
         self.folder, self.submit = Path(config.hydra.sweep.dir).absolute(), submit
         self.prune_on: str | None = None
         self.running: dict[str, _Running] = {}
-        self._work = launcher.hydra_context, config, slots.name_of(launcher.task_function)
+        task = slots.name_of(launcher.task_function)
+        self._work = Work(launcher.hydra_context, config, task)
 
     @property
     def free(self) -> bool:
@@ -249,15 +251,14 @@ def serve(
     sys.path.extend(path for path in paths if path not in sys.path)
     from stagesweep import cli  # noqa: F401  Hydra gets to know the package
 
-    context, master, task = pickle.loads(pickled)
-    folder = Path(master.hydra.sweep.dir) / subdir
+    work: Work = pickle.loads(pickled)
+    folder = Path(work.master.hydra.sweep.dir) / subdir
     slots.write_to(folder / "trial.log")
     writer = Writer(folder, prune_on)
     trial.become(writer)
     writer.write(None, 0)
     try:
-        given = (context, master, slots.find(task), number, subdir, overrides)
-        return slots.run_to_end(writer, *given)
+        return slots.run_to_end(writer, work, number, subdir, overrides)
     except (SystemExit, KeyboardInterrupt):
         return Outcome("interrupted", None, "killed", "it was told to end")
     finally:

@@ -8,12 +8,13 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from importlib import import_module
 from multiprocessing import connection, forkserver
@@ -30,6 +31,7 @@ from stagesweep.errors import UserError, reason
 from stagesweep.explain import explain
 from stagesweep.hardware import gpu
 from stagesweep.sweep import trial
+from stagesweep.sweep.compose import Work, compose
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +124,7 @@ class Slots:
     ) -> None:
         self.leases = list(given)
         self.running: dict[int, _Process] = {}
-        self._work = (context, master, name_of(task))
+        self._work = Work(context, master, name_of(task))
         self._pickled: bytes | None = None
         self.prune_on: str | None = None
         cores = len(os.sched_getaffinity(0))
@@ -162,9 +164,7 @@ class Slots:
         """Start a job in a free slot; it composes its own config there."""
         lease = next(each for each in self.leases if each.slot not in self.running)
         if self._pickled is None:  # once, and as late as the config may change
-            import pickle
-
-            self._pickled = pickle.dumps(self._work)
+            self._pickled = pickle.dumps(with_example(self._work, job))
         ours, theirs = self.context.Pipe()
         order = (job.number, job.subdir, job.overrides, lease.environment, self.prune_on)
         process = self.context.Process(target=serve, args=(theirs, self._pickled, *order))
@@ -312,28 +312,27 @@ def serve(
     prune_on: str | None,
 ) -> None:
     """Run one job in this process, and say through the pipe how it ended."""
-    import pickle
-
     os.setsid()  # Ctrl-C is the controller's; and what this starts can be ended with it
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    context, master, task = pickle.loads(pickled)
-    folder = Path(master.hydra.sweep.dir) / subdir
+    work: Work = pickle.loads(pickled)
+    folder = Path(work.master.hydra.sweep.dir) / subdir
     write_to(folder / "trial.log")
     child = trial.attach(pipe, prune_on)
     try:
-        given = (context, master, find(task), number, subdir, overrides)
-        outcome = run_to_end(child, *given)
+        outcome = run_to_end(child, work, number, subdir, overrides)
     except (SystemExit, KeyboardInterrupt) as error:
         child.say("end", "interrupted", None, "killed", "it was told to end")
         raise SystemExit(getattr(error, "code", 130)) from None
     child.say("end", outcome.state, outcome.value, outcome.reason, outcome.message)
 
 
-def run_to_end(child: Trial, *given: Any) -> Outcome:
+def run_to_end(
+    child: Trial, work: Work, number: int, subdir: str, overrides: Sequence[str]
+) -> Outcome:
     """`run` a job, and say how it ended; what tells this process to end is raised."""
     try:
-        returned = run(*given)
+        returned = run(work, number, subdir, overrides)
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:
@@ -347,18 +346,12 @@ def run_to_end(child: Trial, *given: Any) -> Outcome:
     return Outcome("complete", returned)
 
 
-def run(
-    context: HydraContext,
-    master: DictConfig,
-    task: TaskFunction,
-    number: int,
-    subdir: str,
-    overrides: Sequence[str],
-) -> Any:
+def run(work: Work, number: int, subdir: str, overrides: Sequence[str]) -> Any:
     """Compose the config of a job and run it as Hydra's launchers do; returns the objective."""
     setup_globals()
+    master = work.master
     JobRuntime.instance().set("name", master.hydra.job.name)
-    composed = context.config_loader.load_sweep_config(master, list(overrides))
+    composed = compose(work, overrides)
     with open_dict(composed):
         composed.hydra.job.id = str(number)
         composed.hydra.job.num = number
@@ -366,8 +359,8 @@ def run(
         composed.hydra.sweep.subdir = subdir
         composed.search.study = master.search.study
     return run_job(
-        hydra_context=context,
-        task_function=task,
+        hydra_context=work.context,
+        task_function=find(work.task),
         config=composed,
         job_dir_key="hydra.sweep.dir",
         job_subdir_key="hydra.sweep.subdir",
@@ -387,6 +380,14 @@ def write_to(file: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def with_example(work: Work, job: Job) -> Work:
+    """The work with the config of a job, unless that cannot be composed: the job will say why."""
+    with suppress(Exception):
+        loader = work.context.config_loader
+        return replace(work, like=loader.load_sweep_config(work.master, list(job.overrides)))
+    return work
 
 
 def name_of(task: TaskFunction) -> tuple[str, str]:
