@@ -20,9 +20,7 @@ config.register()
 # Entry points name these, too; a checkout that is not installed has none.
 for plugin in (StudySweeper, SlotsLauncher):
     Plugins.instance().register(plugin)
-# With this set, Hydra hands its errors over instead of printing them.
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
-os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
 def main() -> None:
@@ -33,6 +31,7 @@ def main() -> None:
     """
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands its errors over
     try:
         job()
     except KeyboardInterrupt:

@@ -21,7 +21,11 @@ Stages = dict[str, Any]
 
 def validate(cfg: DictConfig) -> None:
     """Raise UserError for the first thing that cannot work, naming the key and the remedy."""
-    resolved = form(cfg)
+    contents(form(cfg))
+
+
+def contents(resolved: DictConfig) -> None:
+    """What can be seen to be wrong with what a config of good form names."""
     with execution_whitelist(config.trusted()):
         targets(resolved)
         stages = kinds(resolved)

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from stagesweep.explain import explain
 from stagesweep.files import atomic_text
 from stagesweep.inputs import fingerprints, hardware
 from stagesweep.store import Entry, Store
-from stagesweep.validate import form, validate
+from stagesweep.validate import contents, form
 
 if TYPE_CHECKING:
     from stagesweep.run import Run
@@ -42,10 +43,9 @@ def walk(cfg: DictConfig) -> float | list[float] | None:
     Writes ``result.json`` there whatever happens. Raises UserError for everything a person can
     mend, Interrupted (exit status 130 or 143) when told to stop.
     """
-    if not stored(cfg):
-        check(cfg)
+    keys = checked(cfg)
     hydra = HydraConfig.get()
-    this = Walk(cfg, Path(hydra.runtime.output_dir), overrides=list(hydra.overrides.task))
+    this = Walk(cfg, keys, Path(hydra.runtime.output_dir), overrides=list(hydra.overrides.task))
     try:
         with interrupt.handled():
             this.stage_after_stage()
@@ -62,31 +62,34 @@ def walk(cfg: DictConfig) -> float | list[float] | None:
         this.board.close()
 
 
-def stored(cfg: DictConfig) -> bool:
-    """Whether every stage can be reused, and the objective is among their numbers.
+def checked(cfg: DictConfig) -> dict[str, str]:
+    """The fingerprint of every stage, in order; UserError for what cannot work, before anything
+    is made.
 
-    Such a config was found valid, with the same code, when its stages ran. Whatever is wrong with
-    another one, validation says it better.
+    A config of which every stage is stored was found valid, with the same code, when they ran.
     """
-    if cfg.resume is Resume.never:
-        return False
-    try:
-        form(cfg)
-        store, wanted = Store.default(), [name.partition("/") for name in aims(cfg.objective)]
-        entries = {name: store.entry(key) for name, key in fingerprints(cfg).items()}
-        manifests = {name: entry.manifest or {} for name, entry in entries.items()}
-        whole = all(manifests.values()) and not any(entry.damage() for entry in entries.values())
-        return whole and all(metric in manifests[stage]["metrics"] for stage, _, metric in wanted)
-    except Exception:
-        return False
-
-
-def check(cfg: DictConfig) -> None:
-    """Refuse what cannot work, before anything is made."""
-    validate(cfg)
+    resolved: DictConfig | None = None
+    keys: dict[str, str] | None = None
+    with suppress(Exception):  # whatever is wrong, validation says it better
+        resolved = form(cfg)
+        keys = fingerprints(cfg)
+        if cfg.resume is not Resume.never and stored(keys, list(aims(cfg.objective))):
+            return keys
+    contents(form(cfg) if resolved is None else resolved)
     from stagesweep.hardware.machine import choose
 
     choose(hardware(cfg))
+    return fingerprints(cfg) if keys is None else keys
+
+
+def stored(keys: dict[str, str], metrics: list[str]) -> bool:
+    """Whether every stage can be reused, and these are among their numbers."""
+    entries = {name: Store.default().entry(key) for name, key in keys.items()}
+    manifests = {name: entry.manifest or {} for name, entry in entries.items()}
+    if not all(manifests.values()) or any(entry.damage() for entry in entries.values()):
+        return False
+    wanted = [name.partition("/") for name in metrics]
+    return all(metric in manifests[stage]["metrics"] for stage, _, metric in wanted)
 
 
 @dataclass
@@ -103,8 +106,10 @@ class StageResult:
 class Walk:
     """One composed config being executed, and what its folder says of it."""
 
-    def __init__(self, cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
-        self.cfg, self.folder, self.overrides = cfg, folder, overrides
+    def __init__(
+        self, cfg: DictConfig, keys: dict[str, str], folder: Path, overrides: list[str]
+    ) -> None:
+        self.cfg, self.keys, self.folder, self.overrides = cfg, keys, folder, overrides
         self.store = Store.default()
         self.stages: list[StageResult] = []
         self.started = perf_counter()
@@ -126,7 +131,7 @@ class Walk:
 
     def stage_after_stage(self) -> None:
         """Run or reuse every stage in order."""
-        for number, (name, key) in enumerate(fingerprints(self.cfg).items(), 1):
+        for number, (name, key) in enumerate(self.keys.items(), 1):
             self.one(number, name, self.store.entry(key))
 
     def one(self, number: int, name: str, entry: Entry) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import
 )
 
 from stagesweep import walk
+from stagesweep.errors import UserError
 
 # Digits, a few epochs: every kind of stage in seconds.
 QUICK = (
@@ -138,7 +140,16 @@ def test_a_damaged_entry_runs_again_among_stored_ones(finished: Path, tmp_path: 
 def stored(finished: Path, compose: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bool]:
     """Whether the finished run, changed by an override, needs no validation."""
     monkeypatch.setenv("STAGESWEEP_STORE", str(finished / "store"))
-    return lambda override: walk.stored(compose(*QUICK, override))
+    validated: list[Any] = []
+    monkeypatch.setattr(walk, "contents", validated.append)
+
+    def stored(override: str) -> bool:
+        with suppress(UserError):
+            walk.checked(compose(*QUICK, override))
+            return not validated
+        return False
+
+    return stored
 
 
 @pytest.mark.parametrize("override", ["seed=0", "hardware.workers=2", "stage.joint.save_every=7"])

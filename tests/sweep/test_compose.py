@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from stagesweep import cli, config  # noqa: F401  Hydra gets to know the package
+from stagesweep import config
 from stagesweep.sweep.compose import Work, compose, differences
 
 FIRST = ["stage.joint.optimizer.lr=0.001", "stage.joint.epochs=3", "seed=1", "experiment=digits"]
@@ -19,6 +19,7 @@ FIXED = ["experiment=digits"]
 
 @pytest.fixture(scope="module")
 def work() -> Iterator[Work]:
+    config.register()
     with initialize_config_dir(str(config.folder()), job_name="stagesweep"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration(

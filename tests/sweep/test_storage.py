@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import optuna
+import pytest
 from optuna.trial import FrozenTrial
 
 from stagesweep.sweep.storage import OneWriter
@@ -42,3 +43,36 @@ def test_memory_and_disk_agree_after_every_write(tmp_path: Path) -> None:
     ] * 2
     again.tell(1, state=optuna.trial.TrialState.FAIL)
     assert same(again, url)[1].state.name == "FAIL"
+
+
+def test_a_block_is_written_at_once_or_not_at_all(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    storage = OneWriter(url)
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(study_name="s", storage=storage, sampler=sampler)
+    other = optuna.load_study(study_name="s", storage=url)
+    with storage.at_once():
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        trial.set_user_attr("overrides", ["x=1"])
+        assert other.get_trials() == []
+        assert study.trials[0].user_attrs == {"overrides": ["x=1"]}
+    assert same(study, url)[0].params == trial.params
+    with storage.at_once():
+        trial.set_user_attr("reason", "nan")
+        study.tell(trial, 2.0)
+        assert other.get_trials()[0].state.name == "RUNNING"
+    assert same(study, url)[0].value == 2.0
+
+    def interrupted() -> None:
+        with storage.at_once():
+            study.ask()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(other.get_trials()) == 1
+    # Nothing is held back after it.
+    again = optuna.create_study(study_name="s", storage=OneWriter(url), load_if_exists=True)
+    again.ask()
+    assert len(same(again, url)) == 2

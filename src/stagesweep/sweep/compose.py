@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -48,16 +48,18 @@ def differences(like: DictConfig, overrides: Sequence[str]) -> dict[str, Any] | 
     keys = [key_of(each) for each in overrides]
     if keys != [key_of(each) for each in before] or len(set(keys)) < len(keys):
         return None
+    # Of a key and one above it, the later wins; but groups are chosen before values are set.
+    groups = like.hydra.runtime.choices
+    values = [key for key in keys if key not in groups]
     parser, found = OverridesParser.create(), dict[str, Any]()
     for key, old, new in zip(keys, before, overrides, strict=True):
         if old == new:
             continue
-        # Of a key and one above it, the later wins; but groups are chosen before values are set.
-        near = (k for k in keys if k not in like.hydra.runtime.choices)
-        if any(k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in near):
+        near = any(k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in values)
+        if key in groups or near or isinstance(OmegaConf.select(like, key), Container):
             return None
-        was, given = parser.parse_overrides([old, new])
-        if key in like.hydra.runtime.choices or not (plain(was) and plain(given)):
+        given = parser.parse_override(new)
+        if not plain(given):
             return None
         found[key] = given.value()
     return found

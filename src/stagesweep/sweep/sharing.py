@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
@@ -54,6 +54,11 @@ class Sharing:
         if not self.shared:
             return OneWriter(self.url)
         return RDBStorage(self.url, engine_kwargs=dict(self.options))
+
+    def at_once(self, study: "Study") -> AbstractContextManager[None]:
+        """A block whose writes to a study are one transaction, where nobody else writes."""
+        backend = getattr(study._storage, "_backend", None)
+        return backend.at_once() if isinstance(backend, OneWriter) else nullcontext()
 
     @contextmanager
     def alone(self, what: str = "") -> Iterator[None]:

@@ -184,7 +184,8 @@ class Study:
     def ask(self) -> Trial | None:
         """The next point; None when there are as many as there should be."""
         if not self.sharing.shared:
-            return self._next()
+            with self.sharing.at_once(self.optuna):
+                return self._next()
         with self.alone():
             self.refresh()
             return next(self.unfinished(), None) or self._next()
@@ -287,7 +288,8 @@ class Study:
         with self.alone():
             if self.sharing.shared:
                 self.refresh()
-            return self._tell(trial, outcomes, over or {}, attributes)
+            with self.sharing.at_once(self.optuna):
+                return self._tell(trial, outcomes, over or {}, attributes)
 
     def _tell(
         self,
