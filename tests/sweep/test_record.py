@@ -17,7 +17,7 @@ from scipy import stats
 
 from stagesweep.errors import UserError
 from stagesweep.sweep import pictures, results
-from stagesweep.sweep.record import Point, read
+from stagesweep.sweep.record import Point, read, without_password
 
 Make = Callable[..., Any]
 
@@ -144,8 +144,11 @@ def test_nothing_finished_is_no_error(make: Make) -> None:
 
 
 def test_a_password_is_not_written() -> None:
-    url = "postgresql://me:secret@host/studies"
-    assert results.without_password(url) == "postgresql://me:***@host/studies"
+    shown = "postgresql://me@host:5432/studies"
+    assert without_password("postgresql://me:secret@host:5432/studies") == shown
+    assert without_password(f"{shown}?password=secret") == shown
+    assert without_password("sqlite:///study.db") == "sqlite:///study.db"
+    assert without_password("no url") == "no url"
 
 
 # ------------------------------------------------------------------------------ what is not there

@@ -185,6 +185,38 @@ def test_what_a_dead_controller_left_is_taken_over(
     wait_until(lambda: not lab.processes())
 
 
+def test_a_server_that_goes_away_ends_the_sweep_which_goes_on_when_it_is_back(
+    lab: "Lab", server: Server
+) -> None:
+    given = (
+        "stage.toy.x=range(0,6)",
+        "stage.toy.seconds=2",
+        "sweep.slots=2",
+        f"search.study={lab.folder.name}",
+        f"hydra.sweeper.storage={server.url()}",
+    )
+    process = lab.start(*given)
+    wait_until(lambda: len(lab.calls) >= 2)
+    server.stop()
+    try:
+        said, errors = process.communicate(timeout=120)
+        assert process.returncode == 1, said + errors
+        last = errors.strip().splitlines()[-1]
+        assert last.startswith("stagesweep: hydra.sweeper.storage=postgresql+psycopg://me@127")
+        assert last.endswith("the same command goes on when it works again")
+        assert "Traceback" not in said + errors
+        wait_until(lambda: not lab.processes())
+    finally:
+        server.start()
+    done = len(lab.calls)
+    assert done < 6
+    said, _ = lab.sweep(*given)
+    assert "6 of 6 trials finished" in said
+    found = study(lab, server)
+    assert [trial.state.name for trial in found.trials] == ["COMPLETE"] * 6
+    assert sorted(trial.params["stage.toy.x"] for trial in found.trials) == list(range(6))
+
+
 def test_what_is_wrong_with_the_server_is_said_in_one_line(
     lab: "Lab", server: Server, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from stagesweep.config import Search
 from stagesweep.errors import UserError
 from stagesweep.sweep import study
 from stagesweep.sweep.places import Places
-from stagesweep.sweep.sharing import without_password
+from stagesweep.sweep.record import without_password
 from stagesweep.sweep.slots import Slots
 from stagesweep.sweep.space import ABLATION, Space
 

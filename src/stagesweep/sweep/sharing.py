@@ -22,6 +22,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from stagesweep.errors import UserError
+from stagesweep.sweep.record import password, without_password
 from stagesweep.sweep.storage import OneWriter
 
 if TYPE_CHECKING:
@@ -160,25 +161,3 @@ def explained(storage: str) -> Iterator[None]:
         raise UserError(
             f"hydra.sweeper.storage={shown}: {line}; the same command goes on when it works again"
         ) from error
-
-
-def password(storage: str) -> str:
-    """The password in the URL of a storage, or nothing."""
-    try:
-        url = sqlalchemy.make_url(storage)
-    except ArgumentError:
-        return ""
-    return str(url.password or url.query.get("password") or "")
-
-
-def without_password(storage: str) -> str:
-    """The URL of a storage as it may be written down: the driver finds the password elsewhere
-    (PGPASSWORD, ~/.pgpass).
-    """
-    if not password(storage):
-        return storage
-    url = sqlalchemy.make_url(storage).difference_update_query(["password"])
-    bare = sqlalchemy.URL.create(
-        url.drivername, url.username, None, url.host, url.port, url.database, url.query
-    )
-    return bare.render_as_string()
