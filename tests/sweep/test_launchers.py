@@ -1,6 +1,8 @@
 """Other launchers, for real: joblib, submitit's local executor, a local Ray cluster."""
 
 import importlib
+import signal
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,3 +59,27 @@ def test_without_a_barrier_killed_tried_again_and_pruned(lab: "Lab", launcher: s
     assert behind.state.name == "PRUNED"
     assert killed.user_attrs["retries"] == 1
     assert killed.datetime_start < long.datetime_complete  # it began while the long one ran
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "ray"], indirect=True)
+def test_one_past_its_time_is_ended_and_an_interrupted_sweep_goes_on(
+    lab: "Lab", launcher: str
+) -> None:
+    # They look whether they are to end after each step; their time begins with a cold start.
+    given = ("stage.toy.steps=8,9,500", "stage.toy.pause=0.5", "sweep.slots=2")
+    given += ("search.timeout=45", f"hydra/launcher={launcher}")
+    process = lab.start(*given)
+    until = time.monotonic() + 120
+    while not list((lab.folder / "sweep").glob("*/reports.jsonl")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "the same command goes on with what is left" in errors.splitlines()[-1]
+    assert not [trial for trial in lab.study.trials if trial.state.name == "FAIL"]
+    lab.sweep(*given)
+    trials = {trial.params["stage.toy.steps"]: trial for trial in lab.study.trials}
+    assert [trials[n].state.name for n in (8, 9, 500)] == ["COMPLETE", "COMPLETE", "FAIL"]
+    assert trials[500].user_attrs["reason"] == "timeout"
+    assert trials[500].user_attrs["message"] == "ran longer than 45 s"
