@@ -77,12 +77,14 @@ def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: "Lab") 
 
 def test_a_changed_sweep_is_refused_with_the_differences(lab: "Lab") -> None:
     lab.sweep("stage.toy.x=0,1")
-    _, errors = lab.sweep("stage.toy.x=0,2", "stage.toy.y=3", "objective.mode=min", status=1)
+    changed = ("stage.toy.x=0,2", "stage.toy.y=3", "objective.mode=min")
+    _, errors = lab.sweep(*changed, "+search.constraints.seconds=99", status=1)
     assert errors.count("\n") == 1
     for part in (
         "space stage.toy.x: was choice(0, 1), is choice(0, 2)",
         "stage.toy.y: was 0.0, is 3",
         "objective.mode: was max, is min",
+        "search.constraints.seconds: was absent, is 99",
         "sweep.on_change=continue",
     ):
         assert part in errors
