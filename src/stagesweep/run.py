@@ -45,7 +45,8 @@ class Run:
     ) -> None:
         self.cfg, self.folder, self.stages, self.board = cfg, folder, stages, board
         self.log = log
-        self.machine = resolve(inputs.hardware(cfg))
+        # As the profile says, and as it says for the stage that runs now.
+        self.profile = self.machine = resolve(inputs.hardware(cfg))
         self.device = self.machine.device
         # Name, seed and entry of the stage that runs now, and the newest weights before it.
         self.stage, self.seed = "", cfg.seed
@@ -71,6 +72,7 @@ class Run:
     def begin(self, name: str, entry: Entry) -> None:
         """Turn to a stage; its model has the weights that a stage before it left."""
         self.stage, self.seed, self._entry = name, derive(self.cfg.seed, name), entry
+        self.machine = self.profile.at(f"{self.cfg.experiment}/{name}")
         paths = (folder / "weights.pt" for folder in self._folders()[1:])
         weights = next((path for path in paths if path.exists()), None)
         if weights != self._weights:
@@ -86,7 +88,8 @@ class Run:
 
     def view(self, split: str) -> Any:
         """A split, ready to feed this run's device."""
-        return self.data.split(split).prepare(self.device, self.machine.workers)
+        machine = self.machine
+        return self.data.split(split).prepare(machine.device, machine.workers, machine.pin_memory)
 
     @cached_property
     def model(self) -> nn.Module:
