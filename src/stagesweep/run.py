@@ -50,6 +50,8 @@ class Run:
         self.device = self.machine.device
         # Name, seed and entry of the stage that runs now, and the newest weights before it.
         self.stage, self.seed = "", cfg.seed
+        # How fast its fit was, and every time that memory ran out.
+        self.measured: dict[str, Any] = {}
         self._entry: Entry | None = None
         self._weights: Path | None = None
 
@@ -66,13 +68,15 @@ class Run:
         entry.begin(fresh=fresh, about=about)
         seed_everything(self.seed)
         metrics = {key: float(value) for key, value in stage(self).items()}
-        entry.commit({**about, "seconds": perf_counter() - started, "metrics": metrics})
+        seconds = perf_counter() - started
+        entry.commit({**about, "seconds": seconds, "metrics": metrics, **self.measured})
         return "resumed" if partial else "ran", metrics
 
     def begin(self, name: str, entry: Entry) -> None:
         """Turn to a stage; its model has the weights that a stage before it left."""
         self.stage, self.seed, self._entry = name, derive(self.cfg.seed, name), entry
         self.machine = self.profile.at(f"{self.cfg.experiment}/{name}")
+        self.measured = {"speed": {}, "oom": []}
         paths = (folder / "weights.pt" for folder in self._folders()[1:])
         weights = next((path for path in paths if path.exists()), None)
         if weights != self._weights:
@@ -131,13 +135,18 @@ class Run:
             return loop.run()
         finally:
             loop.rows.close()
+            measured = loop.measured()
+            self.measured["oom"] += measured["oom"]
+            if name == self.stage:
+                self.measured["speed"] = measured["speed"]
 
     def predict(self, split: str, names: Collection[str]) -> dict[str, np.ndarray]:
         """Model outputs and batch columns of a whole split, in order, by name.
 
         An output wins over a batch column of the same name; ``input/<name>`` asks for the column.
         """
-        found = predict(self.model, self.view(split), names, self.machine)
+        oom = self.measured["oom"]
+        found = predict(self.model, self.view(split), names, self.machine, oom=oom)
         return {name: value.numpy() for name, value in found.items()}
 
     def save_weights(self) -> None:
