@@ -23,6 +23,7 @@ from stagesweep.core.fit import Loop
 from stagesweep.core.log import MetricLog
 from stagesweep.core.predict import predict
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
+from stagesweep.core.trace import tracing
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text, atomic_write
 from stagesweep.hardware.machine import resolve
@@ -132,7 +133,8 @@ class Run:
             trial=trial.current(),
         )
         try:
-            return loop.run()
+            with tracing(self.machine, loop.meter, self._entry.path / "profile", name):
+                return loop.run()
         finally:
             loop.rows.close()
             measured = loop.measured()

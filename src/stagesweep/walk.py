@@ -103,6 +103,10 @@ class StageResult:
     oom: list[dict[str, Any]] = field(default_factory=list)
 
 
+# What a manifest says of how a stage went, beside its metrics.
+MEASURED = ["speed", "oom"]
+
+
 class Walk:
     """One composed config being executed, and what its folder says of it."""
 
@@ -139,7 +143,9 @@ class Walk:
         with entry.hold(on_wait=log.info):
             if (manifest := self.reusable(name, entry)) is not None:
                 status, metrics = "reused", manifest["metrics"]
-                measured = {key: manifest[key] for key in ("speed", "oom") if key in manifest}
+                if self.cfg.hardware.profile:
+                    log.info("%s: reused, so there is no new trace; resume=never makes one", name)
+                measured = {key: manifest[key] for key in MEASURED if key in manifest}
                 entry.touch()
             else:
                 try:

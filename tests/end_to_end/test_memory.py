@@ -21,7 +21,9 @@ class Small(ClusteringVAE):
 """
 
 
-def test_it_is_done_in_parts_and_written_down(stagesweep: Command, tmp_path: Path) -> None:
+def test_it_is_done_in_parts_and_measured_and_written_down(
+    stagesweep: Command, tmp_path: Path
+) -> None:
     (tmp_path / "small.py").write_text(SMALL)
 
     def run(*more: str) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def test_it_is_done_in_parts_and_written_down(stagesweep: Command, tmp_path: Pat
         found: dict[str, Any] = {stage["name"]: stage for stage in result["stages"]}
         return found
 
-    stages = run("~stage.init_clusters", "~stage.joint")
+    stages = run("~stage.init_clusters", "~stage.joint", "hardware.profile=true")
     training = [e for e in stages["pretrain"]["oom"] if e["during"] == "training"]
     assert training == [
         {"during": "training", "from": 512, "to": 256, "step": 1},
@@ -48,6 +50,9 @@ def test_it_is_done_in_parts_and_written_down(stagesweep: Command, tmp_path: Pat
     assert stages["pretrain"]["speed"]["samples_per_second"] > 0
     assert stages["evaluate"]["speed"] == {}
     assert "64 samples at a time instead of 128" in (tmp_path / "run" / "run.log").read_text()
+
+    traced = (tmp_path / "run" / "stages" / "1_pretrain" / "profile").iterdir()
+    assert {file.name for file in traced} == {f"pretrain.{end}" for end in ("json.gz", "md", "png")}
 
     stages |= {"before": stages["pretrain"]} | run("hardware.micro_batch=auto")
     assert stages["pretrain"]["status"] == "reused"

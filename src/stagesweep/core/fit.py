@@ -71,7 +71,6 @@ class Loop:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.meter = Meter(machine.device)
         self.room = Room(machine.micro_batch, "evaluation", machine)
-        self.unknown = machine.probe
         machine.set_threads(sum(p.numel() for p in self.parameters))
         # Noise and augmentation have a stream of their own.
         self.noise = torch.Generator(machine.device).manual_seed(derive(seed, "noise"))
@@ -170,8 +169,8 @@ class Loop:
         for batch in self.meter.batches(self.train.gather(order, start=self.batch)):
             batch = self.prepare(to_device(batch, self.machine.device))
             self.loss.room.step = self.step + 1
-            if self.unknown:
-                self.loss.room.size, self.unknown = probe.micro_batch(self.loss, batch), False
+            if self.loss.room.unknown:
+                probe.find(self.loss, batch)
             position = self.epoch + self.batch / len(order)
             self.set_rates(position)
             for parameter in self.parameters:
@@ -305,8 +304,7 @@ class Loop:
 
     def measured(self) -> dict[str, Any]:
         """How fast it was (see `Meter`), and every time that memory ran out (see `Room`)."""
-        oom = self.loss.room.events + self.room.events
-        return {"speed": self.meter.summary(), "oom": sorted(oom, key=lambda event: event["step"])}
+        return {"speed": self.meter.summary(), "oom": self.loss.room.events + self.room.events}
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -41,6 +41,8 @@ class Room:
 
     def __init__(self, size: int | None, during: str, machine: Machine) -> None:
         self.size, self.during, self.machine = size, during, machine
+        # Whether the size is still to be found by trying.
+        self.unknown = machine.probe
         self.step = 0
         self.events: list[dict[str, Any]] = []
 

@@ -1,6 +1,6 @@
 """How fast a fit is. Only clocks are read, no tensor: no step waits for a number."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -41,6 +41,8 @@ class Meter:
         self.device = device
         self.total, self.epoch = Count(), Count()
         self.begun = 0.0
+        # Called after each step.
+        self.after_step: Callable[[], None] = nothing
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -53,6 +55,7 @@ class Meter:
             epoch.steps += 1
             epoch.samples += len(batch["index"])
             yield batch
+            self.after_step()
             before = perf_counter()
 
     def samples_per_second(self) -> float:
@@ -70,3 +73,7 @@ class Meter:
     def summary(self) -> dict[str, float]:
         """The speed of all epochs so far; empty when there was none."""
         return self.total.speed(self.device) if self.total.steps else {}
+
+
+def nothing() -> None:
+    """What most fits do after a step."""

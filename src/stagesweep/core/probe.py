@@ -15,7 +15,7 @@ from stagesweep.core.memory import out_of_memory
 from stagesweep.core.seeding import rng_state, set_rng_state
 from stagesweep.core.step import WeightedLoss
 from stagesweep.data.view import Batch
-from stagesweep.files import atomic_text
+from stagesweep.files import atomic_text, explained
 from stagesweep.store import Store
 
 log = logging.getLogger(__name__)
@@ -24,22 +24,21 @@ log = logging.getLogger(__name__)
 USED, FIRST = 0.9, 8
 
 
-def micro_batch(loss: WeightedLoss, batch: Batch) -> int:
-    """How many samples of a stage's batch fit at once: as remembered, or found by trying.
-
-    It leaves weights, gradients and random generators as they were.
+def find(loss: WeightedLoss, batch: Batch) -> None:
+    """Set the micro-batch to as many samples of a stage's batch as fit at once: the number that is
+    remembered, or one found by trying, which leaves weights and random generators as they were.
     """
     about = describe(loss, batch)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     file = Store.default().root / "micro_batches" / f"{digest}.json"
-    if (known := remembered(file)) is not None:
-        log.info("micro-batch: %d of %d samples, as was found before", known, about["batch"])
-        return known
-    found = tried(loss, batch)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_text(file, json.dumps({**about, "micro_batch": found}, indent=1))
-    log.info("micro-batch: %d of %d samples, found by trying", found, about["batch"])
-    return found
+    how, size = "as was found before", remembered(file)
+    if size is None:
+        how, size = "found by trying", tried(loss, batch)
+        with explained(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_text(file, json.dumps({**about, "micro_batch": size}, indent=1))
+    log.info("micro-batch: %d of %d samples, %s", size, about["batch"], how)
+    loss.room.size, loss.room.unknown = size, False
 
 
 def describe(loss: WeightedLoss, batch: Batch) -> dict[str, Any]:
