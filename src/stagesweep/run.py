@@ -52,7 +52,7 @@ class Run:
         # Name, seed and entry of the stage that runs now, and the newest weights before it.
         self.stage, self.seed = "", cfg.seed
         # How fast its fit was, and every time that memory ran out.
-        self.measured: dict[str, Any] = {}
+        self.measured: dict[str, Any] = {"speed": {}, "oom": []}
         self._entry: Entry | None = None
         self._weights: Path | None = None
 

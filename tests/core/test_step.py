@@ -283,6 +283,26 @@ def test_bf16_reaches_the_model_and_the_terms_get_fp32() -> None:
     assert outputs["mean"].dtype is torch.float32
 
 
+def test_terms_are_computed_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Looks(Square):
+        def forward(self, *given: Any) -> tuple[Tensor, Tensor]:
+            seen.append(torch.get_float32_matmul_precision())
+            return super().forward(*given)
+
+    monkeypatch.setitem(TERMS, "square", Looks())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for micro_batch in (None, 4):
+            make_loss(["square"], micro_batch=micro_batch).backward(make_batch(8), 0.0)
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
+
+
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -2,10 +2,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from stagesweep.config import Device, Hardware, Precision
 from stagesweep.errors import UserError
-from stagesweep.hardware import gpu
+from stagesweep.hardware import gpu, machine
 from stagesweep.hardware.machine import choose
 
 
@@ -51,3 +52,15 @@ def test_a_cpu_has_no_tf32() -> None:
     """What has no effect on this machine is not in a fingerprint."""
     wanted = Hardware(device=Device.cpu, tf32=True)
     assert gpu.numerics(wanted) == gpu.numerics(Hardware(device=Device.cpu))
+
+
+def test_where_there_is_a_gpu_tf32_is_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "may_be_there", lambda: True)
+    monkeypatch.setattr(machine, "gpu_may_be_there", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    wanted = {"device": Device.auto, "precision": Precision.fp32}
+    assert [gpu.numerics(Hardware(**wanted, tf32=tf32))["tf32"] for tf32 in (None, True)] == [
+        False,
+        True,
+    ]

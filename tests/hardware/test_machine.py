@@ -233,3 +233,37 @@ def test_auto_takes_the_gpu_and_bf16_where_it_can() -> None:
 def test_fp16_on_a_gpu() -> None:
     machine = resolve(config.Hardware(device=Device.cuda, precision=Precision.fp16))
     assert machine.autocast is torch.float16
+
+
+@pytest.fixture
+def _own_flags() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = False
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.usefixtures("_own_flags")
+def test_on_a_gpu_fp32_is_fp32_unless_the_profile_says_tf32() -> None:
+    def error() -> float:
+        torch.manual_seed(0)
+        one, other = torch.randn(2, 256, 256, device="cuda").unbind()
+        image = torch.randn(1, 8, 16, 16, device="cuda")
+        kernel = torch.randn(4, 8, 3, 3, device="cuda")
+        pairs = [
+            (one @ other, one.double() @ other.double()),
+            (
+                torch.nn.functional.conv2d(image, kernel),
+                torch.nn.functional.conv2d(image.double(), kernel.double()),
+            ),
+        ]
+        return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+    fp32 = {"device": Device.cuda, "precision": Precision.fp32}
+    resolve(Hardware(**fp32))  # type: ignore[arg-type]
+    assert error() < 1e-5
+    resolve(Hardware(**fp32, tf32=True))  # type: ignore[arg-type]
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert 1e-5 < error() < 1e-2

@@ -1,6 +1,7 @@
 """The loss of one effective batch and its gradient, the same for any micro-batch."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +25,29 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
 
 def add_up(terms: Terms, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
     """The totals of the terms and the weights they are sums over, both (terms,)."""
-    values = [term(outputs, batch) for term in terms.values()]
+    with full_precision():
+        values = [term(outputs, batch) for term in terms.values()]
     if not values:
         none = batch["index"].new_zeros(0).float()
         return none, none
     totals, weights = zip(*values, strict=True)
     return torch.stack(totals), torch.stack(weights).detach()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 without TF32, in which the model's own matrix products may be: the exponentials and
+    logarithms of a loss make large errors of small ones.
+    """
+    models = torch.get_float32_matmul_precision()
+    if models == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(models)
 
 
 class WeightedLoss:

@@ -150,8 +150,9 @@ def choose(settings: config.Hardware) -> Choice:
         precision = config.Precision.fp32
     if settings.precision is not config.Precision.auto:
         reasons.pop("precision", None)
-    wanted = settings.min_memory_gb or 0.0
-    if small := use_gpu and gigabytes() < wanted:
+    wanted = settings.min_memory_gb
+    small = use_gpu and wanted is not None and gigabytes() < wanted
+    if wanted is not None and small:
         misfits.append(too_small(wanted))
     if misfits and settings.strict:
         fault, remedy, _ = misfits[0]
