@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from stagesweep.hardware.machine import Machine
 from stagesweep.run import build_stage
 
 
+@cache
 def composed(*overrides: str) -> DictConfig:
     """The config of a run, as the command composes it."""
     config.register()
