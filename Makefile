@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-extras check format bench bench-sweep clean
+.PHONY: help setup demo test test-extras check format bench bench-sweep bench-gpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -52,6 +52,11 @@ bench-sweep: $(READY)  ## the sweep engine against the stock sweeper, reuse, pru
 	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt
 	status=0; for name in overhead kills busy duplicates reuse asha; do echo "== $$name"; \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep $$name || status=1; done; exit $$status
+
+# A file that an experiment reads: make bench-gpu DATA='--data audiogram=mice.csv'
+bench-gpu: $(READY)  ## throughput, memory and a real shortage of it on a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory --device cuda
 
 clean:  ## remove .venv and caches; results stay
 	rm -rf .venv .venv-extras .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

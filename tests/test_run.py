@@ -72,6 +72,14 @@ def test_a_stage_reads_what_can_change_it_and_no_more(
     assert found == {"all": set(before), "joint": {"joint"}, "none": set()}[changed]
 
 
+def test_how_a_machine_is_used_is_no_input_of_a_stage(compose: Any) -> None:
+    """All that a profile may say but precision and tf32; and this is no GPU, so tf32 is nothing."""
+    plain = compose("experiment=digits", "hardware=cpu", "hardware.precision=bf16")
+    card = compose("experiment=digits", "hardware=h200_141gb_x4_2nodes", "hardware.device=cpu")
+    assert card.hardware != plain.hardware
+    assert inputs(card) == inputs(plain)
+
+
 def test_a_data_file_counts_by_its_content_not_its_place(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x\n1\n")
     (tmp_path / "b.csv").write_text("x\n1\n")

@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 from stagesweep import config
 from stagesweep.errors import Interrupted, UserError
 from stagesweep.explain import explain
+from stagesweep.hardware import environment
+from stagesweep.inputs import hardware
 from stagesweep.sweep.plugin import SlotsLauncher, StudySweeper
 
 config.register()
@@ -50,9 +52,10 @@ def main() -> None:
 )
 def job(cfg: DictConfig) -> float | list[float] | None:
     """One run in Hydra's hands; returns the value of its objective."""
-    from stagesweep.walk import walk
-
     try:
+        environment.prepare(hardware(cfg))
+        from stagesweep.walk import walk
+
         return walk(cfg)
     except Interrupted as error:
         leave(str(error), error.exit_code)  # not an Exception: it ends a sweep, too

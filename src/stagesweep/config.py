@@ -23,6 +23,8 @@ from stagesweep import catalogue
 from stagesweep.errors import UserError
 
 NO_RESULT: dict[str, Any] = {"fingerprint": False}
+# The word for a micro-batch that is found by trying.
+AUTO = "auto"
 
 
 def number(default: Any, *, result: bool = True, **bounds: float) -> Any:
@@ -236,19 +238,40 @@ class Figures(Stage):
 
 @dataclass
 class Hardware:
-    """What a run may use of this machine. No field changes what is learnt, but for precision."""
+    """What a run may use of this machine. Only ``precision`` and ``tf32`` change what is learnt."""
 
     device: Device = Device.auto
+    # Processes a run uses on each of so many machines, one a GPU.
     devices: int = number(1, least=1, result=False)
+    # The GPUs it may use, by number; null: those that torch sees.
+    gpu_ids: list[int] | None = field(default=None, metadata=NO_RESULT | {"least": 0})
+    nodes: int = number(1, least=1, result=False)
     # GPUs that each trial of a sweep holds.
     devices_per_trial: int = number(1, least=1, result=False)
+    # Memory that the profile is made for, in GB (10^9 bytes); a smaller GPU does not fit it.
+    min_memory_gb: float | None = number(None, above=0, result=False)
+    # What does not fit the machine is an error, or else a warning that says what is done instead.
+    strict: bool = field(default=True, metadata=NO_RESULT)
     precision: Precision = Precision.auto
-    threads: int | None = number(None, least=1, result=False)
-    # Largest number of samples in one forward pass; null takes the whole batch.
-    micro_batch: int | None = number(None, least=1, result=False)
-    workers: int = number(0, least=0, result=False)
+    # Matrix products of fp32 in TF32; null: where the precision is below fp32 anyway.
+    tf32: bool | None = None
+    cudnn_benchmark: bool = field(default=False, metadata=NO_RESULT)
     compile: bool = field(default=False, metadata=NO_RESULT)
+    threads: int | None = number(None, least=1, result=False)
+    # null: half the cores, at most 8.
+    workers: int | None = number(None, least=0, result=False)
+    pin_memory: bool = field(default=True, metadata=NO_RESULT)
+    # Largest number of samples in one forward pass: null takes the whole batch, auto the most that
+    # fits; and, by a glob of <experiment>/<stage>, bounds of single stages.
+    micro_batch: int | str | None = field(
+        default=None, metadata=NO_RESULT | {"least": 1, "word": AUTO}
+    )
+    micro_batches: dict[str, int] = field(default_factory=dict, metadata=NO_RESULT | {"least": 1})
     activation_checkpointing: bool = field(default=False, metadata=NO_RESULT)
+    # What torch reads from PYTORCH_ALLOC_CONF.
+    allocator: str | None = field(default=None, metadata=NO_RESULT)
+    # Write a trace of some steps of each fit, and a summary of it.
+    profile: bool = field(default=False, metadata=NO_RESULT)
 
 
 @dataclass

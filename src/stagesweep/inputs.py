@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from stagesweep import config
 from stagesweep.errors import UserError
 from stagesweep.fingerprint import fingerprint
-from stagesweep.hardware.gpu import precision
+from stagesweep.hardware.gpu import numerics
 
 
 def fingerprints(cfg: DictConfig) -> dict[str, str]:
@@ -33,7 +33,7 @@ def inputs(cfg: DictConfig) -> dict[str, dict[str, Any]]:
         "model": what_counts(cfg.model),
         "data": data,
         "seed": cfg.seed,
-        "precision": precision(hardware(cfg)),
+        **numerics(hardware(cfg)),
     }
     return {
         str(name): {

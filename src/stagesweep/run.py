@@ -23,6 +23,7 @@ from stagesweep.core.fit import Loop
 from stagesweep.core.log import MetricLog
 from stagesweep.core.predict import predict
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
+from stagesweep.core.trace import tracing
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text, atomic_write
 from stagesweep.hardware.machine import resolve
@@ -45,10 +46,13 @@ class Run:
     ) -> None:
         self.cfg, self.folder, self.stages, self.board = cfg, folder, stages, board
         self.log = log
-        self.machine = resolve(inputs.hardware(cfg))
+        # As the profile says, and as it says for the stage that runs now.
+        self.profile = self.machine = resolve(inputs.hardware(cfg))
         self.device = self.machine.device
         # Name, seed and entry of the stage that runs now, and the newest weights before it.
         self.stage, self.seed = "", cfg.seed
+        # How fast its fit was, and every time that memory ran out.
+        self.measured: dict[str, Any] = {"speed": {}, "oom": []}
         self._entry: Entry | None = None
         self._weights: Path | None = None
 
@@ -65,12 +69,15 @@ class Run:
         entry.begin(fresh=fresh, about=about)
         seed_everything(self.seed)
         metrics = {key: float(value) for key, value in stage(self).items()}
-        entry.commit({**about, "seconds": perf_counter() - started, "metrics": metrics})
+        seconds = perf_counter() - started
+        entry.commit({**about, "seconds": seconds, "metrics": metrics, **self.measured})
         return "resumed" if partial else "ran", metrics
 
     def begin(self, name: str, entry: Entry) -> None:
         """Turn to a stage; its model has the weights that a stage before it left."""
         self.stage, self.seed, self._entry = name, derive(self.cfg.seed, name), entry
+        self.machine = self.profile.at(f"{self.cfg.experiment}/{name}")
+        self.measured = {"speed": {}, "oom": []}
         paths = (folder / "weights.pt" for folder in self._folders()[1:])
         weights = next((path for path in paths if path.exists()), None)
         if weights != self._weights:
@@ -86,7 +93,8 @@ class Run:
 
     def view(self, split: str) -> Any:
         """A split, ready to feed this run's device."""
-        return self.data.split(split).prepare(self.device, self.machine.workers)
+        machine = self.machine
+        return self.data.split(split).prepare(machine.device, machine.workers, machine.pin_memory)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -125,16 +133,22 @@ class Run:
             trial=trial.current(),
         )
         try:
-            return loop.run()
+            with tracing(self.machine, loop.meter, self._entry.path / "profile", name):
+                return loop.run()
         finally:
             loop.rows.close()
+            measured = loop.measured()
+            self.measured["oom"] += measured["oom"]
+            if name == self.stage:
+                self.measured["speed"] = measured["speed"]
 
     def predict(self, split: str, names: Collection[str]) -> dict[str, np.ndarray]:
         """Model outputs and batch columns of a whole split, in order, by name.
 
         An output wins over a batch column of the same name; ``input/<name>`` asks for the column.
         """
-        found = predict(self.model, self.view(split), names, self.machine)
+        oom = self.measured["oom"]
+        found = predict(self.model, self.view(split), names, self.machine, oom=oom)
         return {name: value.numpy() for name, value in found.items()}
 
     def save_weights(self) -> None:

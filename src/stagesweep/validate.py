@@ -73,13 +73,22 @@ def schemas(node: DictConfig, path: str = "") -> None:
             raise UserError(f"unknown key '{name}': {nearest(str(key), known)}")
         if isinstance(value, DictConfig):
             schemas(value, name)
-        for number in value if isinstance(value, Container) else [value]:
+        for number in numbers(value):
             if known and (broken := outside(number, known[str(key)])):
                 raise UserError(f"{name}={number}: {broken}")
 
 
+def numbers(value: Any) -> list[Any]:
+    """The values of a list or mapping, or the one value."""
+    if isinstance(value, DictConfig):
+        return list(value.values())
+    return list(value) if isinstance(value, Container) else [value]
+
+
 def outside(number: Any, rule: Any) -> str | None:
     """What a number should have been; None when it is well."""
+    if isinstance(number, str) and (word := rule.get("word")):
+        return None if number == word else f"must be a number or {word}"
     if isinstance(number, bool) or not isinstance(number, int | float):
         return None
     if not math.isfinite(number):

@@ -101,6 +101,13 @@ class StageResult:
     seconds: float
     fingerprint: str
     metrics: dict[str, float] = field(default_factory=dict)
+    # When it ran: how fast a fit was, and every time that memory ran out.
+    speed: dict[str, float] = field(default_factory=dict)
+    oom: list[dict[str, Any]] = field(default_factory=list)
+
+
+# What a manifest says of how a stage went, beside its metrics.
+MEASURED = ["speed", "oom"]
 
 
 class Walk:
@@ -141,10 +148,14 @@ class Walk:
         with entry.hold(on_wait=log.info):
             if (manifest := self.reusable(name, entry)) is not None:
                 status, metrics = "reused", manifest["metrics"]
+                if self.cfg.hardware.profile:
+                    log.info("%s: reused, so there is no new trace; resume=never makes one", name)
+                measured = {key: manifest[key] for key in MEASURED if key in manifest}
                 entry.touch()
             else:
                 try:
                     status, metrics = self.run.execute(name, entry, started)
+                    measured = self.run.measured
                 except BaseException:
                     entry.publish(folder)
                     raise
@@ -152,7 +163,8 @@ class Walk:
             entry.publish(folder)
         self.copy_rows(folder, to_tensorboard=status == "reused")
         seconds = perf_counter() - started
-        self.stages.append(StageResult(name, status, seconds, entry.fingerprint, metrics))
+        key = entry.fingerprint
+        self.stages.append(StageResult(name, status, seconds, key, metrics, **measured))
         shown = ", ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:6])
         log.info("%s: %s in %.1f s%s", name, status, seconds, shown and f" ({shown})")
         self.write_result("running")

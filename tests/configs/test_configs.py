@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -60,7 +62,14 @@ def base(name: str) -> str | None:
     return next((each for each in defaults if each.startswith("base_")), None)
 
 
+def extends(name: str) -> str:
+    """The first YAML in the chain of those of its group that a YAML is made from."""
+    group, first = name.partition("/")[0], read(name).get("defaults", ["_self_"])[0]
+    return extends(f"{group}/{first}") if f"{group}/{first}" in options(group) else name
+
+
 COMPONENTS = components()
+# Those that extend one themselves, and so list every field.
 SCHEMAS = [name for name in options("stage", "hardware") if base(name) is not None]
 
 
@@ -96,7 +105,11 @@ def test_every_experiment_says_how_it_is_run(name: str) -> None:
     assert re.search(r"\d+ ?(s|seconds?|min|minutes?)\b", header), "expected time"
 
 
-@pytest.mark.parametrize("name", options("model", "hardware"))
+# Those that are another and a number are composed below.
+PROFILES = [name for name in options("hardware") if not re.search(r"_x\d", name)]
+
+
+@pytest.mark.parametrize("name", [*options("model"), *PROFILES])
 def test_every_model_and_profile_fits_the_default_experiment(compose: Compose, name: str) -> None:
     group, _, option = name.partition("/")
     cfg = compose(f"{group}={option}")
@@ -230,7 +243,29 @@ def test_what_has_a_schema_extends_it(name: str) -> None:
     """Every profile, and the stages whose class inherits one."""
     target = read(name).get("_target_")
     has = target is None or issubclass(locate(name, target), config.Stage)  # type: ignore[arg-type]
-    assert (name in SCHEMAS) == has
+    assert (extends(name) in SCHEMAS) == has
+
+
+CARDS = [name.partition("/")[2] for name in options("hardware") if name.endswith("gb")]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_several_of_a_card_are_that_card_and_a_number(card: str) -> None:
+    def composed(name: str) -> dict[str, Any]:
+        with initialize_config_dir(str(CONF)):
+            found: dict[str, Any] = OmegaConf.to_object(hydra_compose(f"hardware/{name}"))  # type: ignore[assignment]
+        return vars(found["hardware"])
+
+    config.register()
+    one = composed(card)
+    assert one["min_memory_gb"] == int(card.rpartition("_")[2].removesuffix("gb"))
+    assert (one["devices"], one["nodes"], one["precision"]) == (1, 1, config.Precision.bf16)
+    several = [f"{card}_x{n}" for n in (2, 4, 8)]
+    for name in [*several, f"{card}_x4_2nodes", f"{card}_x8_2nodes"]:
+        assert len(read(f"hardware/{name}")) == 2, "defaults, and the one thing that differs"
+        devices = int(name.removesuffix("_2nodes").rpartition("x")[2])
+        nodes = 2 if name.endswith("_2nodes") else 1
+        assert composed(name) == one | {"devices": devices, "nodes": nodes}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -288,6 +323,7 @@ def test_the_other_names_that_people_rely_on(compose: Compose) -> None:
     assert {"search/grid", "search/random", "search/bayes", "search/ablation"} <= set(options())
     assert {"experiment/digits", "experiment/audiogram"} <= set(options())
     assert {"hardware/auto", "hardware/cpu"} <= set(options())
+    assert {"rtx5090_32gb", "a100_40gb", "a100_80gb", "h100_80gb", "h200_141gb"} <= set(CARDS)
     assert "path" in list(compose("experiment=audiogram").data)
     root = Path(__file__).parents[2]
     scripts = re.findall(r'^(stagesweep\S*) = "', (root / "pyproject.toml").read_text(), re.M)

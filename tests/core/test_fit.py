@@ -26,6 +26,7 @@ from stagesweep.core import checkpoint, interrupt
 from stagesweep.core.board import read_rows
 from stagesweep.core.fit import Loop
 from stagesweep.core.log import MetricLog
+from stagesweep.core.meter import SPEED
 from stagesweep.core.optim import learning_rate
 from stagesweep.data.loader import LoaderView
 from stagesweep.data.spec import Spec
@@ -55,10 +56,11 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def rows(loop: Loop, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a fit, without the one number that is no result."""
-    found = read_rows(loop.rows.path)
-    for row in found:
-        row.pop("samples_per_second", None)
+    """The rows of a fit, without the numbers that are no result."""
+    found = [
+        {name: value for name, value in row.items() if name not in SPEED}
+        for row in read_rows(loop.rows.path)
+    ]
     return [row for row in found if kind in (None, row["kind"])]
 
 
@@ -704,7 +706,6 @@ class Everything:
         """All that a fit leaves behind."""
         best = {p.name: checkpoint.load(p)["model"] for p in loop.folder.glob("best_*.pt")}
         last = checkpoint.load(loop.folder / "last.pt")
-        last["loop"]["row"].pop("samples_per_second", None)
         return [weights(loop.model), rows(loop), dict(result), best, last]
 
 
@@ -858,7 +859,7 @@ class TestLogs:
         loop.run()
         events = self.events(bench)
         tags = events.Tags()
-        epoch = {"train_loss", "train_error", "val_loss", "val_error", "lr", "samples_per_second"}
+        epoch = {"train_loss", "train_error", "val_loss", "val_error", "lr", *SPEED}
         step = {"train_loss", "train_error", "lr_default", "grad_norm"}
         assert set(tags["scalars"]) == {f"fit/{n}" for n in epoch} | {f"fit_step/{n}" for n in step}
         assert [e.step for e in events.Scalars("fit/val_loss")] == [5, 10, 15, 20]
@@ -958,7 +959,7 @@ class TestGPU:
         loop = bench.loop(name="other", loss=loss, hardware=hardware, ema=0.9)
         assert loop.run()["val_loss"] == pytest.approx(expected["val_loss"], rel=0.03)
         assert loop.scaler.is_enabled() == (precision == "fp16")
-        assert curve(loop, "gpu_mib")[-1] > 0
+        assert loop.measured()["speed"]["peak_mib"] > 0
 
     def test_an_overflow_of_fp16_skips_the_step_and_goes_on(self, bench: "Bench") -> None:
         hardware = {"device": config.Device.cuda, "precision": Precision.fp16}

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from torch import nn
 
 from stagesweep.core.board import Board, read_rows
-from stagesweep.core.log import MetricLog, histogram, peak_memory, progress_bar
+from stagesweep.core.log import MetricLog, histogram, progress_bar
 from stagesweep.errors import UserError
 
 
@@ -188,14 +188,3 @@ def test_the_bar_is_silent_when_nobody_looks(capsys: pytest.CaptureFixture[str])
         bar.total = 3
         bar.update()
     assert capsys.readouterr() == ("", "")
-
-
-def test_there_is_no_memory_to_report_on_a_cpu() -> None:
-    assert peak_memory(torch.device("cpu")) == {}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_peak_memory_of_a_gpu() -> None:
-    torch.zeros(2**20, device="cuda")
-    assert peak_memory(torch.device("cuda"))["gpu_mib"] >= 4

@@ -2,10 +2,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from stagesweep.config import Device, Hardware, Precision
 from stagesweep.errors import UserError
-from stagesweep.hardware import gpu
+from stagesweep.hardware import gpu, machine
 from stagesweep.hardware.machine import choose
 
 
@@ -17,26 +18,49 @@ def outcome(decide: Callable[[Hardware], Precision], settings: Hardware) -> str:
         return str(error)
 
 
+def precision(settings: Hardware) -> Precision:
+    found: Precision = gpu.numerics(settings)["precision"]
+    return found
+
+
 @pytest.mark.parametrize("wanted", list(Precision))
 @pytest.mark.parametrize("device", list(Device))
 def test_it_is_the_precision_that_the_machine_has(device: Device, wanted: Precision) -> None:
     settings = Hardware(device=device, precision=wanted)
-    assert outcome(gpu.precision, settings) == outcome(lambda s: choose(s)[1], settings)
+    assert outcome(precision, settings) == outcome(lambda s: choose(s).precision, settings)
 
 
 def test_a_device_file_has_torch_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(gpu, "Path", lambda _: tmp_path)
     assert gpu.may_be_there()
-    assert gpu.precision(Hardware()) is choose(Hardware())[1]
+    assert precision(Hardware()) is choose(Hardware()).precision
     (tmp_path / "nvidia0").unlink()
     assert not gpu.may_be_there()
-    assert gpu.precision(Hardware()) is Precision.fp32
+    assert precision(Hardware()) is Precision.fp32
 
 
 def test_the_cpu_needs_no_torch(needs_torch: Callable[[str], bool]) -> None:
     assert not needs_torch(
         "from stagesweep.config import Device, Hardware;"
-        "from stagesweep.hardware.gpu import precision;"
-        "precision(Hardware(device=Device.cpu))"
+        "from stagesweep.hardware.gpu import numerics;"
+        "numerics(Hardware(device=Device.cpu))"
     )
+
+
+def test_a_cpu_has_no_tf32() -> None:
+    """What has no effect on this machine is not in a fingerprint."""
+    wanted = Hardware(device=Device.cpu, tf32=True)
+    assert gpu.numerics(wanted) == gpu.numerics(Hardware(device=Device.cpu))
+
+
+def test_where_there_is_a_gpu_tf32_is_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "may_be_there", lambda: True)
+    monkeypatch.setattr(machine, "gpu_may_be_there", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    wanted = {"device": Device.auto, "precision": Precision.fp32}
+    assert [gpu.numerics(Hardware(**wanted, tf32=tf32))["tf32"] for tf32 in (None, True)] == [
+        False,
+        True,
+    ]

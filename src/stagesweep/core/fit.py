@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stagesweep import config
-from stagesweep.core import checkpoint, interrupt
-from stagesweep.core.log import MetricLog, peak_memory, progress_bar
+from stagesweep.core import checkpoint, interrupt, probe
+from stagesweep.core.log import MetricLog, progress_bar
+from stagesweep.core.memory import Room
+from stagesweep.core.meter import Meter
 from stagesweep.core.optim import (
     build_optimizer,
     freeze,
@@ -67,6 +69,8 @@ class Loop:
         self.rules = {n: rule for n, rule in settings.early_stop.items() if n not in unheard}
         self.ema = running_average(model, settings.ema)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.meter = Meter(machine.device)
+        self.room = Room(machine.micro_batch, "evaluation", machine)
         machine.set_threads(sum(p.numel() for p in self.parameters))
         # Noise and augmentation have a stream of their own.
         self.noise = torch.Generator(machine.device).manual_seed(derive(seed, "noise"))
@@ -158,13 +162,15 @@ class Loop:
 
     def train_epoch(self, bar: Any) -> dict[str, float]:
         """Every batch of the epoch that is not done yet, one step each; returns the speed."""
-        started, samples = perf_counter(), 0
         order, epochs = self.order(), self.settings.epochs
         bar.total = epochs * len(order)
         bar.set_description(f"{self.rows.stage} epoch {self.epoch + 1}/{epochs}", refresh=False)
         train_mode(self.model, self.frozen)
-        for batch in self.train.gather(order, start=self.batch):
+        for batch in self.meter.batches(self.train.gather(order, start=self.batch)):
             batch = self.prepare(to_device(batch, self.machine.device))
+            self.loss.room.step = self.step + 1
+            if self.loss.room.unknown:
+                probe.find(self.loss, batch)
             position = self.epoch + self.batch / len(order)
             self.set_rates(position)
             for parameter in self.parameters:
@@ -175,7 +181,6 @@ class Loop:
             self.recent.append(values)
             self.step += 1
             self.batch += 1
-            samples += len(batch["index"])
             bar.update()
             if self.step % self.settings.log_every == 0:
                 self.log_step(bar)
@@ -186,8 +191,7 @@ class Loop:
         self.show(bar, self.row["train_loss"])
         self.sums.zero_()
         self.batch = 0
-        speed = {"samples_per_second": samples / max(perf_counter() - started, 1e-9)}
-        return speed | peak_memory(self.machine.device)
+        return self.meter.end_epoch()
 
     def prepare(self, batch: Batch) -> Batch:
         """Add what is drawn at random for the undivided batch: noise and augmented copies."""
@@ -254,7 +258,8 @@ class Loop:
     def show(self, bar: Any, loss: float) -> None:
         """Put the latest numbers behind the bar."""
         rate = self.optimizer.param_groups[0]["lr"]
-        bar.set_postfix_str(f"loss {loss:.4g} lr {rate:.1e}", refresh=False)
+        speed = f"{self.meter.samples_per_second():,.0f} samples/s"
+        bar.set_postfix_str(f"loss {loss:.4g} lr {rate:.1e} {speed}", refresh=False)
 
     def means(self, sums: Tensor, terms: Mapping[str, nn.Module], split: str) -> dict[str, float]:
         """Each term's mean and their weighted sum (full weights, so that ramps do not show)."""
@@ -273,25 +278,33 @@ class Loop:
 
     def evaluate(self) -> dict[str, float]:
         """Per-sample loss terms and the stage's metrics on the validation split."""
+        self.room.step = self.step
+        return self.room.within(self.score, 1024)
+
+    @torch.no_grad()
+    def score(self, size: int) -> dict[str, float]:
+        """The same, `size` samples at a time."""
         terms = self.loss.per_sample()
         sums = torch.zeros(len(terms), 2, device=self.machine.device)
         seen: list[tuple[dict[str, Tensor], Batch]] = []
         model = self.loss.model if self.ema is None else self.averaged
         model.eval()
-        size = min(1024, self.loss.micro_batch or 1024)
-        with torch.no_grad():
-            for batch in self.val.batches(size):
-                batch = to_device(batch, self.machine.device)
-                outputs = self.loss.forward(model, batch)
-                sums += torch.stack(add_up(terms, outputs, batch), 1)
-                if self.settings.metrics:
-                    seen.append((outputs, batch))
+        for batch in self.val.batches(size):
+            batch = to_device(batch, self.machine.device)
+            outputs = self.loss.forward(model, batch)
+            sums += torch.stack(add_up(terms, outputs, batch), 1)
+            if self.settings.metrics:
+                seen.append((outputs, batch))
         row = self.means(sums, terms, "val") if terms else {}
         if seen:
             arrays = named(*map(joined, zip(*seen, strict=True)))
             for metric in self.settings.metrics.values():
                 row |= {f"val_{name}": float(value) for name, value in metric(arrays).items()}
         return row
+
+    def measured(self) -> dict[str, Any]:
+        """How fast it was (see `Meter`), and every time that memory ran out (see `Room`)."""
+        return {"speed": self.meter.summary(), "oom": self.loss.room.events + self.room.events}
 
     # ---------------------------------------------------------------- checkpoints
 

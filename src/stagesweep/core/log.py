@@ -87,10 +87,3 @@ def histogram(tag: str, values: Tensor, bins: int = 30) -> Summary.Value:
 def progress_bar(stage: str, done: int) -> "tqdm[Any]":
     """A bar over the optimizer steps of a fit; silent when stderr is not a terminal."""
     return tqdm(initial=done, desc=stage, unit="step", disable=None, leave=False)
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak GPU memory of this process in MiB; empty on CPU."""
-    if device.type != "cuda":
-        return {}
-    return {"gpu_mib": torch.cuda.max_memory_allocated(device) / 2**20}

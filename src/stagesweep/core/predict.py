@@ -1,12 +1,13 @@
 """What a model says of a whole split, and how outputs and columns are named."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stagesweep.core.memory import Room
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import UserError
 from stagesweep.hardware.machine import Machine
@@ -20,14 +21,27 @@ def predict(
     names: Collection[str] | None,
     machine: Machine,
     batch_size: int = 1024,
+    oom: list[dict[str, Any]] | None = None,
 ) -> dict[str, Tensor]:
     """Outputs and batch columns (see `named`) of a whole split in order, in eval mode, fp32 on the
-    CPU; ``names`` None gives every output.
+    CPU; ``names`` None gives every output. In smaller batches when the device has too little
+    memory, which is then added to `oom` (see `Room.events`).
     """
     training = model.training
     model.eval()
+    room = Room(machine.micro_batch, "prediction", machine)
+    try:
+        return room.within(lambda size: _predict(model, view, names, machine, size), batch_size)
+    finally:
+        if oom is not None:
+            oom += room.events
+        model.train(training)
+
+
+def _predict(
+    model: nn.Module, view: View, names: Collection[str] | None, machine: Machine, size: int
+) -> dict[str, Tensor]:
     seen: dict[str, list[Tensor]] = {}
-    size = min(batch_size, machine.micro_batch or batch_size)
     with torch.inference_mode():
         for batch in view.batches(size):
             batch = to_device(batch, machine.device)
@@ -39,7 +53,6 @@ def predict(
             for name, value in given.items():
                 value = value.float() if value.is_floating_point() else value
                 seen.setdefault(name, []).append(value)
-    model.train(training)
     return {name: torch.cat(parts).cpu().clone() for name, parts in seen.items()}
 
 

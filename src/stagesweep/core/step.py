@@ -1,20 +1,18 @@
 """The loss of one effective batch and its gradient, the same for any micro-batch."""
 
-import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stagesweep import config
+from stagesweep.core.memory import Room
 from stagesweep.core.seeding import set_torch_state, torch_state
 from stagesweep.core.terms import per_sample, reads
 from stagesweep.data.view import Batch
-from stagesweep.errors import OutOfMemory
 from stagesweep.hardware.machine import Machine
-
-log = logging.getLogger(__name__)
 
 Terms = Mapping[str, nn.Module]
 
@@ -27,12 +25,29 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
 
 def add_up(terms: Terms, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
     """The totals of the terms and the weights they are sums over, both (terms,)."""
-    values = [term(outputs, batch) for term in terms.values()]
+    with full_precision():
+        values = [term(outputs, batch) for term in terms.values()]
     if not values:
         none = batch["index"].new_zeros(0).float()
         return none, none
     totals, weights = zip(*values, strict=True)
     return torch.stack(totals), torch.stack(weights).detach()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 without TF32, in which the model's own matrix products may be: the exponentials and
+    logarithms of a loss make large errors of small ones.
+    """
+    models = torch.get_float32_matmul_precision()
+    if models == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(models)
 
 
 class WeightedLoss:
@@ -61,7 +76,8 @@ class WeightedLoss:
         self.terms = self.single | self.whole
         self.weights = {name: weights[name] for name in self.terms}
         self.model: nn.Module = torch.compile(model) if machine.compile else model  # type: ignore[assignment]
-        self.machine, self.scaler, self.micro_batch = machine, scaler, machine.micro_batch
+        self.machine, self.scaler = machine, scaler
+        self.room = Room(machine.micro_batch, "training", machine)
         # A factor is start + slope * position, at most full.
         ramps = [(w.weight, w.ramp) for w in self.weights.values()]
         self.start, self.slope, self.full = (
@@ -90,35 +106,29 @@ class WeightedLoss:
             outputs = model(batch)
         return {k: v.float() if v.is_floating_point() else v for k, v in outputs.items()}
 
+    @property
+    def micro_batch(self) -> int | None:
+        """Most samples in one forward pass; None: the whole batch."""
+        return self.room.size
+
     def backward(self, batch: Batch, position: float) -> Tensor:
         """Add the gradient of the batch to ``.grad``; returns (total, weight): (terms, 2).
 
-        When the GPU has too little memory the step starts again with half the micro-batch, and so
-        do all after it.
+        When the device has too little memory the step starts again with half the micro-batch, and
+        so do all after it.
         """
-        factors = self.factors(position)
-        while True:
-            try:
-                if self.micro_batch and self.micro_batch < len(batch["index"]):
-                    return self._accumulate(batch, factors)
-                totals, weights = add_up(self.terms, self.forward(self.model, batch), batch)
-                self.scaler.scale(combine(totals, weights, factors)).backward()
-                return torch.stack([totals.detach(), weights], 1)
-            except torch.OutOfMemoryError as error:
-                self._halve(len(batch["index"]), error)
-            # Here, outside the handler, nothing holds on to the tensors of the failed attempt.
-            self.model.zero_grad()
-            torch.cuda.empty_cache()
+        return self.room.within(
+            lambda _: self.attempt(batch, position), len(batch["index"]), undo=self.model.zero_grad
+        )
 
-    def _halve(self, samples: int, error: Exception) -> None:
-        size = min(samples, self.micro_batch or samples)
-        if size == 1:
-            raise OutOfMemory(
-                "the GPU has too little memory for one sample: make the model smaller, or set "
-                "hardware.activation_checkpointing=true or hardware.device=cpu"
-            ) from error
-        self.micro_batch = size // 2
-        log.warning("out of GPU memory: going on with hardware.micro_batch=%d", self.micro_batch)
+    def attempt(self, batch: Batch, position: float) -> Tensor:
+        """The same, with the micro-batch as it is."""
+        factors = self.factors(position)
+        if self.micro_batch and self.micro_batch < len(batch["index"]):
+            return self._accumulate(batch, factors)
+        totals, weights = add_up(self.terms, self.forward(self.model, batch), batch)
+        self.scaler.scale(combine(totals, weights, factors)).backward()
+        return torch.stack([totals.detach(), weights], 1)
 
     def _accumulate(self, batch: Batch, factors: Tensor) -> Tensor:
         """The same gradient in two passes over micro-batches.

@@ -37,9 +37,11 @@ class LoaderView(View):
         self.samples = samples
         self.workers, self.pinned = 0, False
 
-    def prepare(self, device: torch.device, workers: int) -> "LoaderView":
-        """Read with so many processes, for use on `device`; the columns stay on the CPU."""
-        self.workers, self.pinned = workers, device.type == "cuda"
+    def prepare(self, device: torch.device, workers: int, pinned: bool = True) -> "LoaderView":
+        """Read with so many processes, for use on `device`, into memory that a GPU can fetch from
+        (`pinned`); the columns stay on the CPU.
+        """
+        self.workers, self.pinned = workers, pinned and device.type == "cuda"
         return self
 
     def gather(self, order: Iterable[Tensor], start: int = 0) -> Iterator[Batch]:

@@ -36,7 +36,7 @@ class View:
     def __contains__(self, name: str) -> bool:
         return name in self.columns
 
-    def prepare(self, device: torch.device, workers: int) -> "View":
+    def prepare(self, device: torch.device, workers: int, pinned: bool = True) -> "View":
         """Move all columns to `device`, so that a batch is one gather there; needs no workers."""
         self.columns = {name: column.to(device) for name, column in self.columns.items()}
         return self

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from stagesweep.config import Device, Hardware, Precision
 
@@ -25,16 +26,18 @@ def ids(settings: Hardware) -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def precision(settings: Hardware) -> Precision:
-    """The number format that the machine will have; asks torch only where it must.
+def numerics(settings: Hardware) -> dict[str, Any]:
+    """What of the profile changes numbers, as this machine will have it: precision and tf32.
 
-    UserError for a profile that this machine cannot follow, as far as that is looked at.
+    Asks torch only where it must. The others change nothing, or the last bits as any GPU does:
+    which algorithm cuDNN picks, and what a compiler fuses. UserError for a profile that this
+    machine cannot follow, as far as that is looked at.
     """
-    if settings.device is not Device.cuda and settings.precision is not Precision.fp16:
-        if settings.precision is not Precision.auto:
-            return settings.precision
-        if settings.device is Device.cpu or not may_be_there():
-            return Precision.fp32
+    needs_gpu = settings.device is Device.cuda or settings.precision is Precision.fp16
+    if not needs_gpu and (settings.device is Device.cpu or not may_be_there()):
+        auto = settings.precision is Precision.auto
+        return {"precision": Precision.fp32 if auto else settings.precision, "tf32": False}
     from stagesweep.hardware.machine import choose
 
-    return choose(settings)[1]
+    chosen = choose(settings)
+    return {"precision": chosen.precision, "tf32": chosen.tf32}

@@ -1,7 +1,8 @@
 """The hardware profile with every ``auto`` decided."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 
 import torch
 
@@ -11,10 +12,17 @@ from stagesweep.hardware.gpu import may_be_there as gpu_may_be_there
 
 log = logging.getLogger(__name__)
 
+FORMATS = {config.Precision.bf16: torch.bfloat16, config.Precision.fp16: torch.float16}
+# What torch takes by default: OMP_NUM_THREADS, or else the cores there are.
+CORES = torch.get_num_threads()
+
 
 @dataclass(frozen=True)
 class Machine:
-    """A profile with every ``auto`` decided. ``autocast`` is None for fp32."""
+    """A profile with every ``auto`` decided. ``autocast`` is None for fp32.
+
+    ``probe``: the micro-batch of each fit is to be found by trying.
+    """
 
     device: torch.device
     precision: config.Precision
@@ -24,6 +32,20 @@ class Machine:
     workers: int
     compile: bool
     activation_checkpointing: bool
+    tf32: bool = False
+    pin_memory: bool = True
+    probe: bool = False
+    micro_batches: dict[str, int] = field(default_factory=dict)
+    profile: bool = False
+
+    def at(self, stage: str) -> "Machine":
+        """The machine for one stage, ``<experiment>/<stage>``: the least of what bounds its
+        micro-batch; one that is found by trying has no other bound.
+        """
+        bounds = [n for pattern, n in self.micro_batches.items() if fnmatch(stage, pattern)]
+        if self.probe or not bounds:
+            return self
+        return replace(self, micro_batch=min([*bounds, self.micro_batch or bounds[0]]))
 
     def set_threads(self, parameters: int) -> None:
         """Threads of CPU operations for a model of so many parameters.
@@ -34,42 +56,142 @@ class Machine:
         torch.set_num_threads(self.threads or (1 if parameters < 1_000_000 else CORES))
 
 
-# What torch takes by default: OMP_NUM_THREADS, or else the cores there are.
-CORES = torch.get_num_threads()
+@dataclass(frozen=True)
+class Choice:
+    """What this machine makes of a profile: `reasons` of what was left open, and `instead` what is
+    done where the profile does not fit; `small` when the GPU's memory does not.
+    """
+
+    device: torch.device
+    precision: config.Precision
+    tf32: bool
+    small: bool
+    reasons: dict[str, str]
+    instead: list[str]
 
 
 def resolve(settings: config.Hardware) -> Machine:
-    """Decide what the profile leaves open, and say what was chosen."""
-    device, precision = choose(settings)
-    name = f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else ""
-    log.info("hardware: %s%s, %s", device, name, precision)
-    formats = {config.Precision.bf16: torch.bfloat16, config.Precision.fp16: torch.float16}
-    return Machine(
-        device=device,
-        precision=precision,
-        autocast=formats.get(precision),
+    """Decide what the profile leaves open, tell torch, and say what was chosen."""
+    chosen = choose(settings)
+    for line in chosen.instead:
+        log.warning("%s", line)
+    given = settings.micro_batch
+    if chosen.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = chosen.tf32
+        torch.backends.cudnn.benchmark = settings.cudnn_benchmark
+    machine = Machine(
+        device=chosen.device,
+        precision=chosen.precision,
+        autocast=FORMATS.get(chosen.precision),
+        tf32=chosen.tf32,
         threads=settings.threads,
-        micro_batch=settings.micro_batch,
-        workers=settings.workers,
+        micro_batch=given if isinstance(given, int) else None,
+        probe=given == config.AUTO or chosen.small,
+        micro_batches=settings.micro_batches,
+        workers=min(8, CORES // 2) if settings.workers is None else settings.workers,
+        pin_memory=settings.pin_memory,
         compile=settings.compile,
         activation_checkpointing=settings.activation_checkpointing,
+        profile=settings.profile,
+    )
+    log.info("hardware: %s", described(machine, chosen.reasons))
+    return machine
+
+
+def described(machine: Machine, reasons: dict[str, str]) -> str:
+    """One line: what was chosen, and why where the profile left it open."""
+    if machine.device.type == "cuda":
+        name = f"{torch.cuda.get_device_name()} ({gigabytes():.0f} GB)"
+    else:
+        name = "cpu" + reasons.get("device", "")
+    threads = machine.threads or f"1 or {CORES} by size of model"
+    pieces = f"at most {machine.micro_batch}" if machine.micro_batch else "whole batches"
+    parts = [
+        name,
+        machine.precision + reasons.get("precision", ""),
+        *(["TF32"] if machine.tf32 else []),
+        f"threads {threads}",
+        f"loader workers {machine.workers}",
+        "micro-batch found by trying" if machine.probe else pieces,
+    ]
+    return ", ".join(parts)
+
+
+def gigabytes() -> float:
+    """Memory of the GPU in GB, of 10^9 bytes: what a card of "80 GB" has a little more of."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 1e9
+
+
+def choose(settings: config.Hardware) -> Choice:
+    """Device and number format; UserError for a profile that this machine cannot follow, or with
+    ``strict`` false what is done instead.
+    """
+    if settings.devices != 1:
+        raise UserError(f"hardware.devices={settings.devices} is not supported yet; set it to 1")
+    misfits: list[Misfit] = []
+    there = gpu_may_be_there() and torch.cuda.is_available()
+    use_gpu = there and settings.device is not config.Device.cpu
+    if settings.device is config.Device.cuda and not there:
+        misfits.append(NO_GPU)
+        settings = replace(settings, precision=config.Precision.fp32)
+    bf16 = use_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    reasons = {"precision": f" (the GPU has {'it' if bf16 else 'no bf16'})"} if use_gpu else {}
+    if not there and settings.device is not config.Device.cpu:
+        reasons["device"] = " (torch finds no GPU)"
+    precision = settings.precision
+    if precision is config.Precision.auto:
+        precision = config.Precision.bf16 if bf16 else config.Precision.fp32
+    elif precision is config.Precision.fp16 and not use_gpu:
+        misfits.append(NO_FP16)
+        precision = config.Precision.fp32
+    elif precision is config.Precision.bf16 and use_gpu and not bf16:
+        misfits.append(NO_BF16)
+        precision = config.Precision.fp32
+    if settings.precision is not config.Precision.auto:
+        reasons.pop("precision", None)
+    wanted = settings.min_memory_gb
+    small = use_gpu and wanted is not None and gigabytes() < wanted
+    if wanted is not None and small:
+        misfits.append(too_small(wanted))
+    if misfits and settings.strict:
+        fault, remedy, _ = misfits[0]
+        raise UserError(f"{fault}; {remedy}")
+    lower = precision is not config.Precision.fp32
+    return Choice(
+        device=torch.device("cuda" if use_gpu else "cpu"),
+        precision=precision,
+        tf32=use_gpu and (lower if settings.tf32 is None else settings.tf32),
+        small=small,
+        reasons=reasons,
+        instead=[f"{fault}: {fallback}" for fault, _, fallback in misfits],
     )
 
 
-def choose(settings: config.Hardware) -> tuple[torch.device, config.Precision]:
-    """Device and number format; UserError for a profile that this machine cannot follow."""
-    gpu = gpu_may_be_there() and torch.cuda.is_available()
-    if settings.device is config.Device.cuda and not gpu:
-        raise UserError("hardware.device=cuda, but torch finds no GPU; set hardware.device=cpu")
-    if settings.devices != 1:
-        raise UserError(f"hardware.devices={settings.devices} is not supported yet; set it to 1")
-    if settings.micro_batch is not None and settings.micro_batch < 1:
-        raise UserError(f"hardware.micro_batch={settings.micro_batch} must be at least 1")
-    use_gpu = gpu and settings.device is not config.Device.cpu
-    precision = settings.precision
-    if precision is config.Precision.auto:
-        bf16 = use_gpu and torch.cuda.is_bf16_supported()
-        precision = config.Precision.bf16 if bf16 else config.Precision.fp32
-    if precision is config.Precision.fp16 and not use_gpu:
-        raise UserError("hardware.precision=fp16 needs a GPU; set it to bf16 or fp32")
-    return torch.device("cuda" if use_gpu else "cpu"), precision
+# What does not fit, what to set, and what is done instead when the profile is not strict.
+Misfit = tuple[str, str, str]
+NO_GPU: Misfit = (
+    "hardware.device=cuda, but torch finds no GPU",
+    "set hardware.device=cpu, or hardware.strict=false to fall back to it",
+    "going on with the CPU in fp32",
+)
+NO_FP16: Misfit = (
+    "hardware.precision=fp16 needs a GPU",
+    "set it to bf16 or fp32",
+    "going on with fp32",
+)
+NO_BF16: Misfit = (
+    "hardware.precision=bf16, which this GPU does not have",
+    "set it to fp16 or fp32",
+    "going on with fp32",
+)
+
+
+def too_small(wanted: float) -> Misfit:
+    """A GPU with less memory than the profile is made for."""
+    return (
+        f"this profile is for a GPU of {wanted:g} GB, and {torch.cuda.get_device_name()} has "
+        f"{gigabytes():.0f}",
+        "choose another hardware=, or set hardware.strict=false",
+        "going on with hardware.micro_batch=auto",
+    )

@@ -62,10 +62,13 @@ class SlotsLauncher(Launcher):
 
     def open(self) -> "Slots":
         """The slots, for a sweeper that fills each as soon as it is free."""
+        from stagesweep.hardware import environment
         from stagesweep.inputs import hardware
         from stagesweep.sweep.slots import Slots, leases
 
-        given = leases(self.slots, hardware(self.config))
+        settings = hardware(self.config)
+        environment.prepare(settings)  # of the server that trials are forked from
+        given = leases(self.slots, settings)
         return Slots(given, self.hydra_context, self.config, self.task)
 
     def launch(

@@ -1,0 +1,90 @@
+"""A fit stage of an experiment, built as a run does, to be measured by itself."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import execution_whitelist, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from stagesweep import config
+from stagesweep.core.board import Board
+from stagesweep.core.fit import Loop
+from stagesweep.core.log import MetricLog
+from stagesweep.core.seeding import seed_everything
+from stagesweep.data.view import View
+from stagesweep.hardware.machine import Machine
+from stagesweep.run import build_stage
+
+
+@cache
+def composed(*overrides: str) -> DictConfig:
+    """The config of a run, as the command composes it."""
+    config.register()
+    with initialize_config_dir(str(config.folder())):
+        return compose("config", list(overrides))
+
+
+def fits(cfg: DictConfig) -> list[str]:
+    """The names of its stages that train."""
+    kinds = {str(name): OmegaConf.get_type(node) for name, node in cfg.stage.items()}
+    return [
+        name for name, kind in kinds.items() if kind is not None and issubclass(kind, config.Fit)
+    ]
+
+
+class Part:
+    """The data, model, loss terms and settings of one fit stage."""
+
+    def __init__(self, cfg: DictConfig, stage: str, machine: Machine) -> None:
+        self.stage, self.machine = stage, machine
+        seed_everything(0)
+        with execution_whitelist(config.trusted()):
+            self.data: Any = instantiate(cfg.data, _convert_="all")
+            self.settings: config.Fit = build_stage(cfg.stage[stage])
+            model: Any = instantiate(cfg.model, spec=self.data.spec, _convert_="all")
+            terms = {t: instantiate(cfg.loss[t], _convert_="all") for t in self.settings.loss}
+        if hasattr(model, "checkpointed"):
+            model.checkpointed = machine.activation_checkpointing
+        self.model: nn.Module = model.to(machine.device)
+        self.terms = {name: term.to(machine.device) for name, term in terms.items()}
+
+    def view(self, split: str) -> View:
+        """A split, where the machine wants it."""
+        found: View = self.data.split(split)
+        return found.prepare(self.machine.device, self.machine.workers, self.machine.pin_memory)
+
+    @contextmanager
+    def loop(self, train: View | None = None) -> Iterator[Loop]:
+        """The fit, in a folder that is thrown away; on other training data if `train` is given."""
+        with tempfile.TemporaryDirectory() as folder:
+            board = Board(Path(folder))
+            rows = MetricLog(Path(folder, "metrics.jsonl"), board, self.stage)
+            yield Loop(
+                model=self.model,
+                terms=self.terms,
+                settings=self.settings,
+                views={"train": train or self.view("train"), "val": self.view("val")},
+                spec=self.data.spec,
+                machine=self.machine,
+                seed=0,
+                folder=Path(folder, "checkpoints"),
+                rows=rows,
+            )
+            rows.close()
+            board.close()
+
+
+def processor(device: torch.device) -> str:
+    """The name of what computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} thread(s)"

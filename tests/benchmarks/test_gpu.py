@@ -1,0 +1,56 @@
+"""The benchmarks of hardware do run; what they measure is worth something on a GPU only."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from stagesweep import config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_smoke_run_of_the_gpu_benchmark_fills_its_tables(tmp_path: Path) -> None:
+    from benchmarks.gpu import main
+
+    page = tmp_path / "page.md"
+    assert main(["--device", "cpu", "--small", "--output", str(page)]) == 0
+    text = page.read_text()
+    for file in (config.folder() / "experiment").glob("*.yaml"):
+        assert re.search(rf"^\| {file.stem}(, \w+ \| \d+| \| needs `--data) ", text, re.MULTILINE)
+    assert re.search(r"^\| digits, pretrain \| 128 \| [\d,]+ \| [\d,]+ \|$", text, re.MULTILINE)
+    assert "micro-batch 400 → 200" in text
+    assert "survived" in text
+    assert re.search(r"^\| DataLoader, 0 workers \| [\d,]+ \|$", text, re.MULTILINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
+def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.gpu import main
+
+    assert main([]) == 1
+    assert capsys.readouterr().out == (
+        "bench-gpu: torch finds no GPU; --device cpu --small tries the benchmark itself\n"
+    )
+
+
+def test_recipes_save_memory_and_leave_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import memory
+
+    recipes = ("plain", "activations recomputed")
+    peaks, losses = zip(
+        *(memory.measure(name, config.Device.cpu, 64, 400, rounds=1)[:2] for name in recipes),
+        strict=True,
+    )
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert peaks[1] < 0.9 * peaks[0]

@@ -1,0 +1,49 @@
+import os
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from stagesweep.config import Hardware
+from stagesweep.hardware.environment import prepare
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+NAMES = ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "before")
+
+
+def test_what_the_profile_leaves_open_stays() -> None:
+    prepare(Hardware())
+    assert [os.environ[name] for name in NAMES] == ["before"] * 3
+
+
+def test_what_it_says_is_set() -> None:
+    prepare(Hardware(threads=3, allocator="expandable_segments:True"))
+    assert [os.environ[name] for name in NAMES] == ["3", *["expandable_segments:True"] * 2]
+
+
+def test_it_is_set_before_torch_starts(needs_torch: Callable[[str], bool]) -> None:
+    assert not needs_torch(
+        "from stagesweep import cli\n"
+        "from stagesweep.config import Hardware\n"
+        "cli.environment.prepare(Hardware(threads=1))"
+    )
+
+
+def test_the_command_sets_it_before_it_imports_torch(stagesweep: Command) -> None:
+    """Half of the threads that torch found when it started are loader processes."""
+    fit = ["~stage.init_clusters", "~stage.joint", "~stage.evaluate", "stage.pretrain.epochs=1"]
+    said = stagesweep(
+        "experiment=tiny",
+        "hardware.threads=1",
+        "objective.metric=pretrain/val_loss",
+        *fit,
+        OMP_NUM_THREADS="2",
+    )
+    assert "threads 1, loader workers 0" in said.stdout + said.stderr

@@ -1,0 +1,90 @@
+"""Every loss term computes in fp32, whatever the model and its surroundings do: by discovery."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import execution_whitelist, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from stagesweep import config
+from stagesweep.core.seeding import seed_everything
+from stagesweep.core.terms import reads
+
+Compose = Callable[..., DictConfig]
+
+LOSSES = sorted(file.stem for file in (config.folder() / "loss").glob("*.yaml"))
+EXPERIMENTS = sorted(file.stem for file in (config.folder() / "experiment").glob("*.yaml"))
+# Where a loss is tried that no experiment uses without a file.
+OTHERWISE = "audiogram_simulated"
+
+
+@pytest.fixture(scope="module")
+def experiments(compose: Compose) -> dict[str, DictConfig]:
+    """Those that need no file, small."""
+    found = {name: compose(f"experiment={name}") for name in EXPERIMENTS}
+    OmegaConf.update(found[OTHERWISE], "data.animals", 300)
+    OmegaConf.update(found[OTHERWISE], "data.genes", 60)
+    return {name: cfg for name, cfg in found.items() if not OmegaConf.missing_keys(cfg)}
+
+
+def used(experiments: dict[str, DictConfig], loss: str) -> tuple[DictConfig, Any]:
+    """An experiment that uses a loss, and the loss as it is there."""
+    node = OmegaConf.load(config.folder() / "loss" / f"{loss}.yaml")
+    for cfg in experiments.values():
+        for own in cfg.loss.values():
+            if own._target_ == node._target_:
+                return cfg, own
+    for key in OmegaConf.missing_keys(node):
+        node[key] = {"feature": "thresholds", "label": "gene"}[key]
+    return experiments[OTHERWISE], node
+
+
+@cache
+def batch_and_outputs(text: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What an experiment's model, at its start, makes of a batch of its training data."""
+    cfg = OmegaConf.create(text)
+    assert isinstance(cfg, DictConfig)
+    seed_everything(0)
+    with execution_whitelist(config.trusted()):
+        data: Any = instantiate(cfg.data, _convert_="all")
+        model = instantiate(cfg.model, spec=data.spec, _convert_="all")
+        generator = torch.Generator().manual_seed(0)
+        batch = next(iter(data.split("train").batches(64)))
+        for stage in cfg.stage.values():
+            if stage.get("augment") is not None and "positive/" not in "".join(batch):
+                augment = instantiate(stage.augment, _convert_="all")
+                batch |= augment(batch, data.spec, generator)
+    if hasattr(model, "sample_noise"):
+        batch |= model.sample_noise(64, generator)
+    with torch.no_grad():
+        return batch, model(batch)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_term_is_computed_in_fp32_under_bf16(
+    experiments: dict[str, DictConfig], loss: str
+) -> None:
+    cfg, node = used(experiments, loss)
+    parts = OmegaConf.masked_copy(cfg, ["data", "model", "stage"])
+    batch, outputs = batch_and_outputs(OmegaConf.to_yaml(parts, resolve=True))
+    with execution_whitelist(config.trusted()):
+        term: Any = instantiate(node, _convert_="all")
+    if hasattr(term, "refresh"):
+        term.refresh(0, lambda: outputs)
+    low = {k: v.bfloat16() if v.is_floating_point() else v for k, v in outputs.items()}
+    high = {k: v.float() if v.is_floating_point() else v for k, v in low.items()}
+    expected, weight = term(high, batch)
+    assert expected.dtype is torch.float32
+    assert weight > 0
+    assert expected.isfinite()
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (high, low):
+            found, _ = term(given, batch)
+            assert found.dtype is torch.float32
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    # The comparison can tell: what the terms read differs in bf16.
+    assert any(not torch.equal(outputs[k], high[k]) for k in (*reads(term), "mean"))
