@@ -11,7 +11,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from stagesweep import config
+from stagesweep import config, launch
 from stagesweep.errors import Interrupted, UserError
 from stagesweep.explain import explain
 from stagesweep.sweep.plugin import SlotsLauncher, StudySweeper
@@ -34,7 +34,10 @@ def main() -> None:
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
     try:
-        job()
+        if int(os.environ.get("RANK") or 0) > 0:
+            launch.follow()
+        else:
+            job()
     except KeyboardInterrupt:
         leave("interrupted", 130)
     except Interrupted as error:

@@ -240,6 +240,8 @@ class Hardware:
 
     device: Device = Device.auto
     devices: int = number(1, least=1, result=False)
+    # Which GPUs, by their numbers; as many as there are `devices`.
+    gpu_ids: list[int] | None = field(default=None, metadata={**NO_RESULT, "least": 0})
     # GPUs that each trial of a sweep holds.
     devices_per_trial: int = number(1, least=1, result=False)
     precision: Precision = Precision.auto

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from stagesweep import launch
 from stagesweep.config import Resume, aims
 from stagesweep.core import interrupt
 from stagesweep.core.board import Board, read_rows
 from stagesweep.errors import Interrupted, Pruned, UserError
 from stagesweep.explain import explain
 from stagesweep.files import atomic_text
+from stagesweep.hardware import gpu
 from stagesweep.inputs import fingerprints, hardware
 from stagesweep.store import Entry, Store
 from stagesweep.validate import form, validate
@@ -42,8 +44,17 @@ def walk(cfg: DictConfig) -> float | list[float] | None:
     Writes ``result.json`` there whatever happens. Raises UserError for everything a person can
     mend, Interrupted (exit status 130 or 143) when told to stop.
     """
+    gpu.select(hardware(cfg))
     if not stored(cfg):
         check(cfg)
+        if (processes := launch.wanted(hardware(cfg))) > 1:
+            return launch.start(cfg, processes)
+    with launch.led():
+        return through(cfg)
+
+
+def through(cfg: DictConfig) -> float | list[float] | None:
+    """Every stage of a config that was found valid, in this process; see `walk`."""
     hydra = HydraConfig.get()
     this = Walk(cfg, Path(hydra.runtime.output_dir), overrides=list(hydra.overrides.task))
     try:

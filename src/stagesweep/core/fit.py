@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stagesweep import config
 from stagesweep.core import checkpoint, interrupt
+from stagesweep.core.distributed import ALONE, Team
 from stagesweep.core.log import MetricLog, peak_memory, progress_bar
 from stagesweep.core.optim import (
     build_optimizer,
@@ -21,7 +22,7 @@ from stagesweep.core.optim import (
     running_average,
     train_mode,
 )
-from stagesweep.core.predict import joined, named, predict, to_device
+from stagesweep.core.predict import joined, named, predict, share_of, to_device
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
 from stagesweep.core.terms import metric_names, reports, silent
@@ -50,8 +51,9 @@ class Loop:
         folder: Path,
         rows: MetricLog,
         trial: Trial | None = None,
+        team: Team = ALONE,
     ) -> None:
-        self.trial = trial or Trial()
+        self.trial, self.team = trial or Trial(), team
         self.model, self.settings, self.machine, self.folder = model, settings, machine, folder
         self.train, self.val, self.spec, self.rows = views["train"], views["val"], spec, rows
         self.seed = seed
@@ -62,7 +64,9 @@ class Loop:
         self.optimizer = build_optimizer(model, settings.optimizer)
         fp16 = machine.precision is config.Precision.fp16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=fp16)
-        self.loss = WeightedLoss(model, terms, settings.loss, machine, self.scaler)
+        self.loss = WeightedLoss(model, terms, settings.loss, machine, self.scaler, team)
+        # Then every process needs the batch as it is before it is divided.
+        self.undivided = settings.augment is not None or bool(self.loss.whole)
         unheard = silent({name: terms[name] for name in settings.loss}, settings.loss)
         self.rules = {n: rule for n, rule in settings.early_stop.items() if n not in unheard}
         self.ema = running_average(model, settings.ema)
@@ -101,14 +105,17 @@ class Loop:
         seed_everything(self.seed)
         self.restore()
         s = self.settings
-        with interrupt.deferred(), progress_bar(self.rows.stage, self.step) as bar:
+        hidden = None if self.team.main else True
+        with interrupt.deferred(), progress_bar(self.rows.stage, self.step, hidden) as bar:
             while self.epoch < s.epochs and not self.finished:
                 if self.batch == 0:
                     self.row = self.refresh()
                 speed = self.train_epoch(bar)
                 self.epoch += 1
+                self.team.average_buffers(self.model, self.ema)
                 if evaluated := self.epoch % s.eval_every == 0 or self.epoch == s.epochs:
                     self.row |= self.evaluate()
+                self.row = self.team.share(self.row)
                 self.summary |= self.row
                 if evaluated:
                     self.keep(self.watch.evaluated(self.row))
@@ -131,16 +138,19 @@ class Loop:
         return list(self.train.order(self.settings.batch_size, generator, self.settings.sampler))
 
     def stop_if_told(self) -> None:
-        """Save and raise when a signal has come."""
-        if (stop := interrupt.pending()) is not None:
+        """Save and raise when a signal has come to this process or another."""
+        (signum,) = self.team.most(interrupt.told())
+        if signum:
             self.check()
+            self.team.average_buffers(self.model, self.ema)
             self.save()
-            raise stop
+            raise interrupt.stop(signum)
 
     def stop_if_pruned(self) -> None:
         """Tell the sweep how far this is; save and raise when it has no more use for it."""
         self.trial.report(self.rows.stage, self.row, self.epoch, self.settings.epochs)
-        if self.epoch < self.settings.epochs and not self.finished and self.trial.should_stop():
+        going_on = self.epoch < self.settings.epochs and not self.finished
+        if going_on and any(self.team.most(self.trial.should_stop())):
             self.save()
             raise Pruned(f"pruned in stage {self.rows.stage}, after epoch {self.epoch}")
 
@@ -148,7 +158,7 @@ class Loop:
         """Let terms that need a pass over the whole training set take it when due."""
 
         def over_train() -> dict[str, Tensor]:
-            return predict(self.averaged, self.train, None, self.machine)
+            return predict(self.averaged, self.train, None, self.machine, team=self.team)
 
         row: dict[str, float] = {}
         for term in self.loss.terms.values():
@@ -163,19 +173,22 @@ class Loop:
         bar.total = epochs * len(order)
         bar.set_description(f"{self.rows.stage} epoch {self.epoch + 1}/{epochs}", refresh=False)
         train_mode(self.model, self.frozen)
-        for batch in self.train.gather(order, start=self.batch):
-            batch = self.prepare(to_device(batch, self.machine.device))
+        for batch in self.train.gather(self.shares(order), start=self.batch):
+            size = len(order[self.batch])
+            batch = self.prepare(to_device(batch, self.machine.device), size)
             position = self.epoch + self.batch / len(order)
             self.set_rates(position)
             for parameter in self.parameters:
                 parameter.grad = None
-            values = self.loss.backward(batch, position)
+            if self.team.size > 1:  # what the model draws itself differs between processes
+                torch.manual_seed(derive(self.seed, "rank", self.team.rank, self.step))
+            values = self.loss.backward(batch, position, size)
             self.update()
             self.sums += values
             self.recent.append(values)
             self.step += 1
             self.batch += 1
-            samples += len(batch["index"])
+            samples += size
             bar.update()
             if self.step % self.settings.log_every == 0:
                 self.log_step(bar)
@@ -189,10 +202,19 @@ class Loop:
         speed = {"samples_per_second": samples / max(perf_counter() - started, 1e-9)}
         return speed | peak_memory(self.machine.device)
 
-    def prepare(self, batch: Batch) -> Batch:
+    def shares(self, order: list[Tensor]) -> list[Tensor]:
+        """The rows of each batch that this process reads: its own part, where that is enough."""
+        if self.undivided or self.team.size == 1:
+            return order
+        return [r if len(r) < self.team.size else r[self.team.part(len(r))] for r in order]
+
+    def prepare(self, batch: Batch, samples: int) -> Batch:
         """Add what is drawn at random for the undivided batch: noise and augmented copies."""
         if (sample := getattr(self.model, "sample_noise", None)) is not None:
-            batch |= sample(len(batch["index"]), self.noise)
+            noise = sample(samples, self.noise)
+            if len(batch["index"]) < samples:
+                noise = {name: value[self.team.part(samples)] for name, value in noise.items()}
+            batch |= noise
         if self.settings.augment is not None:
             batch |= self.settings.augment(batch, self.spec, self.noise)
         return batch
@@ -280,24 +302,29 @@ class Loop:
         model.eval()
         size = min(1024, self.loss.micro_batch or 1024)
         with torch.no_grad():
-            for batch in self.val.batches(size):
+            batches, team = share_of(self.val, size, self.team)
+            for batch in batches:
                 batch = to_device(batch, self.machine.device)
                 outputs = self.loss.forward(model, batch)
                 sums += torch.stack(add_up(terms, outputs, batch), 1)
                 if self.settings.metrics:
                     seen.append((outputs, batch))
-        row = self.means(sums, terms, "val") if terms else {}
+        row = self.means(team.sum(sums), terms, "val") if terms else {}
         if seen:
-            arrays = named(*map(joined, zip(*seen, strict=True)))
-            for metric in self.settings.metrics.values():
-                row |= {f"val_{name}": float(value) for name, value in metric(arrays).items()}
+            outputs, columns = (
+                joined(part, team, len(self.val)) for part in zip(*seen, strict=True)
+            )
+            # The others are told what the main process found.
+            for metric in self.settings.metrics.values() if self.team.main else ():
+                found = metric(named(outputs, columns))
+                row |= {f"val_{name}": float(value) for name, value in found.items()}
         return row
 
     # ---------------------------------------------------------------- checkpoints
 
     def keep(self, improved: Collection[str]) -> None:
         """Keep the weights as the best by these metrics."""
-        for name in improved:
+        for name in improved if self.team.main else ():
             weights = self.averaged.state_dict()
             self.best_weights[name] = {k: v.detach().cpu().clone() for k, v in weights.items()}
             if name == self.settings.select:
@@ -306,6 +333,8 @@ class Loop:
     def save(self) -> None:
         """Write the best weights, then everything that the loop needs to go on."""
         self.saved_at = perf_counter()
+        if not self.team.main:
+            return
         for name, weights in self.best_weights.items():
             checkpoint.save(self.folder / f"best_{name}.pt", {"model": weights})
         self.best_weights.clear()
@@ -325,7 +354,8 @@ class Loop:
 
     def restore(self) -> None:
         """Go back to the newest checkpoint; without one, start."""
-        state = checkpoint.load_newest(self.folder)
+        state = checkpoint.load_newest(self.folder) if self.team.main else None
+        state = self.team.share(state)
         if state is None:
             self.rows.rewind(epoch=0, step=0)
             return
@@ -348,6 +378,8 @@ class Loop:
     def take_selected(self) -> dict[str, float]:
         """Leave the model with the weights the stage is to end with; returns their numbers."""
         select = self.settings.select
+        if not self.team.main:  # which goes on from here alone
+            return self.summary
         if select == "last":
             if self.ema is not None:
                 self.model.load_state_dict(self.averaged.state_dict())

@@ -1,12 +1,13 @@
 """What a model says of a whole split, and how outputs and columns are named."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stagesweep.core.distributed import ALONE, Team
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import UserError
 from stagesweep.hardware.machine import Machine
@@ -20,16 +21,19 @@ def predict(
     names: Collection[str] | None,
     machine: Machine,
     batch_size: int = 1024,
+    team: Team = ALONE,
 ) -> dict[str, Tensor]:
     """Outputs and batch columns (see `named`) of a whole split in order, in eval mode, fp32 on the
-    CPU; ``names`` None gives every output.
+    CPU; ``names`` None gives every output. Each process of a `team` computes its part, and all get
+    the whole.
     """
     training = model.training
     model.eval()
     seen: dict[str, list[Tensor]] = {}
     size = min(batch_size, machine.micro_batch or batch_size)
     with torch.inference_mode():
-        for batch in view.batches(size):
+        batches, team = share_of(view, size, team)
+        for batch in batches:
             batch = to_device(batch, machine.device)
             with torch.autocast(
                 machine.device.type, machine.autocast, enabled=machine.autocast is not None
@@ -40,7 +44,17 @@ def predict(
                 value = value.float() if value.is_floating_point() else value
                 seen.setdefault(name, []).append(value)
     model.train(training)
-    return {name: torch.cat(parts).cpu().clone() for name, parts in seen.items()}
+    found = {name: torch.cat(parts).cpu().clone() for name, parts in seen.items()}
+    return {name: team.gather(part, len(view)) for name, part in found.items()}
+
+
+def share_of(view: View, size: int, team: Team) -> tuple[Iterator[Batch], Team]:
+    """A process's part of a split, in batches of `size` at most, and whom it shares the split with:
+    of fewer samples than there are processes, each has all.
+    """
+    if team.size == 1 or len(view) < team.size:
+        return view.batches(size), ALONE
+    return view.gather(torch.arange(len(view))[team.part(len(view))].split(size)), team
 
 
 def named(outputs: Mapping[str, Value], columns: Mapping[str, Value]) -> dict[str, Value]:
@@ -62,9 +76,10 @@ def pick(names: Collection[str], there: Mapping[str, Value]) -> dict[str, Value]
     return {name: there[name] for name in names}
 
 
-def joined(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
-    """The columns of all batches, one after the other."""
-    return {n: torch.cat([batch[n] for batch in batches]).cpu().numpy() for n in batches[0]}
+def joined(batches: Sequence[Batch], team: Team = ALONE, samples: int = 0) -> dict[str, np.ndarray]:
+    """The columns of all batches, one after the other: of all `samples` that the team shares."""
+    found = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
+    return {name: team.gather(column, samples).numpy() for name, column in found.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -7,6 +7,7 @@ import torch
 
 from stagesweep import config
 from stagesweep.errors import UserError
+from stagesweep.hardware.gpu import devices
 from stagesweep.hardware.gpu import may_be_there as gpu_may_be_there
 
 log = logging.getLogger(__name__)
@@ -56,13 +57,24 @@ def resolve(settings: config.Hardware) -> Machine:
     )
 
 
+def enough(wanted: int) -> None:
+    """UserError when there are fewer GPUs than that."""
+    if (there := torch.cuda.device_count()) < wanted:
+        raise UserError(
+            f"hardware.devices={wanted}, but torch finds {there} GPUs; set it to {there}, or set "
+            "hardware.device=cpu"
+        )
+
+
 def choose(settings: config.Hardware) -> tuple[torch.device, config.Precision]:
     """Device and number format; UserError for a profile that this machine cannot follow."""
     gpu = gpu_may_be_there() and torch.cuda.is_available()
     if settings.device is config.Device.cuda and not gpu:
         raise UserError("hardware.device=cuda, but torch finds no GPU; set hardware.device=cpu")
-    if settings.devices != 1:
-        raise UserError(f"hardware.devices={settings.devices} is not supported yet; set it to 1")
+    if settings.gpu_ids is not None and (not gpu or settings.device is config.Device.cpu):
+        raise UserError(f"hardware.gpu_ids={settings.gpu_ids}, but no GPU is used; leave it out")
+    if gpu and settings.device is not config.Device.cpu:
+        enough(devices(settings))
     if settings.micro_batch is not None and settings.micro_batch < 1:
         raise UserError(f"hardware.micro_batch={settings.micro_batch} must be at least 1")
     use_gpu = gpu and settings.device is not config.Device.cpu
