@@ -118,7 +118,8 @@ class Run:
 
         Where the run has several processes, all of them take part.
         """
-        assert self._entry is not None and self.board is not None
+        assert self._entry is not None
+        assert self.board is not None
         terms = {t: instantiate(self.cfg.loss[t], _convert_="all") for t in settings.loss}
         order = Order(
             cfg=self.cfg,

@@ -71,7 +71,10 @@ def test_it_says_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
             {"device": Device.cpu, "precision": Precision.fp16},
             "hardware.precision=fp16 needs a GPU; set it to bf16 or fp32",
         ),
-        ({"devices": 2}, "hardware.devices=2 is not supported yet; set it to 1"),
+        (
+            {"device": Device.cpu, "gpu_ids": [0, 1]},
+            "hardware.gpu_ids=[0, 1], but no GPU is used; leave it out",
+        ),
         ({"micro_batch": 0}, "hardware.micro_batch=0 must be at least 1"),
     ],
 )

@@ -85,7 +85,7 @@ class Team:
         whole = [all_[: own.stop - own.start] for all_, own in zip(found, parts, strict=True)]
         return torch.cat(whole).to(part.dtype)
 
-    def share(self, value: Value | None = None) -> Value:
+    def share(self, value: Value) -> Value:
         """What the main process gives, on every process; tensors arrive on the CPU."""
         given: list[Any] = [value]
         if self.size > 1:
@@ -116,10 +116,9 @@ class Team:
                 sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
             for bucket, flat, work in sent:
                 work.wait()
-                for grad, summed in zip(
-                    bucket, flat.split([g.numel() for g in bucket]), strict=True
-                ):
-                    grad.copy_(summed.view_as(grad))
+                summed = flat.split([grad.numel() for grad in bucket])
+                for grad, total in zip(bucket, summed, strict=True):
+                    grad.copy_(total.view_as(grad))
 
     def average_buffers(self, *models: nn.Module | None) -> None:
         """Give all processes the mean of each statistic that a model keeps (those of batch norm).
@@ -155,7 +154,7 @@ class Team:
                 time.sleep(LOOK)  # which a signal can interrupt
             called = _store().get(self._bell)
         self.orders += 1
-        return _unpacked(self.share()) if called == b"come" else None
+        return _unpacked(self.share(b"")) if called == b"come" else None
 
     # Not a collective operation: those who wait for one give up after a while.
     def _call(self, what: str) -> None:
@@ -205,7 +204,7 @@ def join() -> Iterator[Team]:
     dist.destroy_process_group()  # after an error the others might not come to it
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 

@@ -311,12 +311,10 @@ class Loop:
                     seen.append((outputs, batch))
         row = self.means(team.sum(sums), terms, "val") if terms else {}
         if seen:
-            outputs, columns = (
-                joined(part, team, len(self.val)) for part in zip(*seen, strict=True)
-            )
+            arrays = named(*(joined(part, team, len(self.val)) for part in zip(*seen, strict=True)))
             # The others are told what the main process found.
             for metric in self.settings.metrics.values() if self.team.main else ():
-                found = metric(named(outputs, columns))
+                found = metric(arrays)
                 row |= {f"val_{name}": float(value) for name, value in found.items()}
         return row
 
@@ -354,8 +352,7 @@ class Loop:
 
     def restore(self) -> None:
         """Go back to the newest checkpoint; without one, start."""
-        state = checkpoint.load_newest(self.folder) if self.team.main else None
-        state = self.team.share(state)
+        state = self.team.share(checkpoint.load_newest(self.folder) if self.team.main else None)
         if state is None:
             self.rows.rewind(epoch=0, step=0)
             return
