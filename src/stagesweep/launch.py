@@ -61,8 +61,6 @@ def start(cfg: DictConfig, count: int) -> Objective:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # It tells in a page what is said here in a line.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     settings = LaunchConfig(
@@ -74,10 +72,13 @@ def start(cfg: DictConfig, count: int) -> Objective:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        # A fork has imported torch already; a GPU does not work in one.
+        start_method="spawn" if gpu.may_be_there() else "fork",
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
     )
     before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
     with tempfile.TemporaryDirectory(prefix="stagesweep-") as folder, _relay() as connection:
+        logging.disable()  # torch tells in a page what is said here in a line
         try:
             work = pickle.dumps((cfg, HydraConfig.instance().cfg))
             launched = elastic_launch(settings, _process)
@@ -87,6 +88,7 @@ def start(cfg: DictConfig, count: int) -> Objective:
         except ChildFailedError as error:
             raise _reason(Path(folder), error.failures) from None
         finally:
+            logging.disable(logging.NOTSET)
             for number, handler in before.items():
                 signal.signal(number, handler)
     return values[0]
@@ -132,12 +134,16 @@ def _process(work: bytes, folder: Path, connection: "Connection[Any, Any] | None
     """One of the processes; what it fails with is left in the folder, in a file of its rank."""
     from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
+    for number in interrupt.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     os.setpgrp()  # Ctrl-C is for the process that has started this one, which hands it on
     _prctl_pr_set_pdeathsig(signal.SIGKILL)  # nor does it live on without that one
+    # A fork has its parent's: only the main process speaks to the sweep, and through that one.
+    trial.become(Trial() if connection is None else _Relayed(connection))
     rank = int(os.environ["RANK"])
     try:
         if rank == 0:
-            return _main(work, connection)
+            return _main(work)
         follow()
         return None
     except BaseException as error:
@@ -147,16 +153,15 @@ def _process(work: bytes, folder: Path, connection: "Connection[Any, Any] | None
         os._exit(1)
 
 
-def _main(work: bytes, connection: "Connection[Any, Any] | None") -> Objective:
+def _main(work: bytes) -> Objective:
     from stagesweep.walk import through
 
+    logging.disable(logging.NOTSET)
     config.register()
     setup_globals()
     cfg, hydra = pickle.loads(work)
     HydraConfig.instance().cfg = hydra
     configure_log(hydra.hydra.job_logging, hydra.hydra.verbose)
-    if connection is not None:
-        trial.become(_Relayed(connection))
     with execution_whitelist(config.trusted()), led():
         return through(cfg)
 

@@ -152,7 +152,7 @@ class Run:
             seed=order.seed,
             folder=folder,
             rows=rows,
-            trial=trial.current(),
+            trial=trial.current() if team().main else None,
             team=team(),
         )
 

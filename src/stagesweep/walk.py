@@ -21,7 +21,7 @@ from stagesweep import launch
 from stagesweep.config import Resume, aims
 from stagesweep.core import interrupt
 from stagesweep.core.board import Board, read_rows
-from stagesweep.errors import Interrupted, Pruned, UserError
+from stagesweep.errors import Interrupted, Lost, Pruned, UserError
 from stagesweep.explain import explain
 from stagesweep.files import atomic_text
 from stagesweep.hardware import gpu
@@ -48,7 +48,11 @@ def walk(cfg: DictConfig) -> float | list[float] | None:
     if not stored(cfg):
         check(cfg)
         if (processes := launch.wanted(hardware(cfg))) > 1:
-            return launch.start(cfg, processes)
+            try:
+                return launch.start(cfg, processes)
+            except Lost as error:  # of which the process that writes may know nothing
+                mark_failed(Path(HydraConfig.get().runtime.output_dir), str(error))
+                raise
     with launch.led():
         return through(cfg)
 
@@ -71,6 +75,13 @@ def through(cfg: DictConfig) -> float | list[float] | None:
         raise
     finally:
         this.board.close()
+
+
+def mark_failed(folder: Path, reason: str) -> None:
+    """Say in result.json how a run ended that could not say so itself."""
+    path = folder / "result.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    atomic_text(path, json.dumps({**before, "status": "failed", "reason": reason}, indent=1))
 
 
 def stored(cfg: DictConfig) -> bool:

@@ -189,10 +189,8 @@ def join() -> Iterator[Team]:
         yield ALONE
         return
     if torch.cuda.is_available():
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= (there := torch.cuda.device_count()):
-            raise UserError(f"process {local} of this node has no GPU: there are {there}")
-        torch.cuda.set_device(local)
+        # Whether there are enough is asked where it is known that they are used.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _lost():
         dist.init_process_group(backend, timeout=PATIENCE)

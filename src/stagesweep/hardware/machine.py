@@ -1,6 +1,7 @@
 """The hardware profile with every ``auto`` decided."""
 
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,7 @@ def choose(settings: config.Hardware) -> tuple[torch.device, config.Precision]:
     if settings.gpu_ids is not None and (not gpu or settings.device is config.Device.cpu):
         raise UserError(f"hardware.gpu_ids={settings.gpu_ids}, but no GPU is used; leave it out")
     if gpu and settings.device is not config.Device.cpu:
-        enough(devices(settings))
+        enough(max(devices(settings), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
     if settings.micro_batch is not None and settings.micro_batch < 1:
         raise UserError(f"hardware.micro_batch={settings.micro_batch} must be at least 1")
     use_gpu = gpu and settings.device is not config.Device.cpu
