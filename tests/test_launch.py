@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from stagesweep.config import Hardware
 from stagesweep.errors import Interrupted, Lost, NotFinite, UserError
 from stagesweep.launch import _reason, _record, wanted
+from stagesweep.sweep.plugin import StudySweeper
 
 
 @dataclass
@@ -45,6 +47,9 @@ def test_under_torchrun_another_number_is_refused(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(UserError, match="set CUDA_VISIBLE_DEVICES before it"):
         wanted(Hardware(gpu_ids=[0]))
+    sampler = OmegaConf.create({})
+    with pytest.raises(UserError, match="a sweep is not for torchrun"):
+        StudySweeper(sampler, "", "").sweep([])
 
 
 def test_what_ended_the_first_process_is_the_reason(tmp_path: Path) -> None:
