@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from stagesweep.config import Hardware
 from stagesweep.errors import Interrupted, Lost, NotFinite, UserError
-from stagesweep.launch import _reason, _record, wanted
+from stagesweep.launch import _reason, _record, follows, wanted
 from stagesweep.sweep.plugin import StudySweeper
 
 
@@ -50,6 +50,15 @@ def test_under_torchrun_another_number_is_refused(monkeypatch: pytest.MonkeyPatc
     sampler = OmegaConf.create({})
     with pytest.raises(UserError, match="a sweep is not for torchrun"):
         StudySweeper(sampler, "", "").sweep([])
+
+
+@pytest.mark.parametrize(("size", "rank", "expected"), [("", "1", 0), ("2", "0", 0), ("2", "1", 1)])
+def test_all_but_the_first_of_a_group_follow(
+    size: str, rank: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    assert follows() == bool(expected)
 
 
 def test_what_ended_the_first_process_is_the_reason(tmp_path: Path) -> None:

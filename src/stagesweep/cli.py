@@ -34,7 +34,7 @@ def main() -> None:
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
     try:
-        if int(os.environ.get("RANK") or 0) > 0:
+        if launch.follows():
             launch.follow()
         else:
             job()

@@ -52,6 +52,12 @@ def wanted(settings: config.Hardware) -> int:
     return 1
 
 
+def follows() -> bool:
+    """Whether torchrun has started this process to take part in the run of another."""
+    size, rank = (int(os.environ.get(name) or 0) for name in ("WORLD_SIZE", "RANK"))
+    return size > 1 and rank > 0
+
+
 def start(cfg: DictConfig, count: int) -> Objective:
     """Execute a config in so many processes of this machine; see `walk` for what is returned.
 
