@@ -11,7 +11,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from stagesweep import config
+from stagesweep import config, launch
 from stagesweep.errors import Interrupted, UserError
 from stagesweep.explain import explain
 from stagesweep.hardware import environment
@@ -35,7 +35,10 @@ def main() -> None:
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands its errors over
     try:
-        job()
+        if launch.follows():
+            launch.follow()
+        else:
+            job()
     except KeyboardInterrupt:
         leave("interrupted", 130)
     except Interrupted as error:

@@ -243,7 +243,7 @@ class Hardware:
     device: Device = Device.auto
     # Processes a run uses on each of so many machines, one a GPU.
     devices: int = number(1, least=1, result=False)
-    # The GPUs it may use, by number; null: those that torch sees.
+    # Which GPUs, by their numbers; as many as there are `devices`.
     gpu_ids: list[int] | None = field(default=None, metadata=NO_RESULT | {"least": 0})
     nodes: int = number(1, least=1, result=False)
     # GPUs that each trial of a sweep holds.

@@ -25,12 +25,21 @@ class OutOfMemory(UserError):
     reason = "oom"
 
 
+class Lost(UserError):
+    """Another process of the run has ended; what that one says is the reason."""
+
+    reason = "killed"
+
+
 class Interrupted(UserError):
     """The run was told to stop (Ctrl-C, SIGTERM); its last checkpoint is saved."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int, str]]:
+        return Interrupted, (self.exit_code - 128, str(self))
 
 
 class Pruned(UserError):

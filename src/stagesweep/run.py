@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Collection, Iterable
-from dataclasses import fields
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -19,8 +19,9 @@ from tqdm import tqdm
 from stagesweep import config, inputs
 from stagesweep.core import checkpoint
 from stagesweep.core.board import Board, read_rows
+from stagesweep.core.distributed import team
 from stagesweep.core.fit import Loop
-from stagesweep.core.log import MetricLog
+from stagesweep.core.log import MetricLog, Unwritten
 from stagesweep.core.predict import predict
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.trace import tracing
@@ -42,7 +43,11 @@ class Run:
     """The run as its stages see it. ``stages`` are those before the one that runs now."""
 
     def __init__(
-        self, cfg: DictConfig, folder: Path, stages: "list[StageResult]", board: Board
+        self,
+        cfg: DictConfig,
+        folder: Path = Path(),
+        stages: "Sequence[StageResult]" = (),
+        board: Board | None = None,
     ) -> None:
         self.cfg, self.folder, self.stages, self.board = cfg, folder, stages, board
         self.log = log
@@ -117,30 +122,57 @@ class Run:
         return cast(nn.Module, model.to(self.device))
 
     def fit(self, model: nn.Module, settings: config.Fit, name: str) -> dict[str, float]:
-        """Train `model` as `settings` say; returns the numbers of the last epoch."""
+        """Train `model` as `settings` say; returns the numbers of the last epoch.
+
+        Where the run has several processes, all of them take part.
+        """
         assert self._entry is not None
+        assert self.board is not None
         terms = {t: instantiate(self.cfg.loss[t], _convert_="all") for t in settings.loss}
-        loop = Loop(
+        order = Order(
+            cfg=self.cfg,
             model=model,
             terms={key: term.to(self.device) for key, term in terms.items()},
             settings=settings,
+            seed=derive(self.seed, name),
+            stage=self.stage,
+            name=name,
+        )
+        rows = MetricLog(self._entry.path / "metrics.jsonl", self.board, name)
+        try:
+            team().hand_out(order)
+            loop = self.loop(order, self._entry.path / "checkpoints", rows)
+            try:
+                with tracing(self.machine, loop.meter, self._entry.path / "profile", name):
+                    return loop.run()
+            finally:
+                measured = loop.measured()
+                self.measured["oom"] += measured["oom"]
+                if name == self.stage:
+                    self.measured["speed"] = measured["speed"]
+        finally:
+            rows.close()
+
+    def follow(self, order: "Order") -> None:
+        """Take part in a fit that the main process has handed out."""
+        self.machine = self.profile.at(f"{self.cfg.experiment}/{order.stage}")
+        self.loop(order, Path(), Unwritten(order.name)).run()
+
+    def loop(self, order: "Order", folder: Path, rows: MetricLog) -> Loop:
+        """The fit that was ordered, as this process takes part in it."""
+        return Loop(
+            model=order.model,
+            terms=order.terms,
+            settings=order.settings,
             views={split: self.view(split) for split in ("train", "val")},
             spec=self.data.spec,
             machine=self.machine,
-            seed=derive(self.seed, name),
-            folder=self._entry.path / "checkpoints",
-            rows=MetricLog(self._entry.path / "metrics.jsonl", self.board, name),
-            trial=trial.current(),
+            seed=order.seed,
+            folder=folder,
+            rows=rows,
+            trial=trial.current() if team().main else None,
+            team=team(),
         )
-        try:
-            with tracing(self.machine, loop.meter, self._entry.path / "profile", name):
-                return loop.run()
-        finally:
-            loop.rows.close()
-            measured = loop.measured()
-            self.measured["oom"] += measured["oom"]
-            if name == self.stage:
-                self.measured["speed"] = measured["speed"]
 
     def predict(self, split: str, names: Collection[str]) -> dict[str, np.ndarray]:
         """Model outputs and batch columns of a whole split, in order, by name.
@@ -229,6 +261,19 @@ class Run:
     def _find(self, filename: str) -> Path | None:
         paths = (folder / "artifacts" / filename for folder in self._folders())
         return next((path for path in paths if path.exists()), None)
+
+
+@dataclass
+class Order:
+    """A fit, as the main process hands it out: with the weights and the terms as it has them."""
+
+    cfg: DictConfig
+    model: nn.Module
+    terms: dict[str, nn.Module]
+    settings: config.Fit
+    seed: int
+    stage: str
+    name: str
 
 
 # ----------------------------------------------------------------- from config to objects

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from stagesweep import launch
 from stagesweep.config import Resume, aims
 from stagesweep.core import interrupt
 from stagesweep.core.board import Board, read_rows
-from stagesweep.errors import Interrupted, Pruned, UserError
+from stagesweep.errors import Interrupted, Lost, Pruned, UserError
 from stagesweep.explain import explain
 from stagesweep.files import atomic_text
+from stagesweep.hardware import gpu
 from stagesweep.inputs import fingerprints, hardware
 from stagesweep.store import Entry, Store
 from stagesweep.validate import contents, form
@@ -43,7 +45,20 @@ def walk(cfg: DictConfig) -> float | list[float] | None:
     Writes ``result.json`` there whatever happens. Raises UserError for everything a person can
     mend, Interrupted (exit status 130 or 143) when told to stop.
     """
-    keys = checked(cfg)
+    gpu.select(hardware(cfg))
+    keys, ready = checked(cfg)
+    if not ready and (processes := launch.wanted(hardware(cfg))) > 1:
+        try:
+            return launch.start(cfg, keys, processes)
+        except Lost as error:  # of which the process that writes may know nothing
+            mark_failed(Path(HydraConfig.get().runtime.output_dir), str(error))
+            raise
+    with launch.led():
+        return through(cfg, keys)
+
+
+def through(cfg: DictConfig, keys: dict[str, str]) -> float | list[float] | None:
+    """Every stage of a config that was found valid, in this process; see `walk`."""
     hydra = HydraConfig.get()
     this = Walk(cfg, keys, Path(hydra.runtime.output_dir), overrides=list(hydra.overrides.task))
     try:
@@ -62,9 +77,16 @@ def walk(cfg: DictConfig) -> float | list[float] | None:
         this.board.close()
 
 
-def checked(cfg: DictConfig) -> dict[str, str]:
-    """The fingerprint of every stage, in order; UserError for what cannot work, before anything
-    is made.
+def mark_failed(folder: Path, reason: str) -> None:
+    """Say in result.json how a run ended that could not say so itself."""
+    path = folder / "result.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    atomic_text(path, json.dumps({**before, "status": "failed", "reason": reason}, indent=1))
+
+
+def checked(cfg: DictConfig) -> tuple[dict[str, str], bool]:
+    """The fingerprint of every stage, in order, and whether all of them can be reused; UserError
+    for what cannot work, before anything is made.
 
     A config of which every stage is stored was found valid, with the same code, when they ran.
     """
@@ -74,12 +96,12 @@ def checked(cfg: DictConfig) -> dict[str, str]:
         resolved = form(cfg)
         keys = fingerprints(cfg)
         if cfg.resume is not Resume.never and stored(keys, list(aims(cfg.objective))):
-            return keys
+            return keys, True
     contents(form(cfg) if resolved is None else resolved)
     from stagesweep.hardware.machine import choose
 
     choose(hardware(cfg))
-    return fingerprints(cfg) if keys is None else keys
+    return (fingerprints(cfg) if keys is None else keys), False
 
 
 def stored(keys: dict[str, str], metrics: list[str]) -> bool:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from stagesweep import config
 from stagesweep.core.board import Board
+from stagesweep.core.distributed import ALONE, Team
 from stagesweep.core.fit import Loop
-from stagesweep.core.log import MetricLog
+from stagesweep.core.log import MetricLog, Unwritten
 from stagesweep.data.spec import Features, Spec
 from stagesweep.data.view import Batch, View
 from stagesweep.hardware.machine import resolve
@@ -140,6 +141,7 @@ class Bench:
         name: str = "fit",
         train: View | None = None,
         val: View | None = None,
+        team: Team = ALONE,
         **settings: Any,
     ) -> Loop:
         """A new fit in the folder `name`, of a model that is the same every time."""
@@ -172,7 +174,8 @@ class Bench:
             machine=machine,
             seed=7,
             folder=folder / "checkpoints",
-            rows=self.rows[-1],
+            rows=self.rows[-1] if team.main else Unwritten("fit"),
+            team=team,
         )
 
     def close(self) -> None:

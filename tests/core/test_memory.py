@@ -89,14 +89,11 @@ def test_a_fit_goes_on_in_smaller_parts_to_the_same_numbers(
     assert loop.measured()["oom"] == [
         {"during": "training", "from": 10, "to": 5, "step": 1},
         {"during": "training", "from": 5, "to": 2, "step": 1},
-        *(
-            {"during": "evaluation", "from": size, "to": size // 2, "step": 5}
-            for size in (1024, 512, 256, 128, 64, 32, 16)
-        ),
+        *({"during": "evaluation", "from": size, "to": size // 2, "step": 5} for size in (30, 15)),
     ]
     said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert said[0] == "out of memory in step 1 (training): 5 samples at a time instead of 10"
-    assert len(said) == 9
+    assert len(said) == 4
 
 
 def test_another_error_is_not_taken_for_one() -> None:

@@ -37,7 +37,7 @@ def test_what_is_waited_for_and_what_is_worked(clock: Clock) -> None:
 
     meter = Meter(torch.device("cpu"))
     assert meter.summary() == {}
-    for _ in meter.batches(slow(4)):
+    for _ in meter.batches(slow(4), [20] * 4):
         clock.now += 3.0
     assert meter.samples_per_second() == 80 / 16
     row = meter.end_epoch()
@@ -48,7 +48,7 @@ def test_what_is_waited_for_and_what_is_worked(clock: Clock) -> None:
     }
     assert row["peak_mib"] > 10
     clock.now += 100.0  # evaluation
-    for _ in meter.batches(slow(1)):
+    for _ in meter.batches(slow(1), [20]):
         clock.now += 9.0
     assert meter.end_epoch()["data_wait"] == pytest.approx(0.1)
     total = meter.summary()

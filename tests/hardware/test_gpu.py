@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from stagesweep.config import Device, Hardware, Precision
 from stagesweep.errors import UserError
 from stagesweep.hardware import gpu, machine
 from stagesweep.hardware.machine import choose
+from stagesweep.sweep.slots import leases
 
 
 def outcome(decide: Callable[[Hardware], Precision], settings: Hardware) -> str:
@@ -59,8 +61,31 @@ def test_where_there_is_a_gpu_tf32_is_another_result(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(machine, "gpu_may_be_there", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     wanted = {"device": Device.auto, "precision": Precision.fp32}
     assert [gpu.numerics(Hardware(**wanted, tf32=tf32))["tf32"] for tf32 in (None, True)] == [
         False,
         True,
     ]
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, ["1", "3"]), ("0,1,2", ["1"]), ("2", [])])
+def test_gpu_ids_are_those_of_the_slot_in_a_trial(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr(gpu, "may_be_there", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    settings = Hardware(gpu_ids=[1, 3])
+    assert gpu.ids(settings) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "0,1,2,3")
+    gpu.select(settings)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(expected)
+
+
+def test_a_slot_holds_the_gpus_that_its_trial_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "may_be_there", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    found = leases("auto", Hardware(devices=2))
+    assert [each.environment["CUDA_VISIBLE_DEVICES"] for each in found] == ["0,1", "2,3"]

@@ -90,7 +90,10 @@ def test_it_says_what_was_chosen(
             {"device": Device.cpu, "precision": Precision.fp16},
             "hardware.precision=fp16 needs a GPU; set it to bf16 or fp32",
         ),
-        ({"devices": 2}, "hardware.devices=2 is not supported yet; set it to 1"),
+        (
+            {"device": Device.cpu, "gpu_ids": [0, 1]},
+            "hardware.gpu_ids=[0, 1], but no GPU is used; leave it out",
+        ),
     ],
 )
 def test_what_cannot_be(settings: dict[str, Any], said: str) -> None:
@@ -109,6 +112,7 @@ class Card:
             "is_bf16_supported": bf16,
             "get_device_name": "Card",
             "current_device": 0,
+            "device_count": 1,
             "get_device_properties": about,
         }.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stagesweep import config
 from stagesweep.core import checkpoint, interrupt, probe
+from stagesweep.core.distributed import ALONE, Team
 from stagesweep.core.log import MetricLog, progress_bar
 from stagesweep.core.memory import Room
 from stagesweep.core.meter import Meter
@@ -23,7 +24,7 @@ from stagesweep.core.optim import (
     running_average,
     train_mode,
 )
-from stagesweep.core.predict import joined, named, predict, to_device
+from stagesweep.core.predict import joined, named, predict, share_of, to_device
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
 from stagesweep.core.terms import metric_names, reports, silent
@@ -35,6 +36,8 @@ from stagesweep.errors import NotFinite, Pruned, UserError
 from stagesweep.hardware.machine import Machine
 
 log = logging.getLogger(__name__)
+
+Outputs = dict[str, Tensor]
 
 
 class Loop:
@@ -52,8 +55,9 @@ class Loop:
         folder: Path,
         rows: MetricLog,
         trial: Trial | None = None,
+        team: Team = ALONE,
     ) -> None:
-        self.trial = trial or Trial()
+        self.trial, self.team = trial or Trial(), team
         self.model, self.settings, self.machine, self.folder = model, settings, machine, folder
         self.train, self.val, self.spec, self.rows = views["train"], views["val"], spec, rows
         self.seed = seed
@@ -64,7 +68,9 @@ class Loop:
         self.optimizer = build_optimizer(model, settings.optimizer)
         fp16 = machine.precision is config.Precision.fp16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=fp16)
-        self.loss = WeightedLoss(model, terms, settings.loss, machine, self.scaler)
+        self.loss = WeightedLoss(model, terms, settings.loss, machine, self.scaler, team)
+        # Then every process needs the batch as it is before it is divided.
+        self.undivided = settings.augment is not None or bool(self.loss.whole)
         unheard = silent({name: terms[name] for name in settings.loss}, settings.loss)
         self.rules = {n: rule for n, rule in settings.early_stop.items() if n not in unheard}
         self.ema = running_average(model, settings.ema)
@@ -105,14 +111,17 @@ class Loop:
         seed_everything(self.seed)
         self.restore()
         s = self.settings
-        with interrupt.deferred(), progress_bar(self.rows.stage, self.step) as bar:
+        hidden = None if self.team.main else True
+        with interrupt.deferred(), progress_bar(self.rows.stage, self.step, hidden) as bar:
             while self.epoch < s.epochs and not self.finished:
                 if self.batch == 0:
                     self.row = self.refresh()
                 speed = self.train_epoch(bar)
                 self.epoch += 1
+                self.team.average_buffers(self.model, self.ema)
                 if evaluated := self.epoch % s.eval_every == 0 or self.epoch == s.epochs:
                     self.row |= self.evaluate()
+                self.row = self.team.share(self.row)
                 self.summary |= self.row
                 if evaluated:
                     self.keep(self.watch.evaluated(self.row))
@@ -135,16 +144,19 @@ class Loop:
         return list(self.train.order(self.settings.batch_size, generator, self.settings.sampler))
 
     def stop_if_told(self) -> None:
-        """Save and raise when a signal has come."""
-        if (stop := interrupt.pending()) is not None:
+        """Save and raise when a signal has come to this process or another."""
+        (signum,) = self.team.most(interrupt.told())
+        if signum:
             self.check()
+            self.team.average_buffers(self.model, self.ema)
             self.save()
-            raise stop
+            raise interrupt.stop(signum)
 
     def stop_if_pruned(self) -> None:
         """Tell the sweep how far this is; save and raise when it has no more use for it."""
         self.trial.report(self.rows.stage, self.row, self.epoch, self.settings.epochs)
-        if self.epoch < self.settings.epochs and not self.finished and self.trial.should_stop():
+        going_on = self.epoch < self.settings.epochs and not self.finished
+        if going_on and any(self.team.most(self.trial.should_stop())):
             self.save()
             raise Pruned(f"pruned in stage {self.rows.stage}, after epoch {self.epoch}")
 
@@ -152,7 +164,7 @@ class Loop:
         """Let terms that need a pass over the whole training set take it when due."""
 
         def over_train() -> dict[str, Tensor]:
-            return predict(self.averaged, self.train, None, self.machine)
+            return predict(self.averaged, self.train, None, self.machine, team=self.team)
 
         row: dict[str, float] = {}
         for term in self.loss.terms.values():
@@ -166,8 +178,11 @@ class Loop:
         bar.total = epochs * len(order)
         bar.set_description(f"{self.rows.stage} epoch {self.epoch + 1}/{epochs}", refresh=False)
         train_mode(self.model, self.frozen)
-        for batch in self.meter.batches(self.train.gather(order, start=self.batch)):
-            batch = self.prepare(to_device(batch, self.machine.device))
+        sizes = [len(rows) for rows in order]
+        gathered = self.train.gather(self.shares(order), start=self.batch)
+        for batch in self.meter.batches(gathered, sizes[self.batch :]):
+            size = sizes[self.batch]
+            batch = self.prepare(to_device(batch, self.machine.device), size)
             self.loss.room.step = self.step + 1
             if self.loss.room.unknown:
                 probe.find(self.loss, batch)
@@ -175,7 +190,9 @@ class Loop:
             self.set_rates(position)
             for parameter in self.parameters:
                 parameter.grad = None
-            values = self.loss.backward(batch, position)
+            if self.team.size > 1:  # what the model draws itself differs between processes
+                torch.manual_seed(derive(self.seed, "rank", self.team.rank, self.step))
+            values = self.loss.backward(batch, position, size)
             self.update()
             self.sums += values
             self.recent.append(values)
@@ -193,10 +210,19 @@ class Loop:
         self.batch = 0
         return self.meter.end_epoch()
 
-    def prepare(self, batch: Batch) -> Batch:
+    def shares(self, order: list[Tensor]) -> list[Tensor]:
+        """The rows of each batch that this process reads: its own part, where that is enough."""
+        if self.undivided or self.team.size == 1:
+            return order
+        return [r if len(r) < self.team.size else r[self.team.part(len(r))] for r in order]
+
+    def prepare(self, batch: Batch, samples: int) -> Batch:
         """Add what is drawn at random for the undivided batch: noise and augmented copies."""
         if (sample := getattr(self.model, "sample_noise", None)) is not None:
-            batch |= sample(len(batch["index"]), self.noise)
+            noise = sample(samples, self.noise)
+            if len(batch["index"]) < samples:
+                noise = {name: value[self.team.part(samples)] for name, value in noise.items()}
+            batch |= noise
         if self.settings.augment is not None:
             batch |= self.settings.augment(batch, self.spec, self.noise)
         return batch
@@ -279,28 +305,35 @@ class Loop:
     def evaluate(self) -> dict[str, float]:
         """Per-sample loss terms and the stage's metrics on the validation split."""
         self.room.step = self.step
-        return self.room.within(self.score, 1024)
+        part, team = share_of(self.val, self.team)
+        sums, seen = self.room.within(lambda size: self.score(part(size)), min(1024, len(self.val)))
+        terms = self.loss.per_sample()
+        row = self.means(team.sum(sums), terms, "val") if terms else {}
+        if seen:
+            arrays = named(*(joined(own, team, len(self.val)) for own in zip(*seen, strict=True)))
+            # The others are told what the main process found.
+            for metric in self.settings.metrics.values() if self.team.main else ():
+                found = metric(arrays)
+                row |= {f"val_{name}": float(value) for name, value in found.items()}
+        return row
 
     @torch.no_grad()
-    def score(self, size: int) -> dict[str, float]:
-        """The same, `size` samples at a time."""
+    def score(
+        self, batches: Iterable[Batch]
+    ) -> tuple[Tensor, list[tuple[dict[str, Tensor], Batch]]]:
+        """Totals and weights of the per-sample terms (terms, 2) and, for metrics, all outputs."""
         terms = self.loss.per_sample()
         sums = torch.zeros(len(terms), 2, device=self.machine.device)
-        seen: list[tuple[dict[str, Tensor], Batch]] = []
+        seen: list[tuple[Outputs, Batch]] = []
         model = self.loss.model if self.ema is None else self.averaged
         model.eval()
-        for batch in self.val.batches(size):
+        for batch in batches:
             batch = to_device(batch, self.machine.device)
             outputs = self.loss.forward(model, batch)
             sums += torch.stack(add_up(terms, outputs, batch), 1)
             if self.settings.metrics:
                 seen.append((outputs, batch))
-        row = self.means(sums, terms, "val") if terms else {}
-        if seen:
-            arrays = named(*map(joined, zip(*seen, strict=True)))
-            for metric in self.settings.metrics.values():
-                row |= {f"val_{name}": float(value) for name, value in metric(arrays).items()}
-        return row
+        return sums, seen
 
     def measured(self) -> dict[str, Any]:
         """How fast it was (see `Meter`), and every time that memory ran out (see `Room`)."""
@@ -310,7 +343,7 @@ class Loop:
 
     def keep(self, improved: Collection[str]) -> None:
         """Keep the weights as the best by these metrics."""
-        for name in improved:
+        for name in improved if self.team.main else ():
             weights = self.averaged.state_dict()
             self.best_weights[name] = {k: v.detach().cpu().clone() for k, v in weights.items()}
             if name == self.settings.select:
@@ -319,6 +352,8 @@ class Loop:
     def save(self) -> None:
         """Write the best weights, then everything that the loop needs to go on."""
         self.saved_at = perf_counter()
+        if not self.team.main:
+            return
         for name, weights in self.best_weights.items():
             checkpoint.save(self.folder / f"best_{name}.pt", {"model": weights})
         self.best_weights.clear()
@@ -338,7 +373,7 @@ class Loop:
 
     def restore(self) -> None:
         """Go back to the newest checkpoint; without one, start."""
-        state = checkpoint.load_newest(self.folder)
+        state = self.team.share(checkpoint.load_newest(self.folder) if self.team.main else None)
         if state is None:
             self.rows.rewind(epoch=0, step=0)
             return
@@ -361,6 +396,8 @@ class Loop:
     def take_selected(self) -> dict[str, float]:
         """Leave the model with the weights the stage is to end with; returns their numbers."""
         select = self.settings.select
+        if not self.team.main:  # which goes on from here alone
+            return self.summary
         if select == "last":
             if self.ema is not None:
                 self.model.load_state_dict(self.averaged.state_dict())

@@ -15,7 +15,8 @@ _deferred = False
 _pending: int | None = None
 
 
-def _stop(signum: int) -> Interrupted:
+def stop(signum: int) -> Interrupted:
+    """The error of a run that this signal ends."""
     name = signal.Signals(signum).name
     return Interrupted(signum, f"stopped by {name}; the same command goes on from here")
 
@@ -25,7 +26,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if _deferred and _pending is None:
         _pending = signum
     else:  # nothing to save, or a second signal: do not wait
-        raise _stop(signum)
+        raise stop(signum)
 
 
 @contextmanager
@@ -50,10 +51,15 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _deferred = False
-    if (stop := pending()) is not None:
-        raise stop
+    if (error := pending()) is not None:
+        raise error
 
 
 def pending() -> Interrupted | None:
     """The error to raise, after saving, if a signal has come."""
-    return None if _pending is None else _stop(_pending)
+    return None if _pending is None else stop(_pending)
+
+
+def told() -> int:
+    """The signal that has come, 0 when none has."""
+    return _pending or 0

@@ -84,6 +84,25 @@ def histogram(tag: str, values: Tensor, bins: int = 30) -> Summary.Value:
     return Summary.Value(tag=tag, histo=counted)
 
 
-def progress_bar(stage: str, done: int) -> "tqdm[Any]":
+class Unwritten(MetricLog):
+    """The rows of a process that is not the one that writes."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def row(self, kind: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Write nothing."""
+
+    def histograms(self, model: nn.Module, step: int) -> None:
+        """Write nothing."""
+
+    def rewind(self, epoch: int, step: int) -> None:
+        """Nothing was written."""
+
+    def close(self) -> None:
+        """There is no file."""
+
+
+def progress_bar(stage: str, done: int, hidden: bool | None = None) -> "tqdm[Any]":
     """A bar over the optimizer steps of a fit; silent when stderr is not a terminal."""
-    return tqdm(initial=done, desc=stage, unit="step", disable=None, leave=False)
+    return tqdm(initial=done, desc=stage, unit="step", disable=hidden, leave=False)

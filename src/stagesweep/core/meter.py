@@ -35,7 +35,7 @@ class Count:
 
 
 class Meter:
-    """The clock of a fit, over the steps of this process; evaluation is not in it."""
+    """The clock of a fit, over the steps since this process took it up; evaluation is not in it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,14 +46,16 @@ class Meter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of an epoch, timed; on a GPU, what of a gather the CPU waits for."""
+    def batches(self, batches: Iterable[Batch], sizes: Iterable[int]) -> Iterator[Batch]:
+        """The batches of an epoch, timed; on a GPU, what of a gather the CPU waits for. `sizes` are
+        those of the whole batches, of which several processes have parts.
+        """
         self.epoch = epoch = Count()
         before = self.begun = perf_counter()
-        for batch in batches:
+        for batch, size in zip(batches, sizes, strict=True):
             epoch.waited += perf_counter() - before
             epoch.steps += 1
-            epoch.samples += len(batch["index"])
+            epoch.samples += size
             yield batch
             self.after_step()
             before = perf_counter()

@@ -1,12 +1,13 @@
 """What a model says of a whole split, and how outputs and columns are named."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stagesweep.core.distributed import ALONE, Team
 from stagesweep.core.memory import Room
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import UserError
@@ -22,28 +23,34 @@ def predict(
     machine: Machine,
     batch_size: int = 1024,
     oom: list[dict[str, Any]] | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Tensor]:
     """Outputs and batch columns (see `named`) of a whole split in order, in eval mode, fp32 on the
     CPU; ``names`` None gives every output. In smaller batches when the device has too little
-    memory, which is then added to `oom` (see `Room.events`).
+    memory, which is then added to `oom` (see `Room.events`). Each process of a `team` computes its
+    part, and all get the whole.
     """
     training = model.training
     model.eval()
     room = Room(machine.micro_batch, "prediction", machine)
+    part, sharing = share_of(view, team)
     try:
-        return room.within(lambda size: _predict(model, view, names, machine, size), batch_size)
+        found = room.within(
+            lambda size: _predict(model, part(size), names, machine), min(batch_size, len(view))
+        )
     finally:
         if oom is not None:
             oom += room.events
         model.train(training)
+    return {name: sharing.gather(own, len(view)) for name, own in found.items()}
 
 
 def _predict(
-    model: nn.Module, view: View, names: Collection[str] | None, machine: Machine, size: int
+    model: nn.Module, batches: Iterable[Batch], names: Collection[str] | None, machine: Machine
 ) -> dict[str, Tensor]:
     seen: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        for batch in view.batches(size):
+        for batch in batches:
             batch = to_device(batch, machine.device)
             with torch.autocast(
                 machine.device.type, machine.autocast, enabled=machine.autocast is not None
@@ -54,6 +61,16 @@ def _predict(
                 value = value.float() if value.is_floating_point() else value
                 seen.setdefault(name, []).append(value)
     return {name: torch.cat(parts).cpu().clone() for name, parts in seen.items()}
+
+
+def share_of(view: View, team: Team) -> tuple[Callable[[int], Iterator[Batch]], Team]:
+    """A process's part of a split, in batches of a size at most, and whom it shares the split with:
+    of fewer samples than there are processes, each has all.
+    """
+    if team.size == 1 or len(view) < team.size:
+        return view.batches, ALONE
+    rows = torch.arange(len(view))[team.part(len(view))]
+    return lambda size: view.gather(rows.split(size)), team
 
 
 def named(outputs: Mapping[str, Value], columns: Mapping[str, Value]) -> dict[str, Value]:
@@ -75,9 +92,10 @@ def pick(names: Collection[str], there: Mapping[str, Value]) -> dict[str, Value]
     return {name: there[name] for name in names}
 
 
-def joined(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
-    """The columns of all batches, one after the other."""
-    return {n: torch.cat([batch[n] for batch in batches]).cpu().numpy() for n in batches[0]}
+def joined(batches: Sequence[Batch], team: Team = ALONE, samples: int = 0) -> dict[str, np.ndarray]:
+    """The columns of all batches, one after the other: of all `samples` that the team shares."""
+    found = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
+    return {name: team.gather(column, samples).numpy() for name, column in found.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

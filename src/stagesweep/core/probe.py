@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stagesweep.core.distributed import ALONE, Team
 from stagesweep.core.memory import out_of_memory
 from stagesweep.core.seeding import rng_state, set_rng_state
 from stagesweep.core.step import WeightedLoss
@@ -27,18 +28,29 @@ USED, FIRST = 0.9, 8
 def find(loss: WeightedLoss, batch: Batch) -> None:
     """Set the micro-batch to as many samples of a stage's batch as fit at once: the number that is
     remembered, or one found by trying, which leaves weights and random generators as they were.
+    Of several processes each tries by itself, and all take the least.
     """
+    team, loss.team = loss.team, ALONE
+    try:
+        loss.room.size, loss.room.unknown = agreed(loss, batch, team), False
+    finally:
+        loss.team = team
+
+
+def agreed(loss: WeightedLoss, batch: Batch, team: Team) -> int:
+    """The number that all processes of a team are to take."""
     about = describe(loss, batch)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     file = Store.default().root / "micro_batches" / f"{digest}.json"
-    how, size = "as was found before", remembered(file)
+    how, size = "as was found before", team.share(remembered(file))
     if size is None:
-        how, size = "found by trying", tried(loss, batch)
-        with explained(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_text(file, json.dumps({**about, "micro_batch": size}, indent=1))
+        how, size = "found by trying", -team.most(-tried(loss, batch))[0]
+        if team.main:
+            with explained(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                atomic_text(file, json.dumps({**about, "micro_batch": size}, indent=1))
     log.info("micro-batch: %d of %d samples, %s", size, about["batch"], how)
-    loss.room.size, loss.room.unknown = size, False
+    return size
 
 
 def describe(loss: WeightedLoss, batch: Batch) -> dict[str, Any]:
@@ -96,15 +108,13 @@ def step_fits(loss: WeightedLoss, batch: Batch, size: int) -> bool:
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    before, loss.room.size = loss.room.size, size
     try:
-        loss.attempt(batch, 0.0)
+        loss.attempt(batch, 0.0, len(batch["index"]), min(size, len(batch["index"])))
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         return False
     finally:
-        loss.room.size = before
         loss.model.zero_grad()
     if not gpu:
         return True

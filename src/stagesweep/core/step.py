@@ -1,20 +1,22 @@
 """The loss of one effective batch and its gradient, the same for any micro-batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stagesweep import config
-from stagesweep.core.memory import Room
+from stagesweep.core.distributed import ALONE, Team
+from stagesweep.core.memory import Room, out_of_memory
 from stagesweep.core.seeding import set_torch_state, torch_state
 from stagesweep.core.terms import per_sample, reads
 from stagesweep.data.view import Batch
 from stagesweep.hardware.machine import Machine
 
 Terms = Mapping[str, nn.Module]
+Value = TypeVar("Value")
 
 
 def split(batch: Batch, size: int) -> Iterator[Batch]:
@@ -54,11 +56,12 @@ class WeightedLoss:
     """A weighted sum of terms, each a mean over what the term says it is a mean over.
 
     Every term gives (total, weight) of a micro-batch. Totals and weights are added up over the
-    effective batch and divided once, so the gradient does not depend on the micro-batch. A term
-    that couples samples (``whole_batch`` names the outputs it reads) sees the undivided batch: its
-    gradient with respect to those outputs is computed first and replayed through each
-    micro-batch (gradient cache, Gao et al. 2021, arXiv:2101.06983). What couples samples inside
-    the model (batch norm) sees micro-batches, as everywhere.
+    effective batch and divided once, so the gradient does not depend on the micro-batch, nor on the
+    `team` of processes that the batch is divided among. A term that couples samples
+    (``whole_batch`` names the outputs it reads) sees the undivided batch: its gradient with respect
+    to those outputs is computed first and replayed through each micro-batch (gradient cache, Gao et
+    al. 2021, arXiv:2101.06983). What couples samples inside the model (batch norm) sees
+    micro-batches, as everywhere.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class WeightedLoss:
         weights: Mapping[str, config.Weight],
         machine: Machine,
         scaler: torch.amp.GradScaler,
+        team: Team = ALONE,
     ) -> None:
         used = {name: terms[name] for name, weight in weights.items() if weight.weight > 0}
         self.whole = {name: term for name, term in used.items() if reads(term)}
@@ -78,6 +82,7 @@ class WeightedLoss:
         self.model: nn.Module = torch.compile(model) if machine.compile else model  # type: ignore[assignment]
         self.machine, self.scaler = machine, scaler
         self.room = Room(machine.micro_batch, "training", machine)
+        self.team, self.parameters = team, [p for p in model.parameters() if p.requires_grad]
         # A factor is start + slope * position, at most full.
         ramps = [(w.weight, w.ramp) for w in self.weights.values()]
         self.start, self.slope, self.full = (
@@ -111,70 +116,132 @@ class WeightedLoss:
         """Most samples in one forward pass; None: the whole batch."""
         return self.room.size
 
-    def backward(self, batch: Batch, position: float) -> Tensor:
+    def backward(self, batch: Batch, position: float, samples: int | None = None) -> Tensor:
         """Add the gradient of the batch to ``.grad``; returns (total, weight): (terms, 2).
 
-        When the device has too little memory the step starts again with half the micro-batch, and
-        so do all after it.
+        Each process of a team has the undivided batch, or else its own part of the `samples`. When
+        a device has too little memory the step starts again with half the micro-batch, and so do
+        all after it.
         """
+        n = samples or len(batch["index"])
         return self.room.within(
-            lambda _: self.attempt(batch, position), len(batch["index"]), undo=self.model.zero_grad
+            lambda size: self.attempt(batch, position, n, size),
+            self.team.largest(n),
+            undo=self.model.zero_grad,
         )
 
-    def attempt(self, batch: Batch, position: float) -> Tensor:
-        """The same, with the micro-batch as it is."""
+    def attempt(self, batch: Batch, position: float, samples: int, size: int) -> Tensor:
+        """The same in micro-batches of `size`, whether or not there is memory for that."""
         factors = self.factors(position)
-        if self.micro_batch and self.micro_batch < len(batch["index"]):
-            return self._accumulate(batch, factors)
+        if size < samples or self.team.size > 1:
+            return self._accumulate(batch, factors, samples, size)
         totals, weights = add_up(self.terms, self.forward(self.model, batch), batch)
         self.scaler.scale(combine(totals, weights, factors)).backward()
         return torch.stack([totals.detach(), weights], 1)
 
-    def _accumulate(self, batch: Batch, factors: Tensor) -> Tensor:
-        """The same gradient in two passes over micro-batches.
+    def _accumulate(self, batch: Batch, factors: Tensor, samples: int, size: int) -> Tensor:
+        """The same gradient in two passes over micro-batches, and over processes.
 
         The first, without gradient, finds the weights and the outputs that whole-batch terms read;
-        the second repeats each micro-batch with the same random numbers and adds its gradient.
+        the second repeats each micro-batch with the same random numbers and adds its gradient. A
+        process with one micro-batch keeps the graph of the first pass.
         """
-        assert self.micro_batch is not None
-        batches = list(split(batch, self.micro_batch))
-        own, of_whole = factors.split([len(self.single), len(self.whole)])
-        values, seen, states = self._survey(batches)
+        team, own = self.team, batch
+        if len(batch["index"]) == samples:
+            part = team.part(samples)
+            own = {name: column[part] for name, column in batch.items()}
+        pieces = Pieces(own, batch, size, -(-team.largest(samples) // size))
+        factor, of_whole = factors.split([len(self.single), len(self.whole)])
+        values, seen = self._together(lambda: self._survey(pieces))
+        values = team.sum(values)
         weights = values[:, 1]
         cached: dict[str, tuple[Tensor, ...]] = {}
         if self.whole:
-            joined = {name: torch.cat(parts).requires_grad_() for name, parts in seen.items()}
+            joined = {n: team.gather(part, samples).requires_grad_() for n, part in seen.items()}
             whole = add_up(self.whole, joined, batch)
             combine(*whole, of_whole).backward()
             cached = {
-                name: output.grad.split(self.micro_batch)
+                name: output.grad[team.part(samples)].split(size)
                 for name, output in joined.items()
                 if output.grad is not None
             }
             values = torch.cat([values, torch.stack(whole, 1).detach()])
-        for number, (piece, state) in enumerate(zip(batches, states, strict=True)):
-            set_torch_state(state)
-            outputs = self.forward(self.model, piece)
-            totals, _ = add_up(self.single, outputs, piece)
-            losses = [(outputs[name] * parts[number]).sum() for name, parts in cached.items()]
-            losses.append(combine(totals, weights, own))
-            self.scaler.scale(torch.stack(losses).sum()).backward()
+        self._together(lambda: self._replay(pieces, weights, factor, cached))
+        team.sum_gradients(self.parameters)
         return values
 
-    @torch.no_grad()
-    def _survey(self, batches: list[Batch]) -> tuple[Tensor, dict[str, list[Tensor]], list[Any]]:
-        """Over all micro-batches: (total, weight) of per-sample terms, the outputs that
-        whole-batch terms read, and the state of the random generators before each.
+    def _together(self, work: Callable[[], Value]) -> Value:
+        """Do this process's share of the work; out of memory on one is out of memory on all."""
+        error: RuntimeError | None = None
+        try:
+            done = work()
+        except RuntimeError as raised:
+            if not out_of_memory(raised):
+                raise
+            error = raised
+        if any(self.team.most(error is not None)):
+            raise error or torch.OutOfMemoryError("of another process")
+        return done
+
+    def _survey(self, pieces: "Pieces") -> tuple[Tensor, dict[str, Tensor]]:
+        """Over all micro-batches: (total, weight) of per-sample terms, and the outputs that
+        whole-batch terms read. Each keeps the state of the random generators before it.
         """
-        sums, states = [], []
+        sums = []
         seen: dict[str, list[Tensor]] = {n: [] for t in self.whole.values() for n in reads(t)}
-        for piece in batches:
-            states.append(torch_state())
-            outputs = self.forward(self.model, piece)
-            sums.append(torch.stack(add_up(self.single, outputs, piece), 1))
+        pieces.states.clear()
+        for piece, real in pieces:
+            pieces.states.append(torch_state())
+            with torch.set_grad_enabled(len(pieces) == 1):
+                outputs = self.forward(self.model, piece)
+            with torch.no_grad():
+                sums.append(real * torch.stack(add_up(self.single, outputs, piece), 1))
             for name, parts in seen.items():
-                parts.append(outputs[name])
-        return torch.stack(sums).sum(0), seen, states
+                parts.append(outputs[name].detach()[: real * len(piece["index"])])
+            pieces.outputs = outputs if len(pieces) == 1 else None
+        return torch.stack(sums).sum(0), {name: torch.cat(parts) for name, parts in seen.items()}
+
+    def _replay(
+        self,
+        pieces: "Pieces",
+        weights: Tensor,
+        factors: Tensor,
+        cached: Mapping[str, tuple[Tensor, ...]],
+    ) -> None:
+        """The gradient of every micro-batch; `cached` are those of the whole-batch terms."""
+        for number, (piece, real) in enumerate(pieces):
+            outputs = pieces.outputs
+            if outputs is None:
+                set_torch_state(pieces.states[number])
+                outputs = self.forward(self.model, piece)
+            totals, _ = add_up(self.single, outputs, piece)
+            losses = [combine(totals, weights, factors)]
+            if real:
+                losses += [(outputs[n] * parts[number]).sum() for n, parts in cached.items()]
+            else:
+                losses += [outputs[name].sum() for name in cached]
+            self.scaler.scale(real * torch.stack(losses).sum()).backward()
+
+
+class Pieces:
+    """A process's micro-batches, `count` of them, as many as every other has.
+
+    Where its own samples are too few for that it borrows one, which then counts nothing (False):
+    all processes do the same, and every parameter that has a gradient has one everywhere.
+    """
+
+    def __init__(self, own: Batch, borrowed: Batch, size: int, count: int) -> None:
+        self.list = [(piece, True) for piece in split(own, size)]
+        for _ in range(count - len(self.list)):
+            self.list.append(({name: column[:1] for name, column in borrowed.items()}, False))
+        self.states: list[Any] = []
+        self.outputs: dict[str, Tensor] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
+        return iter(self.list)
+
+    def __len__(self) -> int:
+        return len(self.list)
 
 
 def combine(totals: Tensor, weights: Tensor, factors: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The hardware profile with every ``auto`` decided."""
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 
@@ -8,6 +9,7 @@ import torch
 
 from stagesweep import config
 from stagesweep.errors import UserError
+from stagesweep.hardware.gpu import devices
 from stagesweep.hardware.gpu import may_be_there as gpu_may_be_there
 
 log = logging.getLogger(__name__)
@@ -127,14 +129,20 @@ def choose(settings: config.Hardware) -> Choice:
     """Device and number format; UserError for a profile that this machine cannot follow, or with
     ``strict`` false what is done instead.
     """
-    if settings.devices != 1:
-        raise UserError(f"hardware.devices={settings.devices} is not supported yet; set it to 1")
     misfits: list[Misfit] = []
     there = gpu_may_be_there() and torch.cuda.is_available()
     use_gpu = there and settings.device is not config.Device.cpu
     if settings.device is config.Device.cuda and not there:
         misfits.append(NO_GPU)
         settings = replace(settings, precision=config.Precision.fp32)
+    if settings.gpu_ids is not None and not use_gpu:
+        misfits.append(no_ids(settings.gpu_ids))
+    wanted = max(devices(settings), int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    if use_gpu and (count := torch.cuda.device_count()) < wanted:
+        raise UserError(
+            f"hardware.devices={wanted}, but torch finds {count} GPUs; set it to {count}, or set "
+            "hardware.device=cpu"
+        )
     bf16 = use_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     reasons = {"precision": f" (the GPU has {'it' if bf16 else 'no bf16'})"} if use_gpu else {}
     if not there and settings.device is not config.Device.cpu:
@@ -150,10 +158,10 @@ def choose(settings: config.Hardware) -> Choice:
         precision = config.Precision.fp32
     if settings.precision is not config.Precision.auto:
         reasons.pop("precision", None)
-    wanted = settings.min_memory_gb
-    small = use_gpu and wanted is not None and gigabytes() < wanted
-    if wanted is not None and small:
-        misfits.append(too_small(wanted))
+    memory = settings.min_memory_gb
+    small = use_gpu and memory is not None and gigabytes() < memory
+    if memory is not None and small:
+        misfits.append(too_small(memory))
     if misfits and settings.strict:
         fault, remedy, _ = misfits[0]
         raise UserError(f"{fault}; {remedy}")
@@ -185,6 +193,15 @@ NO_BF16: Misfit = (
     "set it to fp16 or fp32",
     "going on with fp32",
 )
+
+
+def no_ids(ids: list[int]) -> Misfit:
+    """GPUs by number where none is used."""
+    return (
+        f"hardware.gpu_ids={ids}, but no GPU is used",
+        "leave it out",
+        "going on without",
+    )
 
 
 def too_small(wanted: float) -> Misfit:

@@ -2,6 +2,7 @@
 this for every command.
 """
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ class StudySweeper(Sweeper):
         """Run the sweep to its end."""
         from stagesweep.sweep.controller import sweep
 
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise UserError("a sweep is not for torchrun: set hardware.devices, and leave it out")
         assert self.config is not None
         assert self.launcher is not None
         sweep(self.config, self.settings, self.launcher, arguments)

@@ -97,13 +97,15 @@ Event = Report | At | Ended
 
 
 def leases(slots: str | int, hardware: config.Hardware) -> list[Lease]:
-    """The slots of this machine: GPUs ``devices_per_trial`` at a time, or shares of the cores.
+    """The slots of this machine: GPUs ``devices_per_trial`` at a time (or as many ``devices`` as a
+    trial uses), or shares of the cores.
 
     More slots than there are GPUs for share them in turn.
     """
-    each, found = hardware.devices_per_trial, gpu.ids(hardware)
+    processes = gpu.devices(hardware)
+    each, found = max(hardware.devices_per_trial, processes), gpu.ids(hardware)
     cores = len(os.sched_getaffinity(0))
-    natural = len(found) // each if found else cores // (hardware.threads or 1)
+    natural = len(found) // each if found else cores // ((hardware.threads or 1) * processes)
     count = max(1, natural if slots == "auto" else int(slots))
     groups = [found[i : i + each] for i in range(0, len(found) - each + 1, each)] or [found]
     return [

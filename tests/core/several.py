@@ -1,0 +1,242 @@
+"""What three processes do for test_distributed: `python several.py <folder>` leaves what each of
+them found in `<folder>/<rank>.pt`.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import Bench, columns
+from test_step import WEIGHTS, Model, Small, by_hand, gradients, make_batch, make_loss
+from torch import Tensor, nn
+
+from stagesweep import config
+from stagesweep.core.distributed import Team, join, team
+from stagesweep.core.predict import predict
+from stagesweep.data.view import Batch, View
+from stagesweep.errors import Interrupted, Lost
+
+SIZE = 3
+# Fewer samples than processes; parts that differ; equal parts.
+SAMPLES, MICRO = (1, 2, 20, 24), (None, 1, 2, 4, 8)
+EVERYTHING: dict[str, Any] = {
+    "epochs": 3,
+    "loss": {
+        "error": config.Weight(),
+        "masked": config.Weight(0.5, ramp=2.0),
+        "spread": config.Weight(0.1),
+        "anchored": config.Weight(0.1),
+    },
+    "metrics": {"mean": lambda arrays: {"seen": len(arrays["mean"]), "mean": arrays["mean"].sum()}},
+    "best": {"val_mean": config.Mode.max},
+    "select": "val_mean",
+    "ema": 0.9,
+    "schedule": config.Schedule(decay=config.Decay.plateau, warmup=0.5, patience=1),
+}
+# Neither is whole-batch, so that each process reads its own samples alone.
+OWN_PARTS: dict[str, Any] = {"epochs": 2, "loss": {"error": config.Weight()}, "batch_size": 15}
+
+
+class Sometimes(Model):
+    """Has a layer that nothing uses, and one for samples whose first feature is large."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.unused, self.rare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        outputs = super().forward(batch)
+        if (chosen := batch["x"][:, 0] > 1.5).any():
+            outputs["mean"] = outputs["mean"] + chosen[:, None] * self.rare(outputs["mean"])
+        return outputs
+
+
+def gradients_of_each() -> dict[str, float]:
+    """The largest difference from the undivided batch, by samples and micro-batch."""
+    found = {}
+    for n in SAMPLES:
+        names = WEIGHTS if n > 1 else ["square", "masked"]
+        batch = make_batch(n)
+        reference = make_loss(names)
+        expected, pairs = by_hand(reference, reference.model(batch), batch)
+        for micro_batch in MICRO:
+            loss = make_loss(names, micro_batch=micro_batch)
+            loss.team = team()
+            values = loss.backward(batch, 0.0)
+            differences = gradients(loss.model) - expected, (values - pairs) / pairs
+            worst = max(difference.abs().max() for difference in differences)
+            found[f"{n} samples, micro-batch {micro_batch}"] = worst.item()
+    return found
+
+
+def own_part_alone() -> float:
+    """The same where each process has no more than its own samples."""
+    batch, names = make_batch(20), ["square", "masked"]
+    reference = make_loss(names)
+    expected, _ = by_hand(reference, reference.model(batch), batch)
+    loss = make_loss(names, micro_batch=4)
+    loss.team = team()
+    part = {name: column[team().part(20)] for name, column in batch.items()}
+    loss.backward(part, 0.0, 20)
+    return float((gradients(loss.model) - expected).abs().max())
+
+
+def parameters_of_some() -> dict[str, Any]:
+    """Which parameters get a gradient, and how far it is from that of the undivided batch."""
+    batch = make_batch(12)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Sometimes().double())
+    alone, several = (make_loss(["square"], model=model) for model in models)
+    alone.backward(batch, 0.0)
+    several.team = team()
+    several.backward(batch, 0.0)
+    own = batch["x"][team().part(12), 0]
+    return {
+        "on this process": bool((own > 1.5).any()),
+        "there": [name for name, p in models[1].named_parameters() if p.grad is not None],
+        "expected": [name for name, p in models[0].named_parameters() if p.grad is not None],
+        "worst": float((gradients(models[0]) - gradients(models[1])).abs().max()),
+    }
+
+
+def out_of_memory_on_one() -> dict[str, Any]:
+    """A GPU with room for two samples, on one of the processes."""
+    batch = make_batch(24)
+    torch.manual_seed(0)
+    loss = make_loss(WEIGHTS, model=Small(2 if team().rank == 1 else 100).double())
+    loss.team = team()
+    loss.backward(batch, 0.0)
+    reference = make_loss(WEIGHTS)
+    expected, _ = by_hand(reference, reference.model(batch), batch)
+    worst = (gradients(loss.model) - expected).abs().max()
+    return {"micro_batch": loss.micro_batch, "worst": worst.item()}
+
+
+def rows(bench: Bench, name: str) -> list[dict[str, Any]]:
+    lines = (bench.folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def fits(bench: Bench) -> dict[str, Any]:
+    """Fits with everything in them, alone and with the others."""
+    found: dict[str, Any] = {}
+    for name, settings in {"everything": EVERYTHING, "own parts": OWN_PARTS}.items():
+        loop = bench.loop(name=name, team=team(), log_every=1, **settings)
+        found[name] = {"undivided": loop.undivided, "metrics": loop.run()}
+        weights = torch.cat([p.detach().flatten() for p in loop.parameters])
+        found[name]["same weights"] = bool((team().gather(weights[None], SIZE) == weights).all())
+        if team().main:
+            found[name]["rows"] = rows(bench, name)
+            alone = bench.loop(name=f"{name} alone", log_every=1, **settings)
+            found[name]["expected metrics"] = alone.run()
+            found[name]["expected rows"] = rows(bench, f"{name} alone")
+    return found
+
+
+def stopped(bench: Bench) -> dict[str, Any]:
+    """One of them is told to stop; then the others go on alone from what was saved."""
+    from stagesweep.core import interrupt
+
+    loop = bench.loop(name="stopped", team=team(), **EVERYTHING)
+    begin = loop.set_rates
+
+    def tell(position: float) -> None:
+        begin(position)
+        if loop.step == 6 and team().rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.set_rates = tell  # type: ignore[method-assign]
+    said = ""
+    with interrupt.handled():
+        try:
+            loop.run()
+        except Interrupted as error:
+            said = str(error)
+    found = {"said": said, "step": loop.step}
+    if team().main:
+        found["metrics"] = bench.loop(name="stopped", **EVERYTHING).run()
+    return found
+
+
+def statistics(bench: Bench) -> dict[str, Any]:
+    """Batch norm, after an epoch in which each process saw samples of its own."""
+    torch.manual_seed(1)
+    from conftest import Tiny
+
+    loop = bench.loop(name="norm", team=team(), model=Tiny(norm=True), epochs=1, batch_size=12)
+    loop.run()
+    mean = loop.model.norm.running_mean
+    same = (team().gather(mean[None], SIZE) == mean).all()
+    return {"same": bool(same), "norm": mean.norm().item()}
+
+
+def whole_split(bench: Bench) -> dict[str, bool]:
+    """Outputs of a split of 44, and of one with fewer samples than there are processes."""
+    found = {}
+    for n in (44, 2):
+        loop = bench.loop(name=f"split {n}")
+        view = View(columns(n))
+        names = ["mean", "index", "x/mask"]
+        alone = predict(loop.model, view, names, loop.machine, 5)
+        several = predict(loop.model, view, names, loop.machine, 5, team=team())
+        found[str(n)] = all(
+            several[k].dtype is alone[k].dtype and torch.allclose(several[k], alone[k])
+            for k in names
+        )
+    return found
+
+
+def one_gone() -> str:
+    """The last of them leaves without a word."""
+    if team().rank == SIZE - 1:
+        os._exit(0)
+    try:
+        team().sum(torch.ones(1))
+    except Lost as error:
+        return str(error)
+    return "nothing"
+
+
+def process(rank: int, folder: Path, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    bench = Bench(folder / f"rank {rank}")
+    found: dict[str, Any] = {}
+    with join() as joined:
+        assert isinstance(joined, Team)
+        found["gradients"] = gradients_of_each()
+        found["own part"] = own_part_alone()
+        found["some"] = parameters_of_some()
+        found["memory"] = out_of_memory_on_one()
+        found["fits"] = fits(bench)
+        found["stopped"] = stopped(bench)
+        found["norm"] = statistics(bench)
+        found["split"] = whole_split(bench)
+        torch.save(found, folder / f"{rank}.pt")
+        found["gone"] = one_gone()
+        torch.save(found, folder / f"{rank}.pt")
+        bench.close()
+        os._exit(0)  # a group that has lost a process cannot be left
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    given = [(rank, Path(sys.argv[1]), port) for rank in range(SIZE)]
+    processes = [context.Process(target=process, args=each) for each in given]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join()
+    sys.exit(max(abs(each.exitcode or 0) for each in processes))

@@ -1,0 +1,155 @@
+"""Several processes learn what one does: the real command, started here and by torchrun."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMON = (
+    "hardware=cpu",
+    "stage.joint.epochs=3",
+    "objective.metric=joint/val_loss",
+    "~stage.choose_clusters",
+    "~stage.baselines",
+    "~stage.evaluate",
+    "~stage.figures",
+)
+DIGITS = ("experiment=digits", *COMMON, "stage.pretrain.epochs=1")
+# Long enough to be ended on the way.
+EARS = (
+    "experiment=audiogram_simulated",
+    "data.animals=400",
+    "data.genes=40",
+    *COMMON,
+    "stage.pretrain.epochs=12",
+    "stage.pretrain.save_seconds=0",
+)
+HERE = "another process of this run has ended"
+
+
+def start(folder: Path, *command: str, store: str = "store") -> "subprocess.Popen[str]":
+    """A Python command in a process of its own."""
+    environment = {"STAGESWEEP_STORE": str(folder / store), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder: Path, *overrides: str, store: str) -> str:
+    """The command to its end; returns what it said on stdout."""
+    process = start(folder, "-m", "stagesweep", *overrides, store=store)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert not errors
+    return said
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def statuses(folder: Path) -> list[str]:
+    return [stage["status"] for stage in result(folder)["stages"]]
+
+
+def assert_same_numbers(folder: Path, expected: Path) -> None:
+    """Every number of every epoch, but for the speed."""
+    curves = [
+        [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
+        for each in (folder, expected)
+    ]
+    for row, wanted in zip(*curves, strict=True):
+        assert row.keys() == wanted.keys()
+        for name in row.keys() - {"samples_per_second"}:
+            same = wanted[name] if isinstance(wanted[name], str | None) else None
+            assert row[name] == (same or pytest.approx(wanted[name], rel=1e-5)), (name, wanted)
+    assert {row["epoch"] for row in curves[0] if row["stage"] == "joint"} == {1, 2, 3}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of one process and of two, each with a store of its own."""
+    folder = tmp_path_factory.mktemp("digits")
+    run(folder, *DIGITS, "hydra.run.dir=one", store="of_one")
+    run(folder, *DIGITS, "hydra.run.dir=two", "hardware.devices=2", store="of_two")
+    return folder
+
+
+def test_two_processes_have_the_curve_of_one(digits: Path) -> None:
+    assert_same_numbers(digits / "two", digits / "one")
+    assert statuses(digits / "two") == ["ran"] * 3
+
+
+def test_only_one_of_them_writes(digits: Path) -> None:
+    one, two = (
+        sorted(path.relative_to(digits / name) for path in (digits / name).rglob("*.*"))
+        for name in ("one", "two")
+    )
+    events = [[path for path in each if "tfevents" in path.name] for each in (one, two)]
+    assert len(events[0]) == len(events[1]) == 1
+    assert set(one) - set(events[0]) == set(two) - set(events[1])
+    assert (digits / "two" / "run.log").read_text().count("hardware: cpu") == 1
+
+
+def test_what_two_have_finished_one_reuses(digits: Path) -> None:
+    run(digits, *DIGITS, "hydra.run.dir=again", store="of_two")
+    assert statuses(digits / "again") == ["reused"] * 3
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Two nodes with one process each, as torchrun starts them, on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = ("torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=ears")
+    place = ("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost")
+    command = ("-m", *torchrun, *place, "-m", "stagesweep", *EARS, "hydra.run.dir=run")
+    found = [start(tmp_path, *command) for _ in range(2)]
+    yield found
+    for each in found:
+        each.kill()
+        each.communicate()
+
+
+def worker(node: "subprocess.Popen[str]") -> int:
+    """The process that torchrun has started."""
+    children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
+    return int(children[-1])
+
+
+def test_two_nodes_end_with_one_of_theirs_and_go_on_from_there(
+    nodes: list["subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    def trained() -> int:
+        texts = [path.read_text() for path in tmp_path.glob("store/??/*/metrics.jsonl")]
+        return sum(text.count('"kind": "epoch"') for text in texts)
+
+    until = time.monotonic() + 200
+    while trained() < 3 and time.monotonic() < until and nodes[0].poll() is None:
+        time.sleep(0.01)
+    os.kill(worker(nodes[1]), signal.SIGKILL)
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    assert all(node.returncode != 0 for node in nodes), errors
+    assert f"stagesweep: {HERE}" in errors[0], errors
+    before = len(list(tmp_path.glob("store/??/*/manifest.json")))
+    assert before == 0, "the first stage was not to be finished"
+
+    run(tmp_path, *EARS, "hydra.run.dir=run", store="store")
+    assert statuses(tmp_path / "run") == ["resumed", "ran", "ran"]
+    run(tmp_path, *EARS, "hydra.run.dir=alone", store="alone")
+    assert_same_numbers(tmp_path / "run", tmp_path / "alone")
