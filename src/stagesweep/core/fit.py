@@ -21,7 +21,7 @@ from stagesweep.core.optim import (
     running_average,
     train_mode,
 )
-from stagesweep.core.predict import joined, named, predict, to_device
+from stagesweep.core.predict import joined, named, pick, predict, read_by, to_device
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
 from stagesweep.core.terms import metric_names, reports, silent
@@ -275,7 +275,8 @@ class Loop:
         """Per-sample loss terms and the stage's metrics on the validation split."""
         terms = self.loss.per_sample()
         sums = torch.zeros(len(terms), 2, device=self.machine.device)
-        seen: list[tuple[dict[str, Tensor], Batch]] = []
+        wanted = read_by(self.settings.metrics.values())
+        seen: list[dict[str, Tensor]] = []
         model = self.loss.model if self.ema is None else self.averaged
         model.eval()
         size = min(1024, self.loss.micro_batch or 1024)
@@ -285,12 +286,13 @@ class Loop:
                 outputs = self.loss.forward(model, batch)
                 sums += torch.stack(add_up(terms, outputs, batch), 1)
                 if self.settings.metrics:
-                    seen.append((outputs, batch))
+                    arrays = named(outputs, batch)
+                    seen.append(arrays if wanted is None else pick(wanted, arrays))
         row = self.means(sums, terms, "val") if terms else {}
         if seen:
-            arrays = named(*map(joined, zip(*seen, strict=True)))
+            split = joined(seen)
             for metric in self.settings.metrics.values():
-                row |= {f"val_{name}": float(value) for name, value in metric(arrays).items()}
+                row |= {f"val_{name}": float(value) for name, value in metric(split).items()}
         return row
 
     # ---------------------------------------------------------------- checkpoints

@@ -1,7 +1,7 @@
 """What a model says of a whole split, and how outputs and columns are named."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -60,6 +60,19 @@ def pick(names: Collection[str], there: Mapping[str, Value]) -> dict[str, Value]
                 f"the model gives no '{name}' and the data has no such column; there are {have}"
             )
     return {name: there[name] for name in names}
+
+
+def read_by(metrics: Iterable[Any]) -> set[str] | None:
+    """The arrays that metrics look at, as they say in `reads`; None when one does not say.
+
+    A split is kept for them, and counts of a hundred thousand cells would fill the memory.
+    """
+    found: set[str] = set()
+    for metric in metrics:
+        if not hasattr(metric, "reads"):
+            return None
+        found |= set(metric.reads)
+    return found
 
 
 def joined(batches: Sequence[Batch]) -> dict[str, np.ndarray]:

@@ -87,7 +87,7 @@ class SingleCell:
         else:
             source = File(path, layer) if backed else read_table(path, layer)
         require(source.obs, columns.used(), source.name)
-        found, self.totals = survey(source)
+        found, self.totals = survey(source)  # totals are of all genes
         labels = source.obs[columns.label].astype("string")
         kept = np.flatnonzero((found >= min_genes) & ~labels.isin(list(drop)).to_numpy(bool))
         if not len(kept):
@@ -138,6 +138,16 @@ class SingleCell:
         """What each cell of a split is called, (n,)."""
         names: NDArray[np.str_] = self.obs.index.to_numpy(str)[self._members(split)]
         return names
+
+    def cell_table(self, split: str) -> pd.DataFrame:
+        """What is known of each cell of a split: id, split, labels by name and total counts."""
+        rows = self._members(split)
+        columns = {name: column.numpy()[rows] for name, column in self._columns.items()}
+        # The last name is what a code of -1 finds.
+        names = {n: np.array([*self.label_names[n], None], dtype=object) for n in columns}
+        labels = {name: names[name][codes] for name, codes in columns.items()}
+        total = self.totals[self._kept[rows]]
+        return pd.DataFrame({"id": self.ids(split), "split": split, **labels, "total": total})
 
     def _members(self, split: str) -> Codes:
         if split not in self._rows:
