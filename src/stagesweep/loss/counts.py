@@ -15,6 +15,9 @@ class Counts(nn.Module):
     up to a constant.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum over cells, and their number."""
         scores, counts, library = outputs["scores"].float(), batch["counts"], batch["library"]

@@ -40,6 +40,11 @@ class Components(nn.Module):
         """The logarithm of pi, (k,)."""
         return self.weight.log_softmax(0)
 
+    def log_density(self, latent: Tensor) -> Tensor:
+        """Log of N_k(z) of latents (B, d), (B, k), fp32, but for the constant that all k share."""
+        distance = (latent.float().unsqueeze(1) - self.centres) * (-self.log_scale).exp()
+        return -0.5 * distance.square().sum(2) - self.log_scale.sum(1)
+
     def divergence(self, mean: Tensor, logvar: Tensor) -> Tensor:
         """KL(N(mean, exp(logvar)) || N_k) of latent Gaussians (B, d) and every k, (B, k), fp32."""
         mean, logvar = mean.float(), logvar.float()
@@ -68,8 +73,9 @@ class GMVAE(nn.Module):
     The mixture is VaDE's (Jiang et al. 2017), the likelihood scVI's (Lopez et al. 2018): means are
     library size x softmax, theta is of each gene, zero inflation of each gene and cell. Every cell
     is decoded once. q(k|x) is what makes the evidence bound largest, in closed form: pi_k
-    exp(-KL(q(z|x) || N_k)), normalised. There is no classifier beside it, so that whatever trains
-    q(k|x) shapes z.
+    exp(-KL(q(z|x) || N_k)), normalised; with noise, while it learns, it is p(k|z) of the sampled z
+    (ibid., eq. 16), which keeps it from being sure too soon. There is no classifier beside it, so
+    that whatever trains q(k|x) shapes z.
 
     `components` is the number of Gaussians (null: as many as the data has of `label`); `hidden` are
     the widths of the encoder, reversed in the decoder; `thinning` is the share of genes that the
@@ -85,7 +91,7 @@ class GMVAE(nn.Module):
         hidden: Sequence[int] = (512, 256),
         components: int | None = None,
         label: str = "label",
-        thinning: float = 0.3,
+        thinning: float = 0.5,
         dropout: float = 0.1,
         likelihood: Literal["zinb", "nb", "mse"] = "zinb",
     ) -> None:
@@ -125,11 +131,12 @@ class GMVAE(nn.Module):
         hidden = self.encoder(self.thinning(normalised(batch["counts"], batch["library"])))
         mean, logvar = self.to_latent(hidden).float().chunk(2, 1)
         logvar = logvar.clamp(-10, 4)
-        latent = mean
+        divergence, log_prior = self.clusters.divergence(mean, logvar), self.clusters.log_prior()
+        latent, evidence = mean, -divergence
         if (noise := batch.get("noise")) is not None:
             latent = mean + torch.exp(0.5 * logvar) * noise
-        divergence, log_prior = self.clusters.divergence(mean, logvar), self.clusters.log_prior()
-        log_assignment = (log_prior - divergence).log_softmax(1)
+            evidence = self.clusters.log_density(latent)
+        log_assignment = (log_prior + evidence).log_softmax(1)
         outputs = {
             "mean": mean,
             "logvar": logvar,

@@ -1,5 +1,6 @@
 """The stage that fits linear baselines of cell types, for the same table as the model."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
@@ -22,7 +24,8 @@ BATCH = 4096
 
 @dataclass
 class CellBaselines:
-    """Logistic regression and principal components of log-normalised counts, fitted on train.
+    """Logistic regression of log-normalised counts and principal components of their z-scores,
+    fitted on train.
 
     Leaves ``cell_baselines.npz``: ``logistic/assignment/<split>`` (n, k), probabilities of each
     `label`, and ``pca/mean/<split>`` (n, `components`). Of more than `max_rows` training cells a
@@ -40,15 +43,24 @@ class CellBaselines:
         order = order[: self.max_rows].sort().values
         values, labels = map(np.concatenate, zip(*self.read(view, order), strict=True))
         known = labels >= 0
-        with threadpool_limits(limits=1):
+        centre, scale = values.mean(0), values.std(0) + 1e-6
+
+        def scaled(x: Array) -> Array:
+            """z-scores, cut off at 10 as by scanpy: or else strong genes are all that is seen."""
+            cut: Array = ((x - centre) / scale).clip(-10, 10)
+            return cut
+
+        with threadpool_limits(limits=1), warnings.catch_warnings():
+            # After a thousand steps it changes no more than its last digits.
+            warnings.simplefilter("ignore", ConvergenceWarning)
             logistic = LogisticRegression(max_iter=1000).fit(values[known], labels[known])
             number = min(self.components, *values.shape)
-            pca = PCA(number, random_state=run.seed % 2**31).fit(values)
+            pca = PCA(number, random_state=run.seed % 2**31).fit(scaled(values))
             found: dict[str, Array] = {}
             for split in ("train", "val", "test"):
                 view = run.view(split)
                 parts = [
-                    (self.shares(run, logistic, x), pca.transform(x))
+                    (self.shares(run, logistic, x), pca.transform(scaled(x)))
                     for x, _ in self.read(view, torch.arange(len(view)))
                 ]
                 shares, means = map(np.concatenate, zip(*parts, strict=True))
