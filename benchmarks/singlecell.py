@@ -159,7 +159,7 @@ print(scvi.__version__, (time.perf_counter() - started) / int(sys.argv[3]))
 def scvi(options: argparse.Namespace) -> None:
     """An epoch of each, in batches of 512: two hidden layers of 256, latent 64, ZINB."""
     cells, genes = (2000, 500) if options.small else (20_000, 2000)
-    rounds, epochs = (1, 1) if options.small else (3, 2)
+    rounds, epochs = (1, 1) if options.small else (min(3, options.rounds), 2)
     drawn = cohort(10, cells // 10, genes).table()
     codes = torch.from_numpy(drawn.obs["cell_type"].astype("category").cat.codes.to_numpy("int64"))
     view, ours = CellView(drawn.counts, {"label": codes}), Trained(genes, hidden=(256, 256))
@@ -189,7 +189,7 @@ def epoch(trained: Trained, view: CellView) -> float:
 
 def backed(options: argparse.Namespace) -> None:
     """Train on a file with the real command, an epoch, and watch its memory."""
-    donors, cells, genes = (20, 100, 300) if options.small else (100, 2000, 4000)
+    donors, cells, genes = (20, 100, 300) if options.small else (options.donors, 2000, 4000)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path, drawn = f"{folder}/cells.h5ad", cohort(donors, cells, genes)
         write(path, drawn.names, drawn.draw())
@@ -198,7 +198,7 @@ def backed(options: argparse.Namespace) -> None:
         words = ["experiment=singlecell_full", f"data.path={path}", "stage.gmvae.epochs=1"]
         words += ["data.columns.donor=donor", "data.columns.condition=condition"]
         words += ["stage.gmvae.batch_size=512", "hardware.micro_batch=null", "hardware.workers=0"]
-        words += ["hardware.device=cpu", f"hydra.run.dir={folder}/run"]
+        words += ["hardware.device=cpu", "~stage.baselines", f"hydra.run.dir={folder}/run"]
         environment = os.environ | {"STAGESWEEP_STORE": f"{folder}/store"}
         command = [sys.executable, "-m", "stagesweep", *words]
         started = perf_counter()
@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="a Python that has scvi-tools")
+    parser.add_argument("--donors", type=int, default=100, help="of 2,000 cells, in the large file")
     parser.add_argument("--folder", help="where the large file is written for a while")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
