@@ -69,7 +69,7 @@ def test_a_term_is_computed_in_fp32_under_bf16(
     experiments: dict[str, DictConfig], loss: str
 ) -> None:
     cfg, node = used(experiments, loss)
-    parts = OmegaConf.masked_copy(cfg, ["data", "model", "stage"])
+    parts = OmegaConf.masked_copy(cfg, ["seed", "data", "model", "stage"])
     batch, outputs = batch_and_outputs(OmegaConf.to_yaml(parts, resolve=True))
     with execution_whitelist(config.trusted()):
         term: Any = instantiate(node, _convert_="all")

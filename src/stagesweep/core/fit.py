@@ -24,7 +24,7 @@ from stagesweep.core.optim import (
     running_average,
     train_mode,
 )
-from stagesweep.core.predict import joined, named, predict, share_of, to_device
+from stagesweep.core.predict import joined, named, pick, predict, read_by, share_of, to_device
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
 from stagesweep.core.terms import metric_names, reports, silent
@@ -36,8 +36,6 @@ from stagesweep.errors import NotFinite, Pruned, UserError
 from stagesweep.hardware.machine import Machine
 
 log = logging.getLogger(__name__)
-
-Outputs = dict[str, Tensor]
 
 
 class Loop:
@@ -310,7 +308,7 @@ class Loop:
         terms = self.loss.per_sample()
         row = self.means(team.sum(sums), terms, "val") if terms else {}
         if seen:
-            arrays = named(*(joined(own, team, len(self.val)) for own in zip(*seen, strict=True)))
+            arrays = joined(seen, team, len(self.val))
             # The others are told what the main process found.
             for metric in self.settings.metrics.values() if self.team.main else ():
                 found = metric(arrays)
@@ -318,13 +316,12 @@ class Loop:
         return row
 
     @torch.no_grad()
-    def score(
-        self, batches: Iterable[Batch]
-    ) -> tuple[Tensor, list[tuple[dict[str, Tensor], Batch]]]:
-        """Totals and weights of the per-sample terms (terms, 2) and, for metrics, all outputs."""
+    def score(self, batches: Iterable[Batch]) -> tuple[Tensor, list[Batch]]:
+        """Totals and weights of per-sample terms, (terms, 2), and what the metrics read."""
         terms = self.loss.per_sample()
         sums = torch.zeros(len(terms), 2, device=self.machine.device)
-        seen: list[tuple[Outputs, Batch]] = []
+        wanted = read_by(self.settings.metrics.values())
+        seen: list[dict[str, Tensor]] = []
         model = self.loss.model if self.ema is None else self.averaged
         model.eval()
         for batch in batches:
@@ -332,7 +329,8 @@ class Loop:
             outputs = self.loss.forward(model, batch)
             sums += torch.stack(add_up(terms, outputs, batch), 1)
             if self.settings.metrics:
-                seen.append((outputs, batch))
+                arrays = named(outputs, batch)
+                seen.append(arrays if wanted is None else pick(wanted, arrays))
         return sums, seen
 
     def measured(self) -> dict[str, Any]:

@@ -92,6 +92,19 @@ def pick(names: Collection[str], there: Mapping[str, Value]) -> dict[str, Value]
     return {name: there[name] for name in names}
 
 
+def read_by(metrics: Iterable[Any]) -> set[str] | None:
+    """The arrays that metrics look at, as they say in `reads`; None when one does not say.
+
+    A split is kept for them, and counts of a hundred thousand cells would fill the memory.
+    """
+    found: set[str] = set()
+    for metric in metrics:
+        if not hasattr(metric, "reads"):
+            return None
+        found |= set(metric.reads)
+    return found
+
+
 def joined(batches: Sequence[Batch], team: Team = ALONE, samples: int = 0) -> dict[str, np.ndarray]:
     """The columns of all batches, one after the other: of all `samples` that the team shares."""
     found = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}

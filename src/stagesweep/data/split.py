@@ -53,6 +53,28 @@ def split_groups(groups: Codes, fractions: Mapping[str, float], seed: int) -> di
     return splits
 
 
+def split_strata(strata: Codes, fractions: Mapping[str, float], seed: int) -> dict[str, Codes]:
+    """Deal the rows of each stratum into named splits of about the given fractions, in file order.
+
+    `strata` is (n,), with codes below 0 a stratum of their own. The first split has a row of each.
+    Raises UserError when a split stays empty.
+    """
+    _check(fractions)
+    order = np.random.default_rng(seed).permutation(len(strata))
+    order = order[np.argsort(strata[order], kind="stable")]
+    sizes = np.unique(strata, return_counts=True)[1]
+    # The place of each row within its stratum, in 0..1.
+    place = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    bounds = np.cumsum(list(fractions.values()))[:-1]
+    side = np.empty(len(strata), np.int64)
+    side[order] = np.searchsorted(bounds, place, side="right")
+    splits = {name: np.flatnonzero(side == number) for number, name in enumerate(fractions)}
+    for name, members in splits.items():
+        if not len(members):
+            raise UserError(f"the {name} split is empty: {len(strata)} rows are too few to split")
+    return splits
+
+
 def _check(fractions: Mapping[str, float]) -> None:
     if min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise UserError(f"data.fractions must be positive and add up to 1, got {dict(fractions)}")

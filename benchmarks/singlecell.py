@@ -1,0 +1,267 @@
+"""The GMVAE of gene counts: what exact ZINB costs, how fast it is beside scVI, and in how little
+memory it trains.
+
+    python -m benchmarks.singlecell step      training steps: ZINB, NB and MSE; K decodes
+    python -m benchmarks.singlecell scvi      cells per second beside SCVI (--python: one with it)
+    python -m benchmarks.singlecell backed    a file of 200,000 x 4,000, its peak memory
+
+`--small` takes seconds. What is compared takes turns, and ratios are medians of those of a turn,
+so that whatever else the machine does falls on all. Counts are simulated.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from stagesweep.data.cells import CellView
+from stagesweep.data.cohort import Cohort
+from stagesweep.data.spec import Features, Spec
+from stagesweep.loss.counts import Counts
+from stagesweep.loss.cross_entropy import CrossEntropy
+from stagesweep.loss.mixture import Mixture
+from stagesweep.model.gmvae import GMVAE
+
+TYPES = 8
+DEVICE = torch.device("cpu")
+
+
+def cohort(donors: int, cells: int, genes: int) -> Cohort:
+    """About a tenth of its counts are not zero."""
+    return Cohort(donors, cells, genes, TYPES, 3, genes * 0.2, 1.0, 0.5, 0.15, seed=0)
+
+
+def spec(genes: int) -> Spec:
+    """Of the simulated counts."""
+    return Spec({"counts": Features(tuple(map(str, range(genes))))}, labels={"label": TYPES})
+
+
+class Trained:
+    """A model and one training step of it."""
+
+    def __init__(self, genes: int, decodes: int = 0, **model: Any) -> None:
+        torch.manual_seed(0)
+        self.model, self.decodes = GMVAE(spec(genes), **model), decodes
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.terms = [Counts(), Mixture("label"), CrossEntropy("label")]
+        self.noise = torch.Generator()
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        """Forward, backward, clip, update."""
+        self.optimizer.zero_grad()
+        batch = batch | self.model.sample_noise(len(batch["label"]), self.noise)
+        self.loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+        self.optimizer.step()
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The bound, with one decode; or with one for each component, by the usual formula."""
+        outputs = self.model(batch)
+        if not self.decodes:
+            pairs = [term(outputs, batch) for term in self.terms]
+            return torch.stack([total / weight for total, weight in pairs]).sum()
+        shares, bound = outputs["assignment"], outputs["divergence"].mean()
+        for k in range(self.decodes):
+            latent = outputs["latent"] + self.model.clusters.centres[k]
+            scores = self.model.to_scores(self.model.decoder(latent))
+            cost = usual(scores, self.model.log_theta, self.model.to_dropout(latent), batch)
+            bound = bound + (shares[:, k] * cost.sum(1)).mean()
+        return bound
+
+
+def usual(scores: Tensor, log_theta: Tensor, pi: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """ZINB as it is mostly written: every logarithm of every gene of every cell, (B, g)."""
+    x, theta = batch["counts"], log_theta.exp()
+    mean = batch["library"] * scores.softmax(1)
+    log_sum = (theta + mean).log()
+    t = theta * (log_theta - log_sum)
+    some = t - pi - softplus(-pi) + x * (mean.log() - log_sum)
+    some = some + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    return -torch.where(x > 0, some, softplus(t - pi) - softplus(-pi))
+
+
+def turns(
+    steps: dict[str, Callable[[], object]], rounds: int, against: str
+) -> dict[str, tuple[float, float]]:
+    """Median seconds of each, and the median of its ratio to `against` within a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            started = perf_counter()
+            step()
+            if number:  # the first one warms up
+                seconds[name].append(perf_counter() - started)
+    base = seconds[against]
+    return {
+        name: (
+            statistics.median(own),
+            statistics.median(a / b for a, b in zip(own, base, strict=True)),
+        )
+        for name, own in seconds.items()
+    }
+
+
+def step(options: argparse.Namespace) -> None:
+    """One training step of 512 cells x 2,000 genes."""
+    rounds, genes, size = (3, 500, 64) if options.small else (options.rounds, 2000, 512)
+    drawn = cohort(2, size, genes).table()
+    codes = torch.from_numpy(drawn.obs["cell_type"].astype("category").cat.codes.to_numpy("int64"))
+    (batch, *_) = CellView(drawn.counts, {"label": codes.clamp(max=TYPES - 1)}).batches(size)
+    density = float((batch["counts"] > 0).float().mean())
+    print(
+        f"{size} cells x {genes} genes, {density:.0%} not zero, {torch.get_num_threads()} threads"
+    )
+    kinds = {name: Trained(genes, likelihood=name) for name in ("mse", "nb", "zinb")}
+    steps = {name: (lambda t=t: t.step(batch)) for name, t in kinds.items()}
+    for name, (median, ratio) in turns(steps, rounds, "mse").items():
+        print(f"{name:18}{median * 1e3:10.1f} ms   {ratio:6.2f} x mse", flush=True)
+    folds = Trained(genes, decodes=TYPES)
+    steps = {"zinb": steps["zinb"], f"{TYPES} decodes": lambda: folds.step(batch)}
+    for name, (median, ratio) in turns(steps, max(2, rounds // 5), "zinb").items():
+        print(f"{name:18}{median * 1e3:10.1f} ms   {ratio:6.2f} x zinb", flush=True)
+
+
+SCVI = """
+import sys, time, warnings, logging
+warnings.simplefilter("ignore")
+import anndata, numpy, scvi, torch
+torch.set_num_threads(int(sys.argv[2]))
+logging.getLogger("lightning").setLevel(logging.ERROR)
+scvi.settings.verbosity = 40
+cells = anndata.read_h5ad(sys.argv[1])
+scvi.model.SCVI.setup_anndata(cells)
+model = scvi.model.SCVI(cells, n_hidden=256, n_layers=2, n_latent=64)
+options = dict(accelerator="cpu", batch_size=512, train_size=1.0, enable_progress_bar=False,
+               shuffle_set_split=False, logger=False)
+model.train(max_epochs=1, **options)
+started = time.perf_counter()
+model.train(max_epochs=int(sys.argv[3]), **options)
+print(scvi.__version__, (time.perf_counter() - started) / int(sys.argv[3]))
+"""
+
+
+def scvi(options: argparse.Namespace) -> None:
+    """An epoch of each, in batches of 512: two hidden layers of 256, latent 64, ZINB."""
+    cells, genes = (2000, 500) if options.small else (20_000, 2000)
+    rounds, epochs = (1, 1) if options.small else (min(3, options.rounds), 2)
+    drawn = cohort(10, cells // 10, genes).table()
+    codes = torch.from_numpy(drawn.obs["cell_type"].astype("category").cat.codes.to_numpy("int64"))
+    view, ours = CellView(drawn.counts, {"label": codes}), Trained(genes, hidden=(256, 256))
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/cells.h5ad"
+        write(path, drawn.genes, [(drawn.counts, drawn.obs)])
+        pairs = []
+        for _ in range(rounds):
+            own = min(epoch(ours, view) for _ in range(epochs))
+            words = [options.python, "-c", SCVI, path, str(torch.get_num_threads()), str(epochs)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"SCVI did not run ({options.python}): {done.stderr[-600:]}")
+            version, theirs = done.stdout.split()[-2:]
+            pairs.append((cells / own, cells / float(theirs)))
+            print(f"GMVAE {pairs[-1][0]:8.0f} cells/s   SCVI {version} {pairs[-1][1]:8.0f} cells/s")
+    print(f"ratio {statistics.median(a / b for a, b in pairs):.2f} (median)")
+
+
+def epoch(trained: Trained, view: CellView) -> float:
+    """Seconds of one pass over the cells, in random order."""
+    started = perf_counter()
+    for batch in view.gather(view.order(512, torch.Generator().manual_seed(0))):
+        trained.step(batch)
+    return perf_counter() - started
+
+
+def backed(options: argparse.Namespace) -> None:
+    """Train on a file with the real command, an epoch, and watch its memory."""
+    donors, cells, genes = (20, 100, 300) if options.small else (options.donors, 2000, 4000)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path, drawn = f"{folder}/cells.h5ad", cohort(donors, cells, genes)
+        write(path, drawn.names, drawn.draw())
+        size = Path(path).stat().st_size / 1e9
+        print(f"{donors * cells:,} cells x {genes:,} genes, {size:.2f} GB on disk", flush=True)
+        words = ["experiment=singlecell_full", f"data.path={path}", "stage.gmvae.epochs=1"]
+        words += ["data.columns.donor=donor", "data.columns.condition=condition"]
+        words += ["stage.gmvae.batch_size=512", "hardware.micro_batch=null", "hardware.workers=0"]
+        words += ["hardware.device=cpu", "~stage.baselines", f"hydra.run.dir={folder}/run"]
+        environment = os.environ | {"STAGESWEEP_STORE": f"{folder}/store"}
+        command = [sys.executable, "-m", "stagesweep", *words]
+        started = perf_counter()
+        subprocess.run(command, check=True, env=environment)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
+        print(f"one epoch and its scores: {perf_counter() - started:.0f} s, peak {peak:.2f} GiB")
+
+
+def write(path: str, genes: Sequence[str], chunks: Any) -> None:
+    """An .h5ad file in CSR, a piece at a time, so that the whole is never in memory."""
+    import anndata
+    import h5py
+
+    tables: list[pd.DataFrame] = []
+    ends = [np.zeros(1, np.int64)]
+    with (
+        h5py.File(path, "w") as file,
+        warnings.catch_warnings(),
+        anndata.settings.override(allow_write_nullable_strings=True),
+    ):
+        warnings.simplefilter("ignore")
+        empty = csr_matrix((0, len(genes)), dtype=np.float32)
+        frame = anndata.AnnData(empty, var=pd.DataFrame(index=pd.Index(genes, dtype=object)))
+        for name, part in {"var": frame.var, "X": frame.X}.items():
+            anndata.io.write_elem(file, name, part)
+        matrix = file["X"]
+        for name, kind in (("data", "float32"), ("indices", "int32")):
+            del matrix[name]
+            matrix.create_dataset(name, (0,), kind, maxshape=(None,), chunks=(1 << 16,))
+        for counts, obs in chunks:
+            tables.append(obs)
+            start = int(ends[-1][-1])
+            for name in ("data", "indices"):
+                matrix[name].resize((start + counts.nnz,))
+                matrix[name][start:] = getattr(counts, name)
+            ends.append(counts.indptr[1:].astype(np.int64) + start)
+        del matrix["indptr"]
+        matrix["indptr"] = np.concatenate(ends)
+        cells = pd.concat(tables)
+        matrix.attrs["shape"] = (len(cells), len(genes))
+        anndata.io.write_elem(file, "obs", cells)
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+
+
+def main() -> None:
+    """Run one of them, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    benchmarks = {"step": step, "scvi": scvi, "backed": backed}
+    parser.add_argument("name", choices=[*benchmarks, "all"], nargs="?", default="all")
+    parser.add_argument("--small", action="store_true", help="a smoke run")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--python", default=sys.executable, help="a Python that has scvi-tools")
+    parser.add_argument("--donors", type=int, default=100, help="of 2,000 cells, in the large file")
+    parser.add_argument("--folder", help="where the large file is written for a while")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+    for name, run in benchmarks.items():
+        if options.name in (name, "all"):
+            print(f"== {name}")
+            run(options)
+
+
+if __name__ == "__main__":
+    main()

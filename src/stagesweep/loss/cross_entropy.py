@@ -1,0 +1,22 @@
+"""How well the model tells the labels that are known."""
+
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss
+
+from stagesweep.data.view import Batch
+
+
+class CrossEntropy(nn.Module):
+    """Cross-entropy of log-probabilities (B, k) with a label, a sum over samples that have one."""
+
+    def __init__(self, label: str, output: str = "log_assignment") -> None:
+        super().__init__()
+        self.label, self.output = label, output
+
+    def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum over the samples whose label is known (not below 0), and their number."""
+        label = batch[self.label]
+        known = label >= 0
+        target = label.masked_fill(~known, -100)
+        total = nll_loss(outputs[self.output].float(), target, ignore_index=-100, reduction="sum")
+        return total, known.sum().to(total)

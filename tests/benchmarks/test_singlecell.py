@@ -1,0 +1,31 @@
+"""The benchmark of the GMVAE runs, and what it compares computes the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stagesweep.loss.zinb import negative_log_likelihood
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_usual_formula_is_the_same_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.singlecell import usual
+
+    counts = torch.poisson(torch.rand(5, 7) * 3)
+    batch = {"counts": counts, "library": counts.sum(1, keepdim=True).clamp(min=1)}
+    scores, log_theta, pi = torch.randn(5, 7), torch.randn(7), torch.randn(5, 7)
+    ours = negative_log_likelihood(scores, log_theta, pi, counts, batch["library"])
+    assert usual(scores, log_theta, pi, batch).sum().item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_the_benchmark_of_steps_runs() -> None:
+    words = [sys.executable, "-m", "benchmarks.singlecell", "step", "--small"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "x mse" in done.stdout
+    assert "8 decodes" in done.stdout
