@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from stagesweep.core.meter import SPEED
+
 COMMON = (
     "hardware=cpu",
     "stage.joint.epochs=3",
@@ -74,7 +76,7 @@ def assert_same_numbers(folder: Path, expected: Path) -> None:
     ]
     for row, wanted in zip(*curves, strict=True):
         assert row.keys() == wanted.keys()
-        for name in row.keys() - {"samples_per_second"}:
+        for name in row.keys() - {*SPEED, "stage", "kind"}:
             same = wanted[name] if isinstance(wanted[name], str | None) else None
             assert row[name] == (same or pytest.approx(wanted[name], rel=1e-5)), (name, wanted)
     assert {row["epoch"] for row in curves[0] if row["stage"] == "joint"} == {1, 2, 3}

@@ -176,18 +176,10 @@ def team() -> Team:
     return _team
 
 
-def joined() -> bool:
-    """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
-
-
 @contextmanager
 def join() -> Iterator[Team]:
     """Be one of the processes that torchrun, or we ourselves, have started."""
     global _team
-    if not joined():
-        yield ALONE
-        return
     if torch.cuda.is_available():
         # Whether there are enough is asked where it is known that they are used.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
