@@ -181,7 +181,8 @@ def tiled(part: Part, count: int) -> View:
     """So many samples of the training data, over and over."""
     train = part.view("train")
     rows = torch.arange(count, device=part.machine.device) % len(train)
-    columns = {n: c.index_select(0, rows) for n, c in train.columns.items() if n != "index"}
+    batch = next(iter(train.gather([rows])))
+    columns = {name: column for name, column in batch.items() if name != "index"}
     view = View(columns)
     return view.prepare(part.machine.device, 0)
 

@@ -135,7 +135,7 @@ class Run:
             terms={key: term.to(self.device) for key, term in terms.items()},
             settings=settings,
             seed=derive(self.seed, name),
-            stage=self.stage,
+            stage=f"{self.cfg.experiment}/{self.stage}",
             name=name,
         )
         rows = MetricLog(self._entry.path / "metrics.jsonl", self.board, name)
@@ -155,7 +155,7 @@ class Run:
 
     def follow(self, order: "Order") -> None:
         """Take part in a fit that the main process has handed out."""
-        self.machine = self.profile.at(f"{self.cfg.experiment}/{order.stage}")
+        self.machine = self.profile.at(order.stage)
         self.loop(order, Path(), Unwritten(order.name)).run()
 
     def loop(self, order: "Order", folder: Path, rows: MetricLog) -> Loop:
