@@ -58,7 +58,12 @@ class Trained:
     def __init__(self, genes: int, decodes: int = 0, **model: Any) -> None:
         torch.manual_seed(0)
         self.model, self.decodes = GMVAE(spec(genes), **model), decodes
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        parameters = list(self.model.parameters())
+        if decodes:
+            # Behind the decoder's last layer, where Lopez et al. (2018) have it.
+            self.to_dropout = torch.nn.Linear(self.model.to_scores.in_features, genes)
+            parameters += self.to_dropout.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, fused=True)
         self.terms = [Counts(), Mixture("label"), CrossEntropy("label")]
         self.noise = torch.Generator()
 
@@ -79,8 +84,9 @@ class Trained:
         shares, bound = outputs["assignment"], outputs["divergence"].mean()
         for k in range(self.decodes):
             latent = outputs["latent"] + self.model.clusters.centres[k]
-            scores = self.model.to_scores(self.model.decoder(latent))
-            cost = usual(scores, self.model.log_theta, self.model.to_dropout(latent), batch)
+            hidden = self.model.decoder(latent)
+            scores, pi = self.model.to_scores(hidden), self.to_dropout(hidden)
+            cost = usual(scores, self.model.log_theta, pi, batch)
             bound = bound + (shares[:, k] * cost.sum(1)).mean()
         return bound
 

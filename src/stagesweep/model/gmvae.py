@@ -16,6 +16,20 @@ def normalised(counts: Tensor, library: Tensor) -> Tensor:
     return (counts * (1e4 / library)).log1p()
 
 
+class Thinning(nn.Dropout):
+    """Dropout of mostly zeros (B, g): on the CPU, numbers are drawn for the others alone. A GPU
+    would have to wait to learn how many there are, and draws them faster than that.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The values while it does not train; else some are zero, and the others larger."""
+        if not self.training or x.is_cuda or x.requires_grad:
+            return super().forward(x)
+        (there,) = x.view(-1).nonzero(as_tuple=True)
+        kept = super().forward(x.view(-1)[there])
+        return x.new_zeros(x.numel()).index_copy_(0, there, kept).view_as(x)
+
+
 class Components(nn.Module):
     """Diagonal Gaussians N(m_k, s_k) in the latent space and their shares pi_k; the number of them
     may change between stages and with the weights that are loaded.
@@ -98,7 +112,7 @@ class GMVAE(nn.Module):
         super().__init__()
         self.latent = latent
         genes = len(spec.features["counts"].names)
-        self.thinning = nn.Dropout(thinning)
+        self.thinning = Thinning(thinning)
         self.encoder = _layers([genes, *hidden], dropout)
         self.to_latent = nn.Linear(hidden[-1], 2 * latent)
         # Called as in other models whose clusters a stage places.
