@@ -145,7 +145,8 @@ def choose(settings: config.Hardware) -> Choice:
     if use_gpu and count < started:
         raise UserError(f"{started} processes were started, but torch finds {count} GPUs")
     # Without a GPU, several processes share the CPU, unless the profile may be departed from.
-    if count < wanted and (use_gpu or (not settings.strict and settings.device is not CPU)):
+    alone = wanted > 1 and not settings.strict and settings.device is not CPU
+    if count < wanted and (use_gpu or alone):
         misfits.append(too_few(wanted, count))
     bf16 = use_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     reasons = {"precision": f" (the GPU has {'it' if bf16 else 'no bf16'})"} if use_gpu else {}
