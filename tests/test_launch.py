@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from stagesweep.config import Hardware
+from stagesweep.config import Device, Hardware
 from stagesweep.errors import Interrupted, Lost, NotFinite, UserError
 from stagesweep.launch import _reason, _record, follows, wanted
 from stagesweep.sweep.plugin import StudySweeper
@@ -24,6 +24,16 @@ def test_the_profile_says_how_many() -> None:
     assert wanted(Hardware(devices=3)) == 3
     assert wanted(Hardware(gpu_ids=[0, 2])) == 2
     assert wanted(Hardware(devices=2, gpu_ids=[0, 2])) == 2
+
+
+@pytest.mark.parametrize(("there", "count"), [(0, 1), (2, 2), (8, 4)])
+def test_one_that_is_not_strict_has_no_more_than_gpus(
+    there: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stagesweep.hardware.gpu.there", lambda: there)
+    assert wanted(Hardware(devices=4, strict=False)) == count
+    assert wanted(Hardware(devices=4, strict=False, device=Device.cpu)) == 4
+    assert wanted(Hardware(devices=4)) == 4
 
 
 def test_devices_and_gpu_ids_must_agree() -> None:

@@ -139,6 +139,12 @@ def test_a_term_that_does_not_act_needs_nothing(tiny: Compose) -> None:
         assert cfg.stage.joint.loss.clustering.weight == 0
 
 
+@pytest.mark.parametrize("key", ["micro_batch=auto", "compile=true"])
+def test_a_divided_model_cannot_do_all(tiny: Compose, key: str) -> None:
+    with pytest.raises(UserError, match=f"^hardware.{key} .*hardware.parallel=shard.*; set"):
+        validate(tiny("hardware.parallel=shard", f"hardware.{key}"))
+
+
 def test_a_run_has_a_stage(tiny: Compose) -> None:
     names = ("pretrain", "init_clusters", "joint", "evaluate")
     with pytest.raises(UserError, match=r"^a run needs at least one stage; "):

@@ -50,6 +50,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Parallel(StrEnum):
+    """Processes each have the whole model, or a part of every parameter (FSDP2)."""
+
+    replicate = "replicate"
+    shard = "shard"
+
+
 class Precision(StrEnum):
     """Number format of the forward pass; parameters stay fp32."""
 
@@ -246,6 +253,8 @@ class Hardware:
     # Which GPUs, by their numbers; as many as there are `devices`.
     gpu_ids: list[int] | None = field(default=None, metadata=NO_RESULT | {"least": 0})
     nodes: int = number(1, least=1, result=False)
+    # What each of several processes has of the model: all of it, or a part.
+    parallel: Parallel = field(default=Parallel.replicate, metadata=NO_RESULT)
     # GPUs that each trial of a sweep holds.
     devices_per_trial: int = number(1, least=1, result=False)
     # Memory that the profile is made for, in GB (10^9 bytes); a smaller GPU does not fit it.

@@ -48,7 +48,7 @@ def wanted(settings: config.Hardware) -> int:
                 f"--nnodes={settings.nodes} --nproc-per-node={count} --rdzv-backend=c10d "
                 "--rdzv-endpoint=HOST:PORT -m stagesweep"
             )
-        return count
+        return gpu.processes(settings)
     if settings.gpu_ids is not None:
         raise UserError("hardware.gpu_ids is not for torchrun; set CUDA_VISIBLE_DEVICES before it")
     if count not in (1, *sizes):

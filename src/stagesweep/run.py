@@ -69,7 +69,7 @@ class Run:
         self.begin(name, entry)
         stage = build_stage(self.cfg.stage[name])
         fresh = self.cfg.resume is config.Resume.never
-        partial = not fresh and any((entry.path / "checkpoints").rglob("step_*.pt"))
+        partial = not fresh and any((entry.path / "checkpoints").rglob("step_*"))
         about = {"experiment": self.cfg.experiment, "stage": name}
         entry.begin(fresh=fresh, about=about)
         seed_everything(self.seed)
@@ -137,11 +137,12 @@ class Run:
             seed=derive(self.seed, name),
             stage=f"{self.cfg.experiment}/{self.stage}",
             name=name,
+            folder=self._entry.path / "checkpoints",
         )
         rows = MetricLog(self._entry.path / "metrics.jsonl", self.board, name)
         try:
             team().hand_out(order)
-            loop = self.loop(order, self._entry.path / "checkpoints", rows)
+            loop = self.loop(order, rows)
             try:
                 with tracing(self.machine, loop.meter, self._entry.path / "profile", name):
                     return loop.run()
@@ -156,9 +157,9 @@ class Run:
     def follow(self, order: "Order") -> None:
         """Take part in a fit that the main process has handed out."""
         self.machine = self.profile.at(order.stage)
-        self.loop(order, Path(), Unwritten(order.name)).run()
+        self.loop(order, Unwritten(order.name)).run()
 
-    def loop(self, order: "Order", folder: Path, rows: MetricLog) -> Loop:
+    def loop(self, order: "Order", rows: MetricLog) -> Loop:
         """The fit that was ordered, as this process takes part in it."""
         return Loop(
             model=order.model,
@@ -168,7 +169,7 @@ class Run:
             spec=self.data.spec,
             machine=self.machine,
             seed=order.seed,
-            folder=folder,
+            folder=order.folder,
             rows=rows,
             trial=trial.current() if team().main else None,
             team=team(),
@@ -274,6 +275,8 @@ class Order:
     seed: int
     stage: str
     name: str
+    # Of its checkpoints, to which every process writes that has a part of the model.
+    folder: Path
 
 
 # ----------------------------------------------------------------- from config to objects

@@ -46,6 +46,7 @@ def form(cfg: DictConfig) -> DictConfig:
     """What can be seen to be wrong without importing what the config names; gives it resolved."""
     resolved = complete(cfg)
     schemas(resolved)
+    sharding(resolved.hardware)
     files(resolved)
     return resolved
 
@@ -76,6 +77,21 @@ def schemas(node: DictConfig, path: str = "") -> None:
         for number in numbers(value):
             if known and (broken := outside(number, known[str(key)])):
                 raise UserError(f"{name}={number}: {broken}")
+
+
+def sharding(hardware: Any) -> None:
+    """Check that nothing is asked of a divided model that it cannot do."""
+    if hardware.parallel is not config.Parallel.shard:
+        return
+    if hardware.micro_batch == config.AUTO:
+        raise UserError(
+            "hardware.micro_batch=auto finds what fits by running out of memory, which processes "
+            "of hardware.parallel=shard cannot do alone; set it to a number"
+        )
+    if hardware.compile:
+        raise UserError(
+            "hardware.compile=true does not go with hardware.parallel=shard; set one of them"
+        )
 
 
 def numbers(value: Any) -> list[Any]:

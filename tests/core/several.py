@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from test_step import WEIGHTS, Model, Small, by_hand, gradients, make_batch, mak
 from torch import Tensor, nn
 
 from stagesweep import config
-from stagesweep.core.distributed import Team, join, team
+from stagesweep.core.distributed import join, team
 from stagesweep.core.predict import predict
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import Interrupted, Lost
+
+Work = Callable[[Bench, Path], None]
 
 SIZE = 3
 # Fewer samples than processes; parts that differ; equal parts.
@@ -205,38 +208,47 @@ def one_gone() -> str:
     return "nothing"
 
 
-def process(rank: int, folder: Path, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE)}
+def of_three(bench: Bench, folder: Path) -> None:
+    found: dict[str, Any] = {
+        "gradients": gradients_of_each(),
+        "own part": own_part_alone(),
+        "some": parameters_of_some(),
+        "memory": out_of_memory_on_one(),
+        "fits": fits(bench),
+        "stopped": stopped(bench),
+        "norm": statistics(bench),
+        "split": whole_split(bench),
+    }
+    found["gone"] = one_gone()
+    torch.save(found, folder / f"{team().rank}.pt")
+
+
+def process(rank: int, size: int, work: Work, folder: Path, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    bench = Bench(folder / f"rank {rank}")
-    found: dict[str, Any] = {}
-    with join() as joined:
-        assert isinstance(joined, Team)
-        found["gradients"] = gradients_of_each()
-        found["own part"] = own_part_alone()
-        found["some"] = parameters_of_some()
-        found["memory"] = out_of_memory_on_one()
-        found["fits"] = fits(bench)
-        found["stopped"] = stopped(bench)
-        found["norm"] = statistics(bench)
-        found["split"] = whole_split(bench)
-        torch.save(found, folder / f"{rank}.pt")
-        found["gone"] = one_gone()
-        torch.save(found, folder / f"{rank}.pt")
+    bench = Bench(folder / f"rank {rank} of {size}")
+    with join():
+        work(bench, folder)
         bench.close()
         os._exit(0)  # a group that has lost a process cannot be left
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def start(size: int, work: Work, folder: Path) -> None:
+    """Have so many processes do it, and end this one if one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    given = [(rank, Path(sys.argv[1]), port) for rank in range(SIZE)]
+    given = [(rank, size, work, folder, port) for rank in range(size)]
     processes = [context.Process(target=process, args=each) for each in given]
     for each in processes:
         each.start()
     for each in processes:
         each.join()
-    sys.exit(max(abs(each.exitcode or 0) for each in processes))
+    if failed := [each.exitcode for each in processes if each.exitcode]:
+        sys.exit(max(map(abs, failed)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    start(SIZE, of_three, Path(sys.argv[1]))

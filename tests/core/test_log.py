@@ -17,6 +17,7 @@ from torch import nn
 
 from stagesweep.core.board import Board, read_rows
 from stagesweep.core.log import MetricLog, histogram, progress_bar
+from stagesweep.core.optim import trained
 from stagesweep.errors import UserError
 
 
@@ -167,7 +168,7 @@ class TestHistogram:
         model = nn.Sequential(inner, nn.Linear(2, 1).requires_grad_(False))
         model(torch.ones(4, 3)).sum().backward()
         log = MetricLog(tmp_path / "metrics.jsonl", board, "fit")
-        log.histograms(model, 7)
+        log.histograms(trained(model), 7)
         log.close()
         events = read_back(board)
         names = {"fit/0.weight", "fit/0.bias", "fit/0.weight.grad", "fit/0.bias.grad"}

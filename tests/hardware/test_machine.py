@@ -136,6 +136,13 @@ class Card:
             "hardware.precision=bf16, which this GPU does not have: going on with fp32",
             Precision.fp32,
         ),
+        (
+            {"devices": 2},
+            "hardware.devices=2, but torch finds 1 GPU; set it to 1, or set hardware.device=cpu or "
+            "hardware.strict=false",
+            "hardware.devices=2, but torch finds 1 GPU: going on with 1 process",
+            Precision.fp32,
+        ),
     ],
 )
 def test_a_card_that_does_not_fit(

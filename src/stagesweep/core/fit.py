@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from stagesweep.core.optim import (
     learning_rate,
     running_average,
     train_mode,
+    trained,
 )
 from stagesweep.core.predict import joined, named, pick, predict, read_by, share_of, to_device
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
@@ -34,6 +35,9 @@ from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import NotFinite, Pruned, UserError
 from stagesweep.hardware.machine import Machine
+
+if TYPE_CHECKING:
+    from stagesweep.core.shard import Shards
 
 log = logging.getLogger(__name__)
 
@@ -56,29 +60,47 @@ class Loop:
         team: Team = ALONE,
     ) -> None:
         self.trial, self.team = trial or Trial(), team
-        self.model, self.settings, self.machine, self.folder = model, settings, machine, folder
+        self.settings, self.machine, self.folder = settings, machine, folder
         self.train, self.val, self.spec, self.rows = views["train"], views["val"], spec, rows
         self.seed = seed
         if empty := [name for name, view in views.items() if not len(view)]:
             raise UserError(f"{rows.stage}: the {empty[0]} split has no samples; check data")
         freeze(model, settings.train, settings.freeze)
+        # Where each process has a part of it, `model` is a copy; the given one gets the weights.
+        self.given = model
+        self.shards: Shards | None = None
+        self.ema = running_average(model, settings.ema)
+        if machine.shard and team.size > 1:
+            model = self.divide()
+        self.model = model
         self.frozen = frozen_modules(model)
         self.optimizer = build_optimizer(model, settings.optimizer)
         fp16 = machine.precision is config.Precision.fp16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=fp16)
-        self.loss = WeightedLoss(model, terms, settings.loss, machine, self.scaler, team)
+        self.loss = WeightedLoss(
+            model, terms, settings.loss, machine, self.scaler, team, self.shards
+        )
         # Then every process needs the batch as it is before it is divided.
         self.undivided = settings.augment is not None or bool(self.loss.whole)
         unheard = silent({name: terms[name] for name in settings.loss}, settings.loss)
         self.rules = {n: rule for n, rule in settings.early_stop.items() if n not in unheard}
-        self.ema = running_average(model, settings.ema)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.meter = Meter(machine.device)
-        self.room = Room(machine.micro_batch, "evaluation", machine)
+        divided = self.shards is not None
+        self.room = Room(machine.micro_batch, "evaluation", machine, fixed=divided)
         machine.set_threads(sum(p.numel() for p in self.parameters))
         # Noise and augmentation have a stream of their own.
         self.noise = torch.Generator(machine.device).manual_seed(derive(seed, "noise"))
         self.start()
+
+    def divide(self) -> nn.Module:
+        """Divide the model and its running average among the processes."""
+        from stagesweep.core.shard import Shards
+
+        self.shards = Shards(self.team, self.machine.device)
+        if self.ema is not None:
+            self.ema.module = self.shards.divide(self.averaged)
+        return self.shards.divide(self.given)
 
     def start(self) -> None:
         """Everything as it is before the first step."""
@@ -126,7 +148,9 @@ class Loop:
                 self.finished = self.watch.should_stop(self.row)
                 self.rows.row("epoch", self.epoch, self.step, self.row | speed)
                 if s.histogram_every and self.epoch % s.histogram_every == 0:
-                    self.rows.histograms(self.model, self.step)
+                    whole = self.shards.whole if self.shards is not None else Tensor.detach
+                    drawn = ((name, whole(each)) for name, each in trained(self.model))
+                    self.rows.histograms(drawn, self.step)
                 recent = perf_counter() - self.saved_at < s.save_seconds
                 if self.epoch % s.save_every == 0 and not recent:
                     self.save()
@@ -162,7 +186,14 @@ class Loop:
         """Let terms that need a pass over the whole training set take it when due."""
 
         def over_train() -> dict[str, Tensor]:
-            return predict(self.averaged, self.train, None, self.machine, team=self.team)
+            return predict(
+                self.averaged,
+                self.train,
+                None,
+                self.machine,
+                team=self.team,
+                divided=self.shards is not None,
+            )
 
         row: dict[str, float] = {}
         for term in self.loss.terms.values():
@@ -238,7 +269,7 @@ class Loop:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
-        self.norms.append(norm)
+        self.norms.append(norm if self.shards is None else self.shards.whole(norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
@@ -303,7 +334,7 @@ class Loop:
     def evaluate(self) -> dict[str, float]:
         """Per-sample loss terms and the stage's metrics on the validation split."""
         self.room.step = self.step
-        part, team = share_of(self.val, self.team)
+        part, team = share_of(self.val, self.team, self.shards is not None)
         sums, seen = self.room.within(lambda size: self.score(part(size)), min(1024, len(self.val)))
         terms = self.loss.per_sample()
         row = self.means(team.sum(sums), terms, "val") if terms else {}
@@ -341,21 +372,35 @@ class Loop:
 
     def keep(self, improved: Collection[str]) -> None:
         """Keep the weights as the best by these metrics."""
-        for name in improved if self.team.main else ():
-            weights = self.averaged.state_dict()
-            self.best_weights[name] = {k: v.detach().cpu().clone() for k, v in weights.items()}
+        if not improved or not (self.team.main or self.shards):
+            return
+        weights = self.weights()
+        for name in improved:
+            self.best_weights[name] = weights
             if name == self.settings.select:
                 self.selected = dict(self.summary)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights a person gets, whole, on the CPU of the main process."""
+        if self.shards is not None:
+            return self.shards.weights(self.averaged)
+        weights = self.averaged.state_dict()
+        return {name: value.detach().cpu().clone() for name, value in weights.items()}
 
     def save(self) -> None:
         """Write the best weights, then everything that the loop needs to go on."""
         self.saved_at = perf_counter()
-        if not self.team.main:
-            return
-        for name, weights in self.best_weights.items():
+        for name, weights in self.best_weights.items() if self.team.main else ():
             checkpoint.save(self.folder / f"best_{name}.pt", {"model": weights})
         self.best_weights.clear()
-        state = {
+        if self.shards is not None:
+            self.shards.save(self.folder, self.step, self.state(), self.settings.keep_last)
+        elif self.team.main:
+            checkpoint.save_numbered(self.folder, self.step, self.state(), self.settings.keep_last)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the loop needs to go on."""
+        return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -367,11 +412,22 @@ class Loop:
             "sums": self.sums,
             "loop": {key: getattr(self, key) for key in LOOP},
         }
-        checkpoint.save_numbered(self.folder, self.step, state, self.settings.keep_last)
+
+    def own(self) -> dict[str, Any]:
+        """What of the state is divided."""
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {
+            "model": self.model.state_dict(),
+            "ema": {} if self.ema is None else self.ema.state_dict(),
+            "optimizer": {"state": dict(enumerate(ordered))},
+        }
 
     def restore(self) -> None:
         """Go back to the newest checkpoint; without one, start."""
-        state = self.team.share(checkpoint.load_newest(self.folder) if self.team.main else None)
+        if self.shards is not None:
+            state = self.shards.load_newest(self.folder, self.own())
+        else:
+            state = self.team.share(checkpoint.load_newest(self.folder) if self.team.main else None)
         if state is None:
             self.rows.rewind(epoch=0, step=0)
             return
@@ -393,19 +449,25 @@ class Loop:
 
     def take_selected(self) -> dict[str, float]:
         """Leave the model with the weights the stage is to end with; returns their numbers."""
-        select = self.settings.select
+        select, last = self.settings.select, {}
+        if self.shards is not None:
+            last = self.weights()
+            if self.team.main:
+                checkpoint.save(self.folder / "last.pt", {"model": last})
         if not self.team.main:  # which goes on from here alone
             return self.summary
+        numbers = self.summary
         if select == "last":
-            if self.ema is not None:
-                self.model.load_state_dict(self.averaged.state_dict())
-            return self.summary
-        if self.watch.best[select].value is None:
-            raise UserError(f"stage.{self.rows.stage}.select={select}: it never was a number")
-        state = checkpoint.load(self.folder / f"best_{select}.pt")
-        self.model.load_state_dict(state["model"])
-        # What was first measured later is no number of these weights.
-        return dict.fromkeys(self.summary, math.nan) | self.selected
+            if self.ema is not None or self.shards is not None:
+                self.given.load_state_dict(last or self.averaged.state_dict())
+        else:
+            if self.watch.best[select].value is None:
+                raise UserError(f"stage.{self.rows.stage}.select={select}: it never was a number")
+            self.given.load_state_dict(checkpoint.load(self.folder / f"best_{select}.pt")["model"])
+            # What was first measured later is no number of these weights.
+            numbers = dict.fromkeys(self.summary, math.nan) | self.selected
+        self.given.to(self.machine.device)
+        return numbers
 
 
 # Plain values of the loop that a checkpoint carries.

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import (  # type: ignore[import-untype
     HistogramProto,
     Summary,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from stagesweep.core.board import Board, read_rows
@@ -40,14 +40,9 @@ class MetricLog:
             self.stream.flush()
             self.board.row(row)
 
-    def histograms(self, model: nn.Module, step: int) -> None:
-        """Distributions of every trained parameter and of its gradient."""
-        values = []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                values.append(histogram(f"{self.stage}/{name}", parameter.detach()))
-                if parameter.grad is not None:
-                    values.append(histogram(f"{self.stage}/{name}.grad", parameter.grad))
+    def histograms(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
+        """Distributions of tensors by name."""
+        values = [histogram(f"{self.stage}/{name}", tensor) for name, tensor in tensors]
         with explained(self.path):
             self.board.add(values, step)
 
@@ -93,8 +88,10 @@ class Unwritten(MetricLog):
     def row(self, kind: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Write nothing."""
 
-    def histograms(self, model: nn.Module, step: int) -> None:
-        """Write nothing."""
+    def histograms(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
+        """Write nothing; the processes that share a tensor collect it together."""
+        for _ in tensors:
+            pass
 
     def rewind(self, epoch: int, step: int) -> None:
         """Nothing was written."""

@@ -39,8 +39,12 @@ class Room:
     what, ``from`` how many samples ``to`` how many, at which ``step`` of the fit.
     """
 
-    def __init__(self, size: int | None, during: str, machine: Machine) -> None:
+    def __init__(
+        self, size: int | None, during: str, machine: Machine, fixed: bool = False
+    ) -> None:
         self.size, self.during, self.machine = size, during, machine
+        # Of a divided model no process can do anything again by itself.
+        self.fixed = fixed
         # Whether the size is still to be found by trying.
         self.unknown = machine.probe
         self.step = 0
@@ -75,6 +79,12 @@ class Room:
             raise error
         if size == 1:
             raise OutOfMemory(self._hopeless()) from error
+        if self.fixed:
+            raise OutOfMemory(
+                f"too little memory for {size} samples at a time ({self.during}), and with "
+                f"hardware.parallel=shard a step cannot be repeated in smaller parts: set "
+                f"hardware.micro_batch={size // 2}"
+            ) from error
         self.size = size // 2
         event = {"during": self.during, "from": size, "to": self.size, "step": self.step}
         self.events.append(event)

@@ -2,13 +2,13 @@
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from hydra.utils import get_class
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stagesweep import config
@@ -53,6 +53,15 @@ def train_mode(model: nn.Module, frozen: list[nn.Module]) -> None:
     model.train()
     for module in frozen:
         module.eval()
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every trained parameter, and its gradient if it has one, by name."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach()
+            if parameter.grad is not None:
+                yield f"{name}.grad", parameter.grad
 
 
 def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.Optimizer:

@@ -24,19 +24,21 @@ def predict(
     batch_size: int = 1024,
     oom: list[dict[str, Any]] | None = None,
     team: Team = ALONE,
+    divided: bool = False,
 ) -> dict[str, Tensor]:
     """Outputs and batch columns (see `named`) of a whole split in order, in eval mode, fp32 on the
     CPU; ``names`` None gives every output. In smaller batches when the device has too little
     memory, which is then added to `oom` (see `Room.events`). Each process of a `team` computes its
-    part, and all get the whole.
+    part, and all get the whole; of a `divided` model each has a part as well.
     """
     training = model.training
     model.eval()
-    room = Room(machine.micro_batch, "prediction", machine)
-    part, sharing = share_of(view, team)
+    room = Room(machine.micro_batch, "prediction", machine, fixed=divided)
+    part, sharing = share_of(view, team, divided)
     try:
         found = room.within(
-            lambda size: _predict(model, part(size), names, machine), min(batch_size, len(view))
+            lambda size: _predict(model, part(size), names, machine, divided),
+            min(batch_size, len(view)),
         )
     finally:
         if oom is not None:
@@ -46,10 +48,15 @@ def predict(
 
 
 def _predict(
-    model: nn.Module, batches: Iterable[Batch], names: Collection[str] | None, machine: Machine
+    model: nn.Module,
+    batches: Iterable[Batch],
+    names: Collection[str] | None,
+    machine: Machine,
+    divided: bool,
 ) -> dict[str, Tensor]:
     seen: dict[str, list[Tensor]] = {}
-    with torch.inference_mode():
+    # A divided model is collected into memory that training uses, too.
+    with torch.no_grad() if divided else torch.inference_mode():
         for batch in batches:
             batch = to_device(batch, machine.device)
             with torch.autocast(
@@ -63,14 +70,22 @@ def _predict(
     return {name: torch.cat(parts).cpu().clone() for name, parts in seen.items()}
 
 
-def share_of(view: View, team: Team) -> tuple[Callable[[int], Iterator[Batch]], Team]:
+def share_of(
+    view: View, team: Team, divided: bool = False
+) -> tuple[Callable[[int], Iterator[Batch]], Team]:
     """A process's part of a split, in batches of a size at most, and whom it shares the split with:
     of fewer samples than there are processes, each has all.
+
+    Of a `divided` model all processes have the same number of batches, none of them empty: of two
+    samples at the least, for parts differ by one.
     """
     if team.size == 1 or len(view) < team.size:
         return view.batches, ALONE
     rows = torch.arange(len(view))[team.part(len(view))]
-    return lambda size: view.gather(rows.split(size)), team
+    if not divided:
+        return lambda size: view.gather(rows.split(size)), team
+    most = team.largest(len(view))
+    return lambda size: view.gather(rows.tensor_split(-(-most // max(size, 2)))), team
 
 
 def named(outputs: Mapping[str, Value], columns: Mapping[str, Value]) -> dict[str, Value]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from stagesweep.core.seeding import set_torch_state, torch_state
 from stagesweep.core.terms import per_sample, reads
 from stagesweep.data.view import Batch
 from stagesweep.hardware.machine import Machine
+
+if TYPE_CHECKING:
+    from stagesweep.core.shard import Shards
 
 Terms = Mapping[str, nn.Module]
 Value = TypeVar("Value")
@@ -72,6 +75,7 @@ class WeightedLoss:
         machine: Machine,
         scaler: torch.amp.GradScaler,
         team: Team = ALONE,
+        shards: "Shards | None" = None,
     ) -> None:
         used = {name: terms[name] for name, weight in weights.items() if weight.weight > 0}
         self.whole = {name: term for name, term in used.items() if reads(term)}
@@ -81,7 +85,9 @@ class WeightedLoss:
         self.weights = {name: weights[name] for name in self.terms}
         self.model: nn.Module = torch.compile(model) if machine.compile else model  # type: ignore[assignment]
         self.machine, self.scaler = machine, scaler
-        self.room = Room(machine.micro_batch, "training", machine)
+        # Of a divided model, whose gradients are added up within the backward pass.
+        self.shards = shards
+        self.room = Room(machine.micro_batch, "training", machine, fixed=shards is not None)
         self.team, self.parameters = team, [p for p in model.parameters() if p.requires_grad]
         # A factor is start + slope * position, at most full.
         ramps = [(w.weight, w.ramp) for w in self.weights.values()]
@@ -167,11 +173,16 @@ class WeightedLoss:
             }
             values = torch.cat([values, torch.stack(whole, 1).detach()])
         self._together(lambda: self._replay(pieces, weights, factor, cached))
-        team.sum_gradients(self.parameters)
+        if self.shards is None:
+            team.sum_gradients(self.parameters)
+        else:
+            self.shards.settle(self.model)
         return values
 
     def _together(self, work: Callable[[], Value]) -> Value:
         """Do this process's share of the work; out of memory on one is out of memory on all."""
+        if self.shards is not None:  # it talks to the others while it works
+            return work()
         error: RuntimeError | None = None
         try:
             done = work()
@@ -210,6 +221,8 @@ class WeightedLoss:
     ) -> None:
         """The gradient of every micro-batch; `cached` are those of the whole-batch terms."""
         for number, (piece, real) in enumerate(pieces):
+            if self.shards is not None:
+                self.shards.send(now=number + 1 == len(pieces))
             outputs = pieces.outputs
             if outputs is None:
                 set_torch_state(pieces.states[number])

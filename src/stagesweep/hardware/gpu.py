@@ -27,6 +27,26 @@ def devices(settings: Hardware) -> int:
     return len(settings.gpu_ids)
 
 
+def processes(settings: Hardware) -> int:
+    """How many processes a run starts on this machine: one a device.
+
+    With ``strict`` false there are no more than there are GPUs, and one where there is none.
+    """
+    count = devices(settings)
+    if count == 1 or settings.strict or settings.device is Device.cpu:
+        return count
+    return max(1, min(count, there()))
+
+
+def there() -> int:
+    """How many GPUs torch finds."""
+    if not may_be_there():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def select(settings: Hardware) -> None:
     """Let this process, and those it starts, see no GPU but those of ``gpu_ids``."""
     if settings.gpu_ids is not None and settings.device is not Device.cpu:

@@ -15,6 +15,7 @@ from stagesweep.hardware.gpu import may_be_there as gpu_may_be_there
 log = logging.getLogger(__name__)
 
 FORMATS = {config.Precision.bf16: torch.bfloat16, config.Precision.fp16: torch.float16}
+CPU, SHARD = config.Device.cpu, config.Parallel.shard
 # What torch takes by default: OMP_NUM_THREADS, or else the cores there are.
 CORES = torch.get_num_threads()
 
@@ -39,6 +40,7 @@ class Machine:
     probe: bool = False
     micro_batches: dict[str, int] = field(default_factory=dict)
     profile: bool = False
+    shard: bool = False
 
     def at(self, stage: str) -> "Machine":
         """The machine for one stage, ``<experiment>/<stage>``: the least of what bounds its
@@ -89,13 +91,14 @@ def resolve(settings: config.Hardware) -> Machine:
         tf32=chosen.tf32,
         threads=settings.threads,
         micro_batch=given if isinstance(given, int) else None,
-        probe=given == config.AUTO or chosen.small,
+        probe=given == config.AUTO or (chosen.small and settings.parallel is not SHARD),
         micro_batches=settings.micro_batches,
         workers=min(8, CORES // 2) if settings.workers is None else settings.workers,
         pin_memory=settings.pin_memory,
         compile=settings.compile,
         activation_checkpointing=settings.activation_checkpointing,
         profile=settings.profile,
+        shard=settings.parallel is SHARD,
     )
     log.info("hardware: %s", described(machine, chosen.reasons))
     return machine
@@ -137,12 +140,14 @@ def choose(settings: config.Hardware) -> Choice:
         settings = replace(settings, precision=config.Precision.fp32)
     if settings.gpu_ids is not None and not use_gpu:
         misfits.append(no_ids(settings.gpu_ids))
-    wanted = max(devices(settings), int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-    if use_gpu and (count := torch.cuda.device_count()) < wanted:
-        raise UserError(
-            f"hardware.devices={wanted}, but torch finds {count} GPUs; set it to {count}, or set "
-            "hardware.device=cpu"
-        )
+    started = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    wanted, count = max(devices(settings), started), torch.cuda.device_count() if use_gpu else 0
+    if use_gpu and count < started:
+        raise UserError(f"{started} processes were started, but torch finds {count} GPUs")
+    # Without a GPU, several processes share the CPU, unless the profile may be departed from.
+    alone = wanted > 1 and not settings.strict and settings.device is not CPU
+    if count < wanted and (use_gpu or alone):
+        misfits.append(too_few(wanted, count))
     bf16 = use_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     reasons = {"precision": f" (the GPU has {'it' if bf16 else 'no bf16'})"} if use_gpu else {}
     if not there and settings.device is not config.Device.cpu:
@@ -161,7 +166,7 @@ def choose(settings: config.Hardware) -> Choice:
     memory = settings.min_memory_gb
     small = use_gpu and memory is not None and gigabytes() < memory
     if memory is not None and small:
-        misfits.append(too_small(memory))
+        misfits.append(too_small(memory, settings.parallel is SHARD))
     if misfits and settings.strict:
         fault, remedy, _ = misfits[0]
         raise UserError(f"{fault}; {remedy}")
@@ -195,6 +200,16 @@ NO_BF16: Misfit = (
 )
 
 
+def too_few(wanted: int, count: int) -> Misfit:
+    """Fewer GPUs than there are to be processes."""
+    found = f"{count} GPU{'s' * (count != 1)}" if count else "no GPU"
+    return (
+        f"hardware.devices={wanted}, but torch finds {found}",
+        f"set it to {count}, or set hardware.device=cpu or hardware.strict=false",
+        f"going on with {max(count, 1)} process{'es' * (count > 1)}",
+    )
+
+
 def no_ids(ids: list[int]) -> Misfit:
     """GPUs by number where none is used."""
     return (
@@ -204,11 +219,12 @@ def no_ids(ids: list[int]) -> Misfit:
     )
 
 
-def too_small(wanted: float) -> Misfit:
+def too_small(wanted: float, divided: bool) -> Misfit:
     """A GPU with less memory than the profile is made for."""
+    fallback = "with the micro-batch as it is" if divided else "with hardware.micro_batch=auto"
     return (
         f"this profile is for a GPU of {wanted:g} GB, and {torch.cuda.get_device_name()} has "
         f"{gigabytes():.0f}",
         "choose another hardware=, or set hardware.strict=false",
-        "going on with hardware.micro_batch=auto",
+        f"going on {fallback}",
     )
