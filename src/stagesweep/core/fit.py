@@ -61,6 +61,8 @@ class Loop:
         self.seed = seed
         if empty := [name for name, view in views.items() if not len(view)]:
             raise UserError(f"{rows.stage}: the {empty[0]} split has no samples; check data")
+        if (look := getattr(model, "look_at", None)) is not None:
+            look(self.train)
         freeze(model, settings.train, settings.freeze)
         self.frozen = frozen_modules(model)
         self.optimizer = build_optimizer(model, settings.optimizer)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from stagesweep.core.predict import read_by
 from stagesweep.errors import UserError
 from stagesweep.stage.evaluate import label_names
 
@@ -32,6 +33,8 @@ class Score:
     label: str
     metrics: Mapping[str, Callable[[Mapping[str, NDArray[Any]]], dict[str, float]]]
     baselines: str | None = None
+    part: str | None = None
+    view: str | None = None
 
     def __call__(self, run: "Run") -> dict[str, float]:
         """Return ``<split>_<score>`` of the model, ``<split>_<method>_<score>`` of the others."""
@@ -40,7 +43,8 @@ class Score:
                 f"stage.{run.stage}.label={self.label}, but the data has no such label; choose "
                 f"from: {', '.join(run.data.spec.labels)}"
             )
-        parts = {s: run.predict(s, ["assignment", "mean", self.label]) for s in SPLITS}
+        names = {"assignment", "mean", self.label} | (read_by(self.metrics.values()) or set())
+        parts = {s: run.predict(s, names) for s in SPLITS}
         methods = {"model": parts} | self.others(run, parts)
         rows = []
         for method, splits in methods.items():
