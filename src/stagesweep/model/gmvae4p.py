@@ -62,6 +62,9 @@ class GMVAE4P(nn.Module):
         self.predictors = nn.ModuleDict(
             {n: Predictor([count, *hidden], 2 * sizes[n], dropout) for n in self.modalities}
         )
+        # Beside it, from zero: what few pseudobulks tell of proportions is near to linear.
+        self.linear = nn.Linear(count, self.types, bias=False)
+        nn.init.zeros_(self.linear.weight)
         inputs = {n: sizes[n] for n in self.modalities} | {"states": width}
         if "states" in self.modalities:
             self.to_token = nn.Linear(sizes["states"] // self.types, width)
@@ -145,7 +148,7 @@ class GMVAE4P(nn.Module):
         mean, logvar = self.predictors[name](expression).float().chunk(2, 1)
         found = {f"{name}/logvar": logvar.clamp(-6, 4)}
         if name == "proportions":
-            found["log_proportions"] = mean.log_softmax(1)
+            found["log_proportions"] = (mean + self.linear(expression)).float().log_softmax(1)
             found["proportions"] = found["log_proportions"].exp()
             mean = self.scaled(name, found["proportions"])
         found[f"{name}/predicted"] = mean
