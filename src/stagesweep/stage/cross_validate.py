@@ -33,7 +33,8 @@ class CrossValidate(config.CrossValidate):
     (scikit-learn's StratifiedGroupKFold). The rest is divided in the same way once more: what
     chooses the epoch is never what is reported. A model that learns scales or chooses genes
     (``look_at``) sees only what it is fitted to; what the data set itself has learnt from its own
-    training split stays as it is. Baselines see all but the fold.
+    training split stays as it is. Baselines see all but the fold. Where only one group is left to
+    learn from, its samples are divided.
 
     Leaves ``folds.csv`` (a row for each method and fold), ``cross_validation.csv`` (mean and 95 %
     interval over folds) and ``out_of_fold.npz``: the `fold` and `row` of each sample in the pooled
@@ -49,7 +50,7 @@ class CrossValidate(config.CrossValidate):
         pool = first.join(others)
         rows: list[dict[str, Any]] = []
         found: list[Arrays] = []
-        for number, (rest, fold) in enumerate(self.deal(run, pool, self.folds), 1):
+        for number, (rest, fold) in enumerate(self.deal(run, pool, self.folds, self.group), 1):
             methods = self.methods(run, pool, rest, fold, f"fold_{number}")
             for method, arrays in methods.items():
                 scores = self.scores(arrays)
@@ -66,17 +67,21 @@ class CrossValidate(config.CrossValidate):
         run.save("cross_validation.csv", means)
         return summary(means)
 
-    def deal(self, run: "Run", pool: View, parts: int) -> Iterator[tuple[Codes, Codes]]:
-        """The rows that are not in a part, and those that are, for each of so many parts."""
+    def deal(
+        self, run: "Run", pool: View, parts: int, by: str | None
+    ) -> Iterator[tuple[Codes, Codes]]:
+        """The rows that are not in a part, and those that are, for each of so many parts, in which
+        samples with one value of column `by` are together.
+        """
         n = len(pool)
-        group = np.arange(n) if self.group is None else self.column(run, pool, self.group)
+        group = np.arange(n) if by is None else self.column(run, pool, by)
         strata = (
             np.zeros(n, int) if self.stratify is None else self.column(run, pool, self.stratify)
         )
         if (groups := len(np.unique(group))) < parts:
             raise UserError(
-                f"stage.{run.stage}: {parts} parts of {groups} groups ({self.group or 'samples'}); "
-                f"set stage.{run.stage}.folds and .inner to fewer"
+                f"stage.{run.stage}: {groups} groups ({by or 'samples'}) make no {parts} parts; "
+                f"set stage.{run.stage}.folds to fewer"
             )
         dealt = StratifiedGroupKFold(parts, shuffle=True, random_state=run.seed % 2**32)
         with warnings.catch_warnings():
@@ -107,7 +112,7 @@ class CrossValidate(config.CrossValidate):
         assert self.fit is not None
         held_out = pool.take(torch.from_numpy(fold))
         outer = pool.take(torch.from_numpy(rest))
-        train, val = next(iter(self.deal(run, outer, self.inner)))
+        train, val = self.within(run, outer)
         views = {"train": outer.take(torch.from_numpy(train))}
         views["val"] = outer.take(torch.from_numpy(val))
         model = run.build_model()
@@ -126,6 +131,15 @@ class CrossValidate(config.CrossValidate):
             told = {key: array for key, array in fit(columns, given).items() if key in names}
             found[method] = known | told
         return found
+
+    def within(self, run: "Run", outer: View) -> tuple[Codes, Codes]:
+        """The rows that a model is fitted to, and those that steer the fit; by group as long as
+        there are two groups.
+        """
+        groups = len(outer if self.group is None else outer[self.group].unique())
+        if groups < 2:
+            return next(self.deal(run, outer, self.inner, None))
+        return next(self.deal(run, outer, min(self.inner, groups), self.group))
 
     def scores(self, arrays: Mapping[str, Array]) -> dict[str, float]:
         """The scores of a fold, and as ``voted_<score>`` those of the votes."""
