@@ -27,7 +27,7 @@ class Score:
     before left in `baselines`, a file of ``<method>/<array>/<split>``; what a method does not give
     is NaN. Leaves ``comparison.csv`` (a row for each method and split), ``embeddings.npz``
     (``<split>/mean``) and ``predictions.csv`` (of each sample its label, what it was told to be,
-    and how surely).
+    and how surely); of a `view`, with its name before theirs.
     """
 
     label: str
@@ -55,10 +55,14 @@ class Score:
                     {"method": method, "split": split, "n": len(arrays[self.label])} | merged
                 )
         table = pd.DataFrame(rows)
-        run.save("comparison.csv", table)
-        run.save("embeddings.npz", {f"{s}/mean": part["mean"] for s, part in parts.items()})
+        # Those of the cells stay beside those of data that a stage has made of them.
+        prefix = "" if self.view is None else f"{self.view}_"
+        run.save(f"{prefix}comparison.csv", table)
+        run.save(
+            f"{prefix}embeddings.npz", {f"{s}/mean": part["mean"] for s, part in parts.items()}
+        )
         told = [self.predictions(run, split, part) for split, part in parts.items()]
-        run.save("predictions.csv", pd.concat(told, ignore_index=True))
+        run.save(f"{prefix}predictions.csv", pd.concat(told, ignore_index=True))
         return summary(table)
 
     def others(self, run: "Run", parts: Mapping[str, Arrays]) -> dict[str, dict[str, Arrays]]:
