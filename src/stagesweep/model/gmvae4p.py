@@ -30,9 +30,9 @@ class GMVAE4P(nn.Module):
     `standardise` gives z-scores of the expression; without `uncertainty` modalities weigh the same.
     """
 
-    shift: Tensor
-    scale: Tensor
     chosen: Tensor
+    expression_scale: Tensor
+    states_scale: Tensor
 
     def __init__(
         self,
@@ -88,8 +88,7 @@ class GMVAE4P(nn.Module):
             variance = ((values - mean).square() * weights).sum(0) / count
             getattr(self, f"{name}_shift").copy_(mean)
             getattr(self, f"{name}_scale").copy_(variance.sqrt().clamp(min=1e-4))
-        deviation: Tensor = self.expression_scale  # type: ignore[assignment]
-        self.chosen.copy_(deviation.topk(len(self.chosen)).indices.sort().values)
+        self.chosen.copy_(self.expression_scale.topk(len(self.chosen)).indices.sort().values)
 
     def observed(self, name: str, batch: Batch) -> Tensor | None:
         """Which values (B, …) of a modality are observed; None: all of them."""
@@ -97,7 +96,7 @@ class GMVAE4P(nn.Module):
             return None
         mask = batch[MASKS[name]]
         if name == "states":  # (B, k) -> (B, k * d)
-            return mask.repeat_interleave(len(self.states_shift) // self.types, 1)
+            return mask.repeat_interleave(self.states_scale.numel() // self.types, 1)
         return mask
 
     def scaled(self, name: str, values: Tensor) -> Tensor:
