@@ -125,7 +125,7 @@ def targets(cfg: DictConfig) -> None:
 
 def models(cfg: DictConfig) -> list[str]:
     """The paths of the model, or of its parts."""
-    return ["model." + str(part) for part in cfg.model] if has_parts(cfg.model) else ["model"]
+    return ["model." + part for part in map(str, cfg.model)] if has_parts(cfg.model) else ["model"]
 
 
 def parts(cfg: DictConfig) -> None:
