@@ -125,7 +125,7 @@ def targets(cfg: DictConfig) -> None:
 
 def models(cfg: DictConfig) -> list[str]:
     """The paths of the model, or of its parts."""
-    return ["model." + part for part in map(str, cfg.model)] if has_parts(cfg.model) else ["model"]
+    return [f"model.{part!s}" for part in cfg.model] if has_parts(cfg.model) else ["model"]
 
 
 def parts(cfg: DictConfig) -> None:
@@ -147,7 +147,7 @@ def using_model(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
         if "part" in node:
             yield path, node
         for key in node:
-            yield from using_model(node[key], f"{path}.{key}")
+            yield from using_model(node[key], f"{path}.{key!s}")
 
 
 def optimizer(path: str, node: dict[str, Any]) -> None:
