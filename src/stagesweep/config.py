@@ -147,6 +147,10 @@ class Fit(Stage):
     """Train parameters by gradient descent."""
 
     _target_: str = "stagesweep.stage.fit.Fit"
+    # Of a model of several parts the one that is trained; the data it learns from, if an earlier
+    # stage made them.
+    part: str | None = None
+    view: str | None = None
     epochs: int = number(MISSING, least=1)
     # Effective batch: how many samples one optimizer step sees, on any hardware.
     batch_size: int = number(512, least=1)
@@ -232,6 +236,29 @@ class Evaluate(Stage):
     # k-means refits on the latent means, whose agreement with the model is its stability.
     stability_seeds: int = number(3, least=0)
     min_active_units: int = number(2, least=0)
+
+
+@dataclass
+class CrossValidate(Stage):
+    """Train and score anew for each fold, on which groups (donors, litters) have no part."""
+
+    _target_: str = "stagesweep.stage.cross_validate.CrossValidate"
+    # How a model is trained, and of which part and data.
+    fit: Fit | None = None
+    # Splits of the data that are pooled and dealt anew.
+    splits: list[str] = field(default_factory=lambda: ["train", "val", "test"])
+    folds: int = number(5, least=2)
+    # Of all but the fold, one of so many parts steers the fit (epoch, early stop).
+    inner: int = number(5, least=2)
+    # Column whose samples of one value stay together; column that folds have equal shares of.
+    group: str | None = None
+    stratify: str | None = None
+    # Scores of each fold; and of the mean predictions of samples with one value of `vote`.
+    metrics: dict[str, Any] = field(default_factory=dict)
+    vote: str | None = None
+    voted: dict[str, Any] = field(default_factory=dict)
+    # What else is fitted to each fold: methods that are called with its columns.
+    baselines: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -448,6 +475,7 @@ def register() -> None:
         "init_clusters": InitClusters,
         "baselines": Baselines,
         "evaluate": Evaluate,
+        "cross_validate": CrossValidate,
         "figures": Figures,
     }.items():
         store.store(group="stage", name=f"base_{name}", node=node, replace=True)

@@ -30,7 +30,6 @@ def inputs(cfg: DictConfig) -> dict[str, dict[str, Any]]:
         if key == "path" and value is not None:
             data[key] = content_hash(Path(value))
     shared = {
-        "model": what_counts(cfg.model),
         "data": data,
         "seed": cfg.seed,
         **numerics(hardware(cfg)),
@@ -39,6 +38,7 @@ def inputs(cfg: DictConfig) -> dict[str, dict[str, Any]]:
         str(name): {
             "name": name,
             "stage": what_counts(node),
+            "model": model_of(cfg.model, node),
             "loss": {term: what_counts(cfg.loss[term]) for term in sorted(terms_of(node))},
             **shared,
         }
@@ -77,6 +77,29 @@ def what_counts(node: Any) -> Any:
         else set()
     )
     return {str(k): what_counts(v) for k, v in node.items() if k not in skipped}
+
+
+def has_parts(model: Any) -> bool:
+    """Whether a model is several, ``model.<part>`` each, of which a stage names the one it uses."""
+    return isinstance(model, DictConfig) and "_target_" not in model
+
+
+def parts_of(node: Any) -> set[str]:
+    """The parts of the model that a stage uses, itself or in a fit among its fields."""
+    if not isinstance(node, DictConfig):
+        return set()
+    own = {str(node.part)} if node.get("part") is not None else set()
+    return own.union(*(parts_of(value) for value in node.values()))
+
+
+def model_of(model: Any, node: Any) -> Any:
+    """What a stage reads of the model's config: all of it, or the parts that it names.
+
+    What a stage before it has read counts by the fingerprint of that one.
+    """
+    if not has_parts(model):
+        return what_counts(model)
+    return {part: what_counts(model[part]) for part in sorted(parts_of(node))}
 
 
 def terms_of(node: Any) -> set[str]:

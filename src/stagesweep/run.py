@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Collection, Iterable, Sequence
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,9 @@ from stagesweep.core.log import MetricLog, Unwritten
 from stagesweep.core.predict import predict
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.trace import tracing
+from stagesweep.data.made import Made, restored
+from stagesweep.data.spec import Spec
+from stagesweep.data.view import View
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text, atomic_write
 from stagesweep.hardware.machine import resolve
@@ -56,6 +60,11 @@ class Run:
         self.device = self.machine.device
         # Name, seed and entry of the stage that runs now, and the newest weights before it.
         self.stage, self.seed = "", cfg.seed
+        # The part of the model, and the data made by a stage before, that it works on; None: all of
+        # the model, the data of the run.
+        self.part: str | None = None
+        self.made: str | None = None
+        self._made: Made | None = None
         # How fast its fit was, and every time that memory ran out.
         self.measured: dict[str, Any] = {"speed": {}, "oom": []}
         self._entry: Entry | None = None
@@ -68,6 +77,7 @@ class Run:
         """
         self.begin(name, entry)
         stage = build_stage(self.cfg.stage[name])
+        self.turn_to(getattr(stage, "part", None), getattr(stage, "view", None))
         fresh = self.cfg.resume is config.Resume.never
         partial = not fresh and any((entry.path / "checkpoints").rglob("step_*"))
         about = {"experiment": self.cfg.experiment, "stage": name}
@@ -89,45 +99,93 @@ class Run:
             self.__dict__.pop("model", None)  # built again, with these weights, when needed
         self._weights = weights
 
+    def turn_to(self, part: str | None = None, view: str | None = None) -> None:
+        """Work on a part of the model, and on data that a stage before has left by that name."""
+        if (part, view) != (self.part, self.made):
+            self.__dict__.pop("model", None)
+        self.part, self.made, self._made = part, view, None
+
     # ------------------------------------------------------------- what stages use
 
     @cached_property
-    def data(self) -> Any:
+    def given(self) -> Any:
         """The data set of the run."""
         return instantiate(self.cfg.data, _convert_="all")
 
+    @property
+    def data(self) -> Any:
+        """The data set of the stage: that of the run, or what a stage before has made."""
+        if self.made is None:
+            return self.given
+        if self._made is None:
+            self._made = restored(self.load(f"{self.made}.npz"), self.load(f"{self.made}.json"))
+        return self._made
+
+    @data.setter
+    def data(self, data: Any) -> None:
+        self.given = data
+
     def view(self, split: str) -> Any:
-        """A split, ready to feed this run's device."""
+        """A split of the stage's data, ready to feed this run's device."""
+        return self.prepared(self.data.split(split))
+
+    def prepared(self, view: View) -> View:
+        """A view, ready to feed this run's device."""
         machine = self.machine
-        return self.data.split(split).prepare(machine.device, machine.workers, machine.pin_memory)
+        return view.prepare(machine.device, machine.workers, machine.pin_memory)
 
     @cached_property
     def model(self) -> nn.Module:
         """The model, with the weights of the latest stage that left any, or of ``init_from``."""
         model = self.build_model()
-        if self._weights is not None:
-            model.load_state_dict(checkpoint.load(self._weights)["model"])
+        if trained := of_part(self._trained(), self.part):
+            model.load_state_dict(trained)
         elif (path := inputs.initial_weights(self.cfg)) is not None:
-            init_from(model, path, self.log)
+            init_from(model, path, self.log, self.part)
         return model
 
     def build_model(self) -> nn.Module:
-        """A new model as the config says, sized by the data, the same for the same seed."""
+        """A new model (or the part that the stage works on) as the config says, sized by the data
+        of the stage, the same for the same seed.
+        """
+        if inputs.has_parts(self.cfg.model) and self.part is None:
+            raise UserError(
+                f"stage {self.stage} uses a model of several parts; set stage.{self.stage}.part to "
+                f"one of: {', '.join(map(str, self.cfg.model))}"
+            )
+        names = [] if self.part is None else [self.part]
+        node = self.cfg.model[self.part] if names else self.cfg.model
         state = rng_state()
-        seed_everything(derive(self.cfg.seed, "model"))
-        model: Any = instantiate(self.cfg.model, spec=self.data.spec, _convert_="all")
+        seed_everything(derive(self.cfg.seed, "model", *names))
+        model: Any = instantiate(node, spec=self.data.spec, _convert_="all")
         set_rng_state(state)
         if hasattr(model, "checkpointed"):
             model.checkpointed = self.machine.activation_checkpointing
         return cast(nn.Module, model.to(self.device))
 
-    def fit(self, model: nn.Module, settings: config.Fit, name: str) -> dict[str, float]:
+    def _trained(self) -> Mapping[str, Any]:
+        """The newest weights that a stage has left, those of all parts so far; none at first."""
+        return {} if self._weights is None else checkpoint.load(self._weights)["model"]
+
+    def fit(
+        self,
+        model: nn.Module,
+        settings: config.Fit,
+        name: str,
+        views: Mapping[str, View] | None = None,
+    ) -> dict[str, float]:
         """Train `model` as `settings` say; returns the numbers of the last epoch.
 
-        Where the run has several processes, all of them take part.
+        `views` are `train` and `val`, by default those of the stage's data. Where the run has
+        several processes, all of them take part.
         """
         assert self._entry is not None
         assert self.board is not None
+        if views is None and self.made is not None:  # which other processes cannot read
+            views = {split: self.data.split(split) for split in ("train", "val")}
+        folder = self._entry.path / "checkpoints"
+        if name != self.stage:
+            folder /= name
         terms = {t: instantiate(self.cfg.loss[t], _convert_="all") for t in settings.loss}
         order = Order(
             cfg=self.cfg,
@@ -137,7 +195,9 @@ class Run:
             seed=derive(self.seed, name),
             stage=f"{self.cfg.experiment}/{self.stage}",
             name=name,
-            folder=self._entry.path / "checkpoints",
+            folder=folder,
+            spec=self.data.spec,
+            views=views,
         )
         rows = MetricLog(self._entry.path / "metrics.jsonl", self.board, name)
         try:
@@ -165,8 +225,12 @@ class Run:
             model=order.model,
             terms=order.terms,
             settings=order.settings,
-            views={split: self.view(split) for split in ("train", "val")},
-            spec=self.data.spec,
+            views=(
+                {split: self.view(split) for split in ("train", "val")}
+                if order.views is None
+                else {split: self.prepared(view) for split, view in order.views.items()}
+            ),
+            spec=order.spec,
             machine=self.machine,
             seed=order.seed,
             folder=order.folder,
@@ -187,7 +251,21 @@ class Run:
     def save_weights(self) -> None:
         """Leave the model's weights for the stages that follow."""
         assert self._entry is not None
-        checkpoint.save(self._entry.path / "weights.pt", {"model": self.model.state_dict()})
+        state = self.model.state_dict()
+        if self.part is not None:
+            others = {k: v for k, v in self._trained().items() if not k.startswith(f"{self.part}.")}
+            state = {**others, **{f"{self.part}.{key}": value for key, value in state.items()}}
+        checkpoint.save(self._entry.path / "weights.pt", {"model": state})
+
+    def save_data(self, name: str, data: Made) -> None:
+        """Leave data for stages after this one, whose `view` names them."""
+        self.save(f"{name}.npz", data.arrays())
+        self.save(f"{name}.json", data.about())
+
+    def forget_checkpoints(self) -> None:
+        """Remove the checkpoints of this stage, of whose fits nothing more is wanted."""
+        assert self._entry is not None
+        shutil.rmtree(self._entry.path / "checkpoints", ignore_errors=True)
 
     def save(self, filename: str, value: Any) -> None:
         """Leave an artifact: .npz (dict of arrays), .json (plain data), .csv (DataFrame)."""
@@ -277,6 +355,9 @@ class Order:
     name: str
     # Of its checkpoints, to which every process writes that has a part of the model.
     folder: Path
+    spec: Spec
+    # None: each process reads the data of the run itself.
+    views: Mapping[str, View] | None
 
 
 # ----------------------------------------------------------------- from config to objects
@@ -286,24 +367,43 @@ def build_stage(node: DictConfig) -> Any:
     """The stage a node describes: its schema gives plain values, open fields are instantiated."""
     if not issubclass(OmegaConf.get_type(node) or object, config.Stage):
         return instantiate(node, _convert_="all")
-    settings = OmegaConf.to_object(node)
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}  # type: ignore[arg-type]
-    values |= {f: instantiate(values[f], _convert_="all") for f in OPEN if values.get(f)}
-    return get_class(values["_target_"])(**values)
+    settings: Any = OmegaConf.to_object(node)
+    return get_class(settings._target_)(**vars(opened(settings)))
 
 
-# Fields of the fit schema that hold `_target_` nodes.
-OPEN = ("sampler", "augment", "metrics")
+# Fields of the schemas that hold `_target_` nodes.
+OPEN = ("sampler", "augment", "metrics", "voted", "baselines")
 
 
-def init_from(model: nn.Module, path: Path, log: logging.Logger) -> None:
+def opened(settings: config.Stage) -> config.Stage:
+    """The same settings, with what their open fields describe, and those of a fit among them."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, config.Stage):
+            opened(value)
+        elif field.name in OPEN and value:
+            setattr(settings, field.name, instantiate(value, _convert_="all"))
+    return settings
+
+
+def of_part(state: Mapping[str, Any], part: str | None) -> dict[str, Any]:
+    """The weights of a part of the model, under its own names; all of them for None."""
+    prefix = "" if part is None else f"{part}."
+    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+
+
+def init_from(model: nn.Module, path: Path, log: logging.Logger, part: str | None = None) -> None:
     """Start from another run's checkpoint: every parameter of the same name and shape.
 
-    Says how many it left as they were; UserError when none fits.
+    Says how many it left as they were; UserError when none fits. Of a model of parts, one that the
+    checkpoint does not have is left as it is.
     """
-    state = checkpoint.load(path)
+    state = of_part(checkpoint.load(path)["model"], part)
+    if part is not None and not state:
+        log.warning("init_from: %s has nothing of model.%s, left as initialised", path, part)
+        return
     own = model.state_dict()
-    fits = {k: v for k, v in state["model"].items() if k in own and v.shape == own[k].shape}
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if not fits:
         raise UserError(f"init_from={path} fits no parameter of this model; compare model=")
     model.load_state_dict(fits, strict=False)

@@ -15,6 +15,7 @@ from stagesweep.bind import bind, locate, nodes
 from stagesweep.core.terms import silent
 from stagesweep.errors import UserError
 from stagesweep.explain import explain, nearest
+from stagesweep.inputs import has_parts
 
 Stages = dict[str, Any]
 
@@ -29,6 +30,7 @@ def contents(resolved: DictConfig) -> None:
     with execution_whitelist(config.trusted()):
         targets(resolved)
         stages = kinds(resolved)
+        parts(resolved)
         for name, stage in stages.items():
             for path, settings in fits_of(f"stage.{name}", stage):
                 fit(path, settings, resolved)
@@ -132,9 +134,36 @@ def targets(cfg: DictConfig) -> None:
     for path, node in nodes(plain):
         owner = OmegaConf.select(cfg, path)
         if not is_dataclass(OmegaConf.get_type(owner)):
-            bind(path, node, supplied=("spec",) if path == "model" else ())
+            bind(path, node, supplied=("spec",) if path in models(cfg) else ())
         elif path.endswith(".optimizer"):
             optimizer(path, node)
+
+
+def models(cfg: DictConfig) -> list[str]:
+    """The paths of the model, or of its parts."""
+    return [f"model.{part!s}" for part in cfg.model] if has_parts(cfg.model) else ["model"]
+
+
+def parts(cfg: DictConfig) -> None:
+    """Check that a stage names a part of the model where, and only where, the model has parts."""
+    known = [str(part) for part in cfg.model] if has_parts(cfg.model) else []
+    for path, node in using_model(cfg.stage, "stage"):
+        if node.part is None and known:
+            raise UserError(
+                f"{path}.part: the model has parts; set it to one of {', '.join(known)}"
+            )
+        if node.part is not None and node.part not in known:
+            hint = nearest(node.part, known) if known else "the model has no parts; leave it null"
+            raise UserError(f"{path}.part={node.part}: no such part of the model; {hint}")
+
+
+def using_model(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """Every node that may name a part of the model, by dotted path."""
+    if isinstance(node, DictConfig):
+        if "part" in node:
+            yield path, node
+        for key in node:
+            yield from using_model(node[key], f"{path}.{key!s}")
 
 
 def optimizer(path: str, node: dict[str, Any]) -> None:

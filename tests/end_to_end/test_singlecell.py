@@ -11,18 +11,18 @@ import pytest
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 SMALL = (
-    "experiment=singlecell",
+    "experiment=singlecell_cells",
     "data.donors=16",
     "data.cells=60",
     "data.genes=120",
     "data.types=4",
-    "data.contrast=2.0",
-    "stage.gmvae.epochs=8",
+    "data.contrast=3.0",
+    "stage.gmvae.epochs=10",
     "stage.gmvae.batch_size=32",
     "stage.gmvae.optimizer.lr=0.005",
-    "model.thinning=0.2",
-    "model.hidden=[64,32]",
-    "model.latent=8",
+    "model.cells.thinning=0.2",
+    "model.cells.hidden=[64,32]",
+    "model.cells.latent=8",
 )
 
 
@@ -54,3 +54,37 @@ def test_a_run_and_what_a_change_of_its_end_reuses(stagesweep: Command, tmp_path
     assert status == {
         "preprocess": "reused", "baselines": "reused", "gmvae": "reused", "score": "ran"
     }  # fmt: skip
+
+
+def test_patients_and_what_another_classifier_reuses(stagesweep: Command, tmp_path: Path) -> None:
+    small = [
+        *(each for each in SMALL if not each.startswith("experiment")),
+        "experiment=singlecell",
+        "stage.gmvae.epochs=3",
+        "stage.pseudobulk.n_samples=4",
+        "stage.pseudobulk.n_cells=100",
+        "stage.patients.epochs=3",
+        "stage.cross_validation.folds=2",
+        "model.patients.hidden=[32,16]",
+        "model.patients.width=8",
+        "stage.figures.umap=false",
+    ]
+    stagesweep(*small, "hydra.run.dir=first")
+    folder = tmp_path / "first" / "stages"
+    drawn = {file.stem for file in (folder / "9_figures" / "figures").glob("*.png")}
+    assert drawn == {"cells", "confusion", "proportions", "calibration", "roc"}
+    table = pd.read_csv(folder / "8_cross_validation" / "artifacts" / "cross_validation.csv")
+    scores = table.groupby("method")["score"].unique().map(set)
+    assert {"voted_auroc", "auroc", "macro_f1", "ece", "ccc", "mae"} <= scores["model"]
+    assert {"ccc", "mae"} == scores["ridge"] - {"ccc_type"}
+    metrics = result(tmp_path / "first")["metrics"]
+    assert metrics["cross_validation/ridge_ccc"] > 0.4
+
+    stagesweep(*small, "hydra.run.dir=again")
+    status = [stage["status"] for stage in result(tmp_path / "again")["stages"]]
+    assert status == ["reused"] * 9
+
+    stagesweep(*small, "model.patients.attention=false", "hydra.run.dir=other")
+    stages = {stage["name"]: stage["status"] for stage in result(tmp_path / "other")["stages"]}
+    reused = [name for name, status in stages.items() if status == "reused"]
+    assert reused == ["preprocess", "baselines", "gmvae", "score", "pseudobulk"]

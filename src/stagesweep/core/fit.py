@@ -65,6 +65,8 @@ class Loop:
         self.seed = seed
         if empty := [name for name, view in views.items() if not len(view)]:
             raise UserError(f"{rows.stage}: the {empty[0]} split has no samples; check data")
+        if (look := getattr(model, "look_at", None)) is not None:
+            look(self.train)
         freeze(model, settings.train, settings.freeze)
         # Where each process has a part of it, `model` is a copy; the given one gets the weights.
         self.given = model

@@ -47,14 +47,22 @@ class MetricLog:
             self.board.add(values, step)
 
     def rewind(self, epoch: int, step: int) -> None:
-        """Keep the rows up to `step` and of whole epochs up to `epoch`: the others come again."""
+        """Keep the rows up to `step` and of whole epochs up to `epoch`: the others come again.
+
+        Those of other fits in the same file stay.
+        """
         self.stream.close()
         last = {"step": step, "epoch": epoch}
-        rows = [row for row in read_rows(self.path) if row[row["kind"]] <= last[row["kind"]]]
+
+        def stays(row: Mapping[str, Any]) -> bool:
+            return bool(row["stage"] != self.stage or row[row["kind"]] <= last[row["kind"]])
+
+        rows = [row for row in read_rows(self.path) if stays(row)]
         atomic_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.stream = self.path.open("a")
         for row in rows:
-            self.board.row(row)
+            if row["stage"] == self.stage:
+                self.board.row(row)
 
     def close(self) -> None:
         """Close the file."""

@@ -5,7 +5,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
 from stagesweep.data.h5ad import Codes, Source
@@ -42,6 +42,16 @@ class CellView(View):
     def __init__(self, counts: csr_matrix, columns: Mapping[str, Tensor]) -> None:
         super().__init__({**columns, "index": torch.arange(counts.shape[0])})
         self.counts = counts
+
+    def take(self, rows: Tensor) -> "CellView":
+        """Some cells, as a view of their own."""
+        return CellView(self.counts[rows.numpy()], super().take(rows).columns)
+
+    def join(self, others: Iterable[View]) -> "CellView":
+        """These cells and others, one after the other."""
+        every = [self, *(view for view in others if isinstance(view, CellView))]
+        counts = vstack([view.counts for view in every], "csr")
+        return CellView(counts, super().join(every[1:]).columns)
 
     def gather(self, order: Iterable[Tensor], start: int = 0) -> Iterator[Batch]:
         """The batches of `order`, from batch number `start` on."""

@@ -38,6 +38,14 @@ class LoaderView(View):
         self.samples = samples
         self.workers, self.pinned = 0, False
 
+    def take(self, rows: Tensor) -> View:
+        """Raises UserError: samples that are read when they are needed are not dealt anew."""
+        raise UserError("cross-validation needs data in memory; set data.backed=false")
+
+    def join(self, others: Iterable[View]) -> View:
+        """Raises UserError, as `take`."""
+        return self.take(torch.empty(0))
+
     def prepare(self, device: torch.device, workers: int, pinned: bool = True) -> "LoaderView":
         """Read with so many processes, for use on `device`, into memory that a GPU can fetch from
         (`pinned`); the columns stay on the CPU.

@@ -36,6 +36,16 @@ class View:
     def __contains__(self, name: str) -> bool:
         return name in self.columns
 
+    def take(self, rows: Tensor) -> "View":
+        """Some samples, as a view of their own."""
+        return View({n: c[rows.to(c.device)] for n, c in self.columns.items() if n != "index"})
+
+    def join(self, others: Iterable["View"]) -> "View":
+        """Join others of the same columns to this view, one after the other."""
+        every = [self, *others]
+        names = [name for name in self.columns if name != "index"]
+        return View({name: torch.cat([view[name] for view in every]) for name in names})
+
     def prepare(self, device: torch.device, workers: int, pinned: bool = True) -> "View":
         """Move all columns to `device`, so that a batch is one gather there; needs no workers."""
         self.columns = {name: column.to(device) for name, column in self.columns.items()}

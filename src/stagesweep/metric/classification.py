@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, roc_auc_score
 from threadpoolctl import threadpool_limits
 
 from stagesweep.metric import clustering
@@ -35,16 +35,26 @@ class Classification:
         return ("assignment", self.label)
 
     def __call__(self, arrays: Arrays) -> dict[str, float]:
-        """Return accuracy, macro_f1 (over the labels there are) and ece."""
+        """Return accuracy, macro_f1 (over the labels there are), ece and auroc."""
         known = arrays[self.label] >= 0
         if "assignment" not in arrays or not known.any():
-            return dict.fromkeys(("accuracy", "macro_f1", "ece"), nan)
+            return dict.fromkeys(("accuracy", "macro_f1", "ece", "auroc"), nan)
         labels, shares = arrays[self.label][known], arrays["assignment"][known]
         told = shares.argmax(1)
         there = np.unique(labels)
         f1 = f1_score(labels, told, labels=there, average="macro", zero_division=0)
         scores = {"accuracy": float((told == labels).mean()), "macro_f1": float(f1)}
-        return scores | {"ece": calibration_error(labels, shares)}
+        calibrated = {"ece": calibration_error(labels, shares)}
+        return scores | calibrated | {"auroc": area_under_roc(labels, shares)}
+
+
+def area_under_roc(labels: NDArray[Any], shares: NDArray[Any]) -> float:
+    """Area under the ROC curve of probabilities (n, k): the mean over labels, each against all
+    others; labels that are absent, or all there is, are left out, and NaN if none is left.
+    """
+    kinds = [k for k in range(shares.shape[1]) if 0 < (labels == k).sum() < len(labels)]
+    areas = [float(roc_auc_score(labels == kind, shares[:, kind])) for kind in kinds]
+    return sum(areas) / len(areas) if areas else nan
 
 
 def calibration_error(labels: NDArray[Any], shares: NDArray[Any]) -> float:

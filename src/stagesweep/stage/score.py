@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from stagesweep.core.predict import read_by
 from stagesweep.errors import UserError
 from stagesweep.stage.evaluate import label_names
 
@@ -26,12 +27,14 @@ class Score:
     before left in `baselines`, a file of ``<method>/<array>/<split>``; what a method does not give
     is NaN. Leaves ``comparison.csv`` (a row for each method and split), ``embeddings.npz``
     (``<split>/mean``) and ``predictions.csv`` (of each sample its label, what it was told to be,
-    and how surely).
+    and how surely); of a `view`, with its name before theirs.
     """
 
     label: str
     metrics: Mapping[str, Callable[[Mapping[str, NDArray[Any]]], dict[str, float]]]
     baselines: str | None = None
+    part: str | None = None
+    view: str | None = None
 
     def __call__(self, run: "Run") -> dict[str, float]:
         """Return ``<split>_<score>`` of the model, ``<split>_<method>_<score>`` of the others."""
@@ -40,7 +43,8 @@ class Score:
                 f"stage.{run.stage}.label={self.label}, but the data has no such label; choose "
                 f"from: {', '.join(run.data.spec.labels)}"
             )
-        parts = {s: run.predict(s, ["assignment", "mean", self.label]) for s in SPLITS}
+        names = {"assignment", "mean", self.label} | (read_by(self.metrics.values()) or set())
+        parts = {s: run.predict(s, names) for s in SPLITS}
         methods = {"model": parts} | self.others(run, parts)
         rows = []
         for method, splits in methods.items():
@@ -51,10 +55,14 @@ class Score:
                     {"method": method, "split": split, "n": len(arrays[self.label])} | merged
                 )
         table = pd.DataFrame(rows)
-        run.save("comparison.csv", table)
-        run.save("embeddings.npz", {f"{s}/mean": part["mean"] for s, part in parts.items()})
+        # Those of the cells stay beside those of data that a stage has made of them.
+        prefix = "" if self.view is None else f"{self.view}_"
+        run.save(f"{prefix}comparison.csv", table)
+        run.save(
+            f"{prefix}embeddings.npz", {f"{s}/mean": part["mean"] for s, part in parts.items()}
+        )
         told = [self.predictions(run, split, part) for split, part in parts.items()]
-        run.save("predictions.csv", pd.concat(told, ignore_index=True))
+        run.save(f"{prefix}predictions.csv", pd.concat(told, ignore_index=True))
         return summary(table)
 
     def others(self, run: "Run", parts: Mapping[str, Arrays]) -> dict[str, dict[str, Arrays]]:

@@ -1,0 +1,121 @@
+"""Folds: who is in them, who steers a fit, and what is made of the scores."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from stagesweep import config
+from stagesweep.data.view import View
+from stagesweep.errors import UserError
+from stagesweep.metric.classification import Classification
+from stagesweep.metric.interval import mean_interval
+from stagesweep.run import Run
+from stagesweep.stage.cross_validate import CrossValidate, vote
+from stagesweep.stage.fold_baselines import Logistic, Ridge
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def watched(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, list[Any]]:
+    """A run whose fits only say what they were given."""
+    run, fits = make_run(n=120), []
+    columns = run.data.columns
+    columns["litter"] = torch.arange(120) // 6
+    columns["sick"] = columns["litter"] % 2
+
+    def fit(model: Any, settings: Any, name: str, views: dict[str, View]) -> dict[str, float]:
+        fits.append((name, views))
+        return {}
+
+    monkeypatch.setattr(run, "fit", fit)
+    monkeypatch.setattr(run, "build_model", lambda: run.model)
+    return run, fits
+
+
+def test_a_group_is_in_one_fold_and_never_steers_what_it_is_scored_by(
+    watched: tuple[Run, list[Any]],
+) -> None:
+    run, fits = watched
+    metrics = {"m": Classification("sick")}
+    stage = CrossValidate(
+        fit=config.Fit(epochs=1), group="litter", stratify="sick", metrics=metrics
+    )
+    found = stage(run)
+    out = run.load("out_of_fold.npz")
+    litter = run.data.columns["litter"].numpy()[out["row"]]
+    assert out["row"].tolist() == list(range(120)), "every sample is told once"
+    assert (pd.Series(out["fold"]).groupby(litter).nunique() == 1).all()
+    sick = run.data.columns["sick"].numpy()
+    for number, (name, views) in enumerate(fits, 1):
+        assert name == f"fold_{number}"
+        held = set(litter[out["fold"] == number])
+        train, val = (set(views[split]["litter"].tolist()) for split in ("train", "val"))
+        assert not train & val
+        assert not held & (train | val)
+        assert train | val | held == set(range(20))
+        assert sick[out["fold"] == number].mean() == pytest.approx(0.5)
+    folds = run.load("folds.csv")
+    mean, low, high = mean_interval(folds["accuracy"].to_list())
+    assert (found["accuracy"], found["accuracy_low"]) == pytest.approx((mean, low))
+    assert run.load("cross_validation.csv")["high"][0] == pytest.approx(high)
+
+
+def test_baselines_see_all_but_the_fold_and_share_the_table(
+    watched: tuple[Run, list[Any]],
+) -> None:
+    run, _ = watched
+    seen = []
+
+    def told(train: Any, test: Any) -> dict[str, np.ndarray]:
+        seen.append((len(train["sick"]), len(test["sick"])))
+        return {"assignment": np.eye(2)[test["sick"]]}
+
+    stage = CrossValidate(
+        fit=config.Fit(epochs=1), group="litter", folds=4, metrics={"m": Classification("sick")},
+        vote="litter", voted={"v": Classification("sick")}, baselines={"oracle": told},
+    )  # fmt: skip
+    found = stage(run)
+    assert seen == [(90, 30)] * 4
+    assert found["oracle_accuracy"] == found["oracle_voted_auroc"] == 1
+    assert set(run.load("folds.csv")["method"]) == {"model", "oracle"}
+
+
+def test_too_few_groups_are_a_clear_error(watched: tuple[Run, list[Any]]) -> None:
+    stage = CrossValidate(
+        fit=config.Fit(epochs=1), group="sick", metrics={"m": Classification("sick")}
+    )
+    with pytest.raises(UserError, match=r"2 groups \(sick\) make no 5 parts"):
+        stage(watched[0])
+    stage = CrossValidate(fit=config.Fit(epochs=1), group="sik", metrics={})
+    with pytest.raises(UserError, match="no column 'sik'; there are blob"):
+        stage(watched[0])
+
+
+def test_votes_are_mean_predictions() -> None:
+    arrays = {
+        "patient": np.array([7, 3, 7, 3]),
+        "label": np.array([1, 0, 1, 0]),
+        "assignment": np.array([[0.2, 0.8], [1.0, 0.0], [0.6, 0.4], [0.5, 0.5]]),
+    }
+    found = vote(arrays, "patient")
+    np.testing.assert_allclose(found["assignment"], [[0.75, 0.25], [0.4, 0.6]])
+    assert found["label"].tolist() == [0, 1]
+
+
+def test_linear_baselines_learn_what_is_linear() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(200, 5))
+    shares = np.clip(0.5 + 0.1 * x[:, :1], 0, 1)
+    columns = {"x": x, "p": np.hstack([shares, 1 - shares]), "y": (x[:, 1] > 0).astype(int)}
+    train, test = (
+        {k: v[rows] for k, v in columns.items()} for rows in (slice(150), slice(150, 200))
+    )
+    np.testing.assert_allclose(Ridge("x", "p")(train, test)["p"], test["p"], atol=0.02)
+    told = Logistic("x", "y")(train, test)["assignment"]
+    assert (told.argmax(1) == test["y"]).mean() > 0.9
+    np.testing.assert_allclose(told.sum(1), 1)
