@@ -219,6 +219,7 @@ def of_three(bench: Bench, folder: Path) -> None:
         "norm": statistics(bench),
         "split": whole_split(bench),
     }
+    torch.save(found, folder / f"{team().rank}.pt")
     found["gone"] = one_gone()
     torch.save(found, folder / f"{team().rank}.pt")
 
