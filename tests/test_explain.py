@@ -19,15 +19,15 @@ LINES = {
     "stage.jont.epochs=3": "unknown key 'stage.jont': did you mean 'joint'?",
     "modle=vae_base": "unknown key 'modle': did you mean 'model'?",
     "hydra.run.dri=x": "unknown key 'hydra.run.dri': did you mean 'dir'?",
-    "stage.joint.zzz=3": "unknown key 'stage.joint.zzz': there are _target_, epochs, batch_size, ",
+    "stage.joint.zzz=3": "unknown key 'stage.joint.zzz': there are _target_, ",
     "stage.joint.epochs=many": "stage.joint.epochs: Value 'many' of type 'str' could not be "
     "converted to Integer",
     "seed=null": "seed must not be null",
     "hardware.device=gpu": "hardware.device: Invalid value 'gpu', expected one of "
     "[auto, cpu, cuda]",
-    "model=vae_bse": "no 'vae_bse' in group 'model': did you mean 'vae_base'? there are vae_base, ",
+    "model=vae_bse": "no 'vae_bse' in group 'model': did you mean 'vae_base'? there are ",
     "experiment=tinny": "no 'tinny' in group 'experiment': did you mean 'tiny'? there are ",
-    "hardware=zzz": "no 'zzz' in group 'hardware': there are auto, cpu",
+    "hardware=zzz": "no 'zzz' in group 'hardware': there are a100_40gb, ",
     "search/space=zzz": "no 'zzz' in group 'search/space': there are ",
     "seed=[1": "cannot read 'seed=[1': no viable alternative at input '[1'",
     "seed": "cannot read 'seed': missing EQUAL at '<EOF>'",

@@ -58,8 +58,9 @@ class Run:
         # As the profile says, and as it says for the stage that runs now.
         self.profile = self.machine = resolve(inputs.hardware(cfg))
         self.device = self.machine.device
-        # Name, seed and entry of the stage that runs now, and the newest weights before it.
-        self.stage, self.seed = "", cfg.seed
+        # Name, seed and entry of the stage that runs now, its place (<experiment>/<stage>), and the
+        # newest weights before it.
+        self.stage, self.seed, self.place = "", cfg.seed, ""
         # The part of the model, and the data made by a stage before, that it works on; None: all of
         # the model, the data of the run.
         self.part: str | None = None
@@ -91,7 +92,8 @@ class Run:
     def begin(self, name: str, entry: Entry) -> None:
         """Turn to a stage; its model has the weights that a stage before it left."""
         self.stage, self.seed, self._entry = name, derive(self.cfg.seed, name), entry
-        self.machine = self.profile.at(f"{self.cfg.experiment}/{name}")
+        self.place = f"{self.cfg.experiment}/{name}"
+        self.machine = self.profile.at(self.place)
         self.measured = {"speed": {}, "oom": []}
         paths = (folder / "weights.pt" for folder in self._folders()[1:])
         weights = next((path for path in paths if path.exists()), None)
@@ -193,7 +195,7 @@ class Run:
             terms={key: term.to(self.device) for key, term in terms.items()},
             settings=settings,
             seed=derive(self.seed, name),
-            stage=f"{self.cfg.experiment}/{self.stage}",
+            stage=self.place,
             name=name,
             folder=folder,
             spec=self.data.spec,

@@ -32,15 +32,29 @@ def experiments(compose: Compose) -> dict[str, DictConfig]:
 
 
 def used(experiments: dict[str, DictConfig], loss: str) -> tuple[DictConfig, Any]:
-    """An experiment that uses a loss, and the loss as it is there."""
+    """An experiment that uses a loss on its own data, and the loss as it is there."""
     node = OmegaConf.load(config.folder() / "loss" / f"{loss}.yaml")
     for cfg in experiments.values():
-        for own in cfg.loss.values():
-            if own._target_ == node._target_:
+        for name, own in cfg.loss.items():
+            by = [s for s in cfg.stage.values() if "loss" in s and name in s.loss]
+            if own._target_ == node._target_ and all(stage.view is None for stage in by):
                 return cfg, own
+    otherwise = {"feature": "thresholds", "label": "gene", "name": "states", "group": "patient"}
     for key in OmegaConf.missing_keys(node):
-        node[key] = {"feature": "thresholds", "label": "gene"}[key]
+        node[key] = otherwise[key]
     return experiments[OTHERWISE], node
+
+
+def drawn() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What losses read of which the data are made by a stage: a batch, and a model's outputs."""
+    random = torch.Generator().manual_seed(0)
+    values = [torch.rand(64, 5, generator=random) for _ in range(6)]
+    names = ("predicted", "logvar", "target")
+    outputs = {f"states/{name}": value for name, value in zip(names, values[:3], strict=True)}
+    outputs |= {"states/observed": (values[3] > 0.2).float()}
+    outputs |= {"log_proportions": values[4].log_softmax(1)}
+    outputs |= {"projection": torch.nn.functional.normalize(values[5])}
+    return {"proportions": values[3].softmax(1), "patient": torch.arange(64) // 4}, outputs
 
 
 @cache
@@ -51,7 +65,9 @@ def batch_and_outputs(text: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     seed_everything(0)
     with execution_whitelist(config.trusted()):
         data: Any = instantiate(cfg.data, _convert_="all")
-        model = instantiate(cfg.model, spec=data.spec, _convert_="all")
+        # Of a model of parts, the first one works on the data of the run.
+        node = cfg.model if "_target_" in cfg.model else next(iter(cfg.model.values()))
+        model = instantiate(node, spec=data.spec, _convert_="all")
         generator = torch.Generator().manual_seed(0)
         batch = next(iter(data.split("train").batches(64)))
         for stage in cfg.stage.values():
@@ -73,6 +89,8 @@ def test_a_term_is_computed_in_fp32_under_bf16(
     batch, outputs = batch_and_outputs(OmegaConf.to_yaml(parts, resolve=True))
     with execution_whitelist(config.trusted()):
         term: Any = instantiate(node, _convert_="all")
+    made_batch, made = drawn()
+    batch, outputs = made_batch | batch, made | outputs
     if hasattr(term, "refresh"):
         term.refresh(0, lambda: outputs)
     low = {k: v.bfloat16() if v.is_floating_point() else v for k, v in outputs.items()}
