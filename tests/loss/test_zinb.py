@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, log_expit, log_softmax
 from scipy.stats import nbinom
@@ -124,6 +124,8 @@ def test_large_and_broken_counts_go_past_the_table() -> None:
 
 
 @settings(max_examples=150, deadline=None)
+@example(scores=[0.0] * 3, log_theta=10.0, pi=[0.0] * 3, counts=[0] * 3)
+@example(scores=[0.0] * 3, log_theta=11.0, pi=[0.0] * 3, counts=[0, 0, TABLE + 1])
 @given(
     scores=st.lists(st.floats(-30, 30), min_size=3, max_size=3),
     log_theta=st.floats(-8, 12),

@@ -122,7 +122,8 @@ def _piece(
         return value, None
     shrink = (1 + ratio).reciprocal_()
     active = theta if rest is None else (1 - rest).mul_(theta)
-    d_mean = active - shrink * (counts + active)
+    # Not as A theta (1 - 1 / (1 + r)): of a large theta nothing would be left but rounding.
+    d_mean = torch.mul(active, ratio).sub_(counts).mul_(shrink)
     d_theta = (log_ratio * active).sum(0) - d_mean.sum(0)
     share = ratio.mul_(theta).mul_(1 / library)
     d_scores = d_mean.addcmul_(share, d_mean.sum(1, keepdim=True), value=-1)
@@ -144,11 +145,12 @@ def gammas(theta: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     codes = values.long().clamp_(max=TABLE)
     few = codes == values
     if not bool(few.all()):
-        rest, other = ~few, theta[genes[~few]]
-        x = values[rest]
-        more = torch.lgamma(x + other) - torch.lgamma(other) - torch.lgamma(x + 1)
+        # In double precision: two large numbers are nearly the same.
+        rest, other = ~few, theta[genes[~few]].double()
+        x = values[rest].double()
+        more = (torch.lgamma(x + other) - torch.lgamma(other) - torch.lgamma(x + 1)).sum().to(theta)
         slope = other * (torch.digamma(x + other) - torch.digamma(other))
-        d_more = torch.zeros_like(theta).index_add_(0, genes[rest], slope)
+        d_more = torch.zeros_like(theta).index_add_(0, genes[rest], slope.to(theta))
         codes, genes = codes[few], genes[few]
     size = (TABLE + 1) * len(theta)
     seen = torch.bincount(codes * len(theta) + genes, minlength=size).view(TABLE + 1, -1)
@@ -159,7 +161,7 @@ def gammas(theta: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.dot(above.view(-1), shifted.log().view(-1))
     total -= torch.dot(above.sum(1), (steps + 1).log().view(-1))
     slope = theta * (above / shifted).sum(0)
-    return (total, slope) if bool(few.all()) else (total + more.sum(), slope + d_more)
+    return (total, slope) if bool(few.all()) else (total + more, slope + d_more)
 
 
 def _observed(counts: Tensor) -> tuple[Tensor, Tensor]:
