@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 
-class Clusters(nn.Module):
-    """Student-t soft assignment (Xie et al. 2016, eq. 1, alpha = 1); the number of centres may
-    change between stages and with the weights that are loaded.
+class Centres(nn.Module):
+    """Points (k, d) in the latent space; their number may change between stages and with the
+    weights that are loaded.
     """
 
     def __init__(self, count: int, latent: int) -> None:
@@ -20,12 +20,6 @@ class Clusters(nn.Module):
         """Replace all centres by `centres` (k, d); an optimizer must be built after this."""
         self.centres = nn.Parameter(centres.detach().clone().to(self.centres))
 
-    def forward(self, mean: Tensor) -> Tensor:
-        """Map latent means (B, d) to assignments (B, k) whose rows sum to one, in fp32."""
-        distance = (mean.float().unsqueeze(1) - self.centres).square().sum(2)
-        similarity = 1 / (1 + distance)
-        return similarity / similarity.sum(1, keepdim=True)
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -34,3 +28,13 @@ class Clusters(nn.Module):
         if saved is not None and saved.shape != self.centres.shape:
             self.set_centres(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Clusters(Centres):
+    """Student-t soft assignment (Xie et al. 2016, eq. 1, alpha = 1)."""
+
+    def forward(self, mean: Tensor) -> Tensor:
+        """Map latent means (B, d) to assignments (B, k) whose rows sum to one, in fp32."""
+        distance = (mean.float().unsqueeze(1) - self.centres).square().sum(2)
+        similarity = 1 / (1 + distance)
+        return similarity / similarity.sum(1, keepdim=True)

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch
+from stagesweep.model.clusters import Centres
 
 
 def normalised(counts: Tensor, library: Tensor) -> Tensor:
@@ -30,14 +31,11 @@ class Thinning(nn.Dropout):
         return x.new_zeros(x.numel()).index_copy_(0, there, kept).view_as(x)
 
 
-class Components(nn.Module):
-    """Diagonal Gaussians N(m_k, s_k) in the latent space and their shares pi_k; the number of them
-    may change between stages and with the weights that are loaded.
-    """
+class Components(Centres):
+    """Diagonal Gaussians N(m_k, s_k) in the latent space and their shares pi_k."""
 
     def __init__(self, count: int, latent: int) -> None:
-        super().__init__()
-        self.centres = nn.Parameter(torch.randn(count, latent))
+        super().__init__(count, latent)
         self.log_scale = nn.Parameter(torch.zeros(count, latent))
         self.weight = nn.Parameter(torch.zeros(count))
 
@@ -46,9 +44,9 @@ class Components(nn.Module):
         """Replace all by Gaussians of scale one around `centres` (k, d), of equal shares; an
         optimizer must be built after this.
         """
-        given = centres.detach().clone().to(self.centres)
-        self.centres, self.log_scale = nn.Parameter(given), nn.Parameter(torch.zeros_like(given))
-        self.weight = nn.Parameter(given.new_zeros(len(given)))
+        super().set_centres(centres)
+        self.log_scale = nn.Parameter(torch.zeros_like(self.centres))
+        self.weight = nn.Parameter(self.centres.new_zeros(len(centres)))
 
     def log_prior(self) -> Tensor:
         """The logarithm of pi, (k,)."""
@@ -70,15 +68,6 @@ class Components(nn.Module):
         square = square + (precision * centres.square()).sum(1)
         constant = (2 * self.log_scale).sum(1) - mean.shape[1]
         return 0.5 * (square + constant - logvar.sum(1, keepdim=True))
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Take on the number of components of the weights before they are copied."""
-        saved = state_dict.get(prefix + "centres")
-        if saved is not None and saved.shape != self.centres.shape:
-            self.set_centres(saved)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class GMVAE(nn.Module):
