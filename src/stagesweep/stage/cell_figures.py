@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import auc, roc_curve
-from threadpoolctl import threadpool_limits
 
 from stagesweep.metric.classification import BINS, calibration_error
 from stagesweep.metric.proportions import concordance
@@ -24,6 +23,7 @@ from stagesweep.stage.figures import (
     MAX_POINTS,
     ORANGE,
     heatmap,
+    leave,
     neighbours,
     principal,
     scatter,
@@ -51,13 +51,7 @@ class CellFigures:
 
     def __call__(self, run: "Run") -> dict[str, float]:
         """Return how many figures there are."""
-        names = []
-        with threadpool_limits(limits=1):
-            for name, figure in run.progress(self.draw(run), "figures"):
-                run.figure(f"{name}.png", figure, self.dpi)
-                names.append(name)
-        run.log.info("%s: %s", run.stage, ", ".join(names) or "nothing to draw")
-        return {"figures": len(names)}
+        return leave(run, self.draw(run), self.dpi)
 
     def metric_names(self) -> set[str] | None:
         """Metrics this stage gives."""

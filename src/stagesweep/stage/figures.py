@@ -34,19 +34,24 @@ BLUE, ORANGE, GREY = COLOURS[0], COLOURS[5], "#8C8C8C"
 MAX_POINTS, MAX_KINDS, MAX_ROWS = 3000, 20, 30
 
 
+def leave(run: "Run", figures: Iterator[tuple[str, Figure]], dpi: int) -> dict[str, float]:
+    """Leave every figure under its name as it is drawn; returns how many there are."""
+    names = []
+    with threadpool_limits(limits=1):
+        for name, figure in run.progress(figures, "figures"):
+            run.figure(f"{name}.png", figure, dpi)
+            names.append(name)
+    run.log.info("%s: %s", run.stage, ", ".join(names) or "nothing to draw")
+    return {"figures": len(names)}
+
+
 @dataclass
 class Figures(config.Figures):
     """Draw what earlier stages left; a figure whose numbers are not there is left out."""
 
     def __call__(self, run: "Run") -> dict[str, float]:
         """Return how many figures there are."""
-        names = []
-        with threadpool_limits(limits=1):
-            for name, figure in run.progress(self.draw(run), "figures"):
-                run.figure(f"{name}.png", figure, self.dpi)
-                names.append(name)
-        run.log.info("%s: %s", run.stage, ", ".join(names) or "nothing to draw")
-        return {"figures": len(names)}
+        return leave(run, self.draw(run), self.dpi)
 
     def metric_names(self) -> set[str] | None:
         """Metrics this stage gives."""
