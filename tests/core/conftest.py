@@ -1,6 +1,8 @@
 """A small model with everything a fit can meet, and a fit of it."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -223,3 +225,22 @@ def tiny() -> Callable[..., nn.Module]:
 def make_term() -> Callable[[str], nn.Module]:
     """A loss term by name."""
     return lambda name: TERMS[name]()
+
+
+@pytest.fixture(scope="module")
+def left_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Run a script beside this file that starts processes; gives the folder of what they left."""
+
+    def run(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        process = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name(f"{name}.py")), str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        return folder
+
+    return run

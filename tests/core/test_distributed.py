@@ -1,8 +1,7 @@
 """Three processes learn what one does. They start once, for all tests here: see several.py."""
 
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,9 @@ Found = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(left_by: Callable[[str], Path]) -> Found:
     """What each of three processes found."""
-    folder = tmp_path_factory.mktemp("several")
-    script = Path(__file__).with_name("several.py")
-    process = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+    folder = left_by("several")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
 
 

@@ -1,7 +1,6 @@
 """Processes that have a part of the model each learn what one does: see sharded.py."""
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,9 @@ Found = dict[int, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(left_by: Callable[[str], Path]) -> Found:
     """What each of two, and then of three, processes found."""
-    folder = tmp_path_factory.mktemp("sharded")
-    script = Path(__file__).with_name("sharded.py")
-    process = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+    folder = left_by("sharded")
     return {
         size: [torch.load(folder / f"{size}_{rank}.pt", weights_only=True) for rank in range(size)]
         for size in (2, 3)
