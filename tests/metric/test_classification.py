@@ -4,10 +4,16 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 from sklearn.datasets import make_blobs
 from sklearn.metrics import f1_score
 
-from stagesweep.metric.classification import Classification, LatentClusters, calibration_error
+from stagesweep.metric.classification import (
+    Classification,
+    LatentClusters,
+    area_under_roc,
+    calibration_error,
+)
 
 SHARES = np.array([[0.9, 0.1, 0], [0.6, 0.4, 0], [0.3, 0.7, 0], [0.2, 0.8, 0], [0.0, 0.1, 0.9]])
 
@@ -46,3 +52,19 @@ def test_what_a_method_does_not_give_is_undefined() -> None:
 def test_they_say_what_they_read() -> None:
     assert Classification("kind").reads == ("assignment", "kind")
     assert LatentClusters("kind").reads == ("mean", "kind")
+
+
+def test_auroc_is_the_share_of_pairs_in_order() -> None:
+    """Mann and Whitney's U over all pairs of a label and the others, averaged over labels."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 60)
+    shares = random.dirichlet(np.ones(3), 60)
+    areas = [
+        mannwhitneyu(shares[labels == k, k], shares[labels != k, k]).statistic
+        / ((labels == k).sum() * (labels != k).sum())
+        for k in range(3)
+    ]
+    assert area_under_roc(labels, shares) == pytest.approx(np.mean(areas))
+    # A fourth label that nobody has is left out.
+    more = np.hstack([shares, np.zeros((60, 1))])
+    assert area_under_roc(labels, more) == pytest.approx(np.mean(areas))
