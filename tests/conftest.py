@@ -1,10 +1,12 @@
 """What all tests share: real data where there is some, the real command, composed configs."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,33 +42,150 @@ def test_data() -> Path:
     return Path(folder)
 
 
-@pytest.fixture
-def stagesweep(tmp_path: Path) -> Command:
-    """Run the real command in a process: `stagesweep("seed=1", …)`.
+class Process:
+    """A command that was started, as subprocess.Popen has it."""
 
-    It works in tmp_path, with a store of its own, and also finds the experiments in tests/conf.
-    `env` adds to the environment; `status` is the exit status that is expected (None: any).
-    """
+    def __init__(self, arguments: Sequence[str], pid: int, files: Mapping[str, str]) -> None:
+        self.args, self.pid = list(arguments), pid
+        self.files = {name: Path(file) for name, file in files.items()}
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit status, None as long as it runs."""
+        if self.returncode is None and self.files["status"].exists():
+            self.returncode = int(self.files["status"].read_text())
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Its exit status; TimeoutExpired, and its end, if it takes longer."""
+        until = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > until:
+                os.killpg(self.pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(self.args, timeout, *self.said())
+            time.sleep(0.01)
+        return status
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """What it said until its end."""
+        self.wait(timeout)
+        return self.said()
+
+    def said(self) -> tuple[str, str]:
+        """What it has said so far."""
+        return self.files["stdout"].read_text(), self.files["stderr"].read_text()
+
+    def send_signal(self, signum: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+class Warm:
+    """The command in processes that are forked from one: see warm.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self.server = subprocess.Popen(
+            [sys.executable, str(HERE / "warm.py")],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(
+        self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+    ) -> Process:
+        """Start it in a folder, with this environment beside that of the tests."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.count += 1
+        names = ("stdout", "stderr", "status")
+        files = {name: str(self.folder / f"{self.count}.{name}") for name in names}
+        asked = {
+            "arguments": list(arguments),
+            "folder": str(folder),
+            "environment": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            "files": [files["stdout"], files["stderr"]],
+            "status": files["status"],
+        }
+        self.server.stdin.write(json.dumps(asked) + "\n")
+        self.server.stdin.flush()
+        return Process(arguments, int(self.server.stdout.readline()), files)
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        timeout: float = 300,
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run it to its end."""
+        process = self.start(arguments, folder, environment)
+        status = process.wait(timeout)
+        return subprocess.CompletedProcess(process.args, status, *process.said())
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """The command, without the seconds that its imports take."""
+    warm = Warm(tmp_path_factory.mktemp("warm"))
+    yield warm
+    warm.server.communicate()  # it ends with its stdin
+
+
+Start = Callable[[Sequence[str], Path, dict[str, str], float], "subprocess.CompletedProcess[str]"]
+
+
+def command(folder: Path, start: Start) -> Command:
+    """Run the real command in a folder, with a store of its own."""
 
     def run(
         *arguments: str, status: int | None = 0, timeout: float = 300, **env: str
     ) -> "subprocess.CompletedProcess[str]":
-        process = subprocess.run(
-            [sys.executable, "-m", "stagesweep", f"--config-dir={HERE / 'conf'}", *arguments],
-            cwd=tmp_path,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "STAGESWEEP_STORE": str(tmp_path / "store")}
-            | env,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        given = (f"--config-dir={HERE / 'conf'}", *arguments)
+        own = {"STAGESWEEP_STORE": str(folder / "store"), **env}
+        process = start(given, folder, own, timeout)
         if status is not None:
             assert process.returncode == status, process.stdout + process.stderr
         return process
 
     return run
+
+
+@pytest.fixture
+def stagesweep(tmp_path: Path, warm: Warm) -> Command:
+    """Run the real command: `stagesweep("seed=1", …)`, in a process forked from a warm one.
+
+    It works in tmp_path, with a store of its own, and also finds the experiments in tests/conf.
+    `env` adds to the environment; `status` is the exit status that is expected (None: any).
+    """
+    return command(tmp_path, warm.run)
+
+
+@pytest.fixture
+def cold(tmp_path: Path) -> Command:
+    """As `stagesweep`, in a new interpreter as a person starts it."""
+
+    def start(
+        arguments: Sequence[str], folder: Path, environment: dict[str, str], timeout: float
+    ) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "stagesweep", *arguments],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return command(tmp_path, start)
 
 
 @pytest.fixture

@@ -48,8 +48,8 @@ def test_what_is_asked_at_a_prompt_imports_no_torch(tmp_path: Path, arguments: l
     assert not list(tmp_path.iterdir())
 
 
-def test_help_lists_every_experiment_and_group(stagesweep: Command) -> None:
-    said = stagesweep("--help").stdout
+def test_help_lists_every_experiment_and_group(cold: Command) -> None:
+    said = cold("--help").stdout
     for file in config.folder().rglob("*.yaml"):
         group, name = file.parent.relative_to(config.folder()).as_posix(), file.stem
         if group == "experiment":
@@ -63,17 +63,17 @@ def test_help_lists_every_experiment_and_group(stagesweep: Command) -> None:
         assert word in said
 
 
-def test_the_composed_config_is_shown(stagesweep: Command) -> None:
-    said = stagesweep("--cfg", "job", "experiment=tiny", "seed=3", "-p", "stage.joint").stdout
+def test_the_composed_config_is_shown(cold: Command) -> None:
+    said = cold("--cfg", "job", "experiment=tiny", "seed=3", "-p", "stage.joint").stdout
     assert "epochs: 2" in said
-    assert "seed: 3" in stagesweep("--cfg", "job", "experiment=tiny", "seed=3").stdout
+    assert "seed: 3" in cold("--cfg", "job", "experiment=tiny", "seed=3").stdout
 
 
-def test_completion_knows_options_and_keys(stagesweep: Command) -> None:
-    said = stagesweep("-sc", "query=bash", COMP_LINE="stagesweep model=").stdout.split()
+def test_completion_knows_options_and_keys(cold: Command) -> None:
+    said = cold("-sc", "query=bash", COMP_LINE="stagesweep model=").stdout.split()
     models = {f"model={file.stem}" for file in (config.folder() / "model").glob("*.yaml")}
     assert models <= set(said)
-    said = stagesweep("-sc", "query=bash", COMP_LINE="stagesweep objective.").stdout.split()
+    said = cold("-sc", "query=bash", COMP_LINE="stagesweep objective.").stdout.split()
     assert {"objective.metric=", "objective.mode="} <= set(said)
 
 
@@ -84,42 +84,40 @@ def assert_one_line(process: "subprocess.CompletedProcess[str]", start: str) -> 
 
 
 def test_an_error_of_composition_is_one_line_and_leaves_nothing(
-    stagesweep: Command, tmp_path: Path
+    cold: Command, tmp_path: Path
 ) -> None:
-    process = stagesweep("experiment=tiny", "stage.joint.epoch=3", status=1)
+    process = cold("experiment=tiny", "stage.joint.epoch=3", status=1)
     assert_one_line(process, "unknown key 'stage.joint.epoch': did you mean 'epochs'?")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_error_of_validation_is_one_line_and_leaves_no_stage(
-    stagesweep: Command, tmp_path: Path
+    cold: Command, tmp_path: Path
 ) -> None:
-    process = stagesweep("experiment=tiny", "model.latent=wide", "hydra.run.dir=run", status=1)
+    process = cold("experiment=tiny", "model.latent=wide", "hydra.run.dir=run", status=1)
     assert_one_line(process, "model.latent=wide: ClusteringVAE wants int")
     assert not (tmp_path / "store").exists()
 
 
-def test_a_traceback_comes_when_asked_for(stagesweep: Command) -> None:
-    process = stagesweep("experiment=tiny", "stage.joint.epoch=3", status=1, HYDRA_FULL_ERROR="1")
+def test_a_traceback_comes_when_asked_for(cold: Command) -> None:
+    process = cold("experiment=tiny", "stage.joint.epoch=3", status=1, HYDRA_FULL_ERROR="1")
     assert "Traceback" in process.stderr
 
 
-def test_flags_that_exclude_each_other_are_one_line(stagesweep: Command) -> None:
-    process = stagesweep("--cfg", "job", "--info", "all", status=1)
+def test_flags_that_exclude_each_other_are_one_line(cold: Command) -> None:
+    process = cold("--cfg", "job", "--info", "all", status=1)
     assert_one_line(process, "Only one of --run, --multirun, --cfg, --info")
 
 
-def test_an_unwritable_folder_is_one_line(stagesweep: Command, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_one_line(cold: Command, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, where a folder is wanted")
-    process = stagesweep("experiment=tiny", "hydra.run.dir=taken/run", status=1)
+    process = cold("experiment=tiny", "hydra.run.dir=taken/run", status=1)
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr
     assert "taken" in process.stderr
 
 
-def test_a_run_names_its_folder_by_experiment_time_and_host(
-    stagesweep: Command, tmp_path: Path
-) -> None:
-    process = stagesweep("experiment=tiny", "~stage.evaluate", "objective.metric=joint/val_loss")
+def test_a_run_names_its_folder_by_experiment_time_and_host(cold: Command, tmp_path: Path) -> None:
+    process = cold("experiment=tiny", "~stage.evaluate", "objective.metric=joint/val_loss")
     assert not process.stderr
     (folder,) = (tmp_path / "outputs" / "tiny").iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\S+", folder.name)

@@ -7,13 +7,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from stagesweep.core.meter import SPEED
+
+if TYPE_CHECKING:
+    from conftest import Warm
+
+Run = Callable[..., None]
 
 COMMON = (
     "hardware=cpu",
@@ -37,9 +42,9 @@ EARS = (
 HERE = "another process of this run has ended"
 
 
-def start(folder: Path, *command: str, store: str = "store") -> "subprocess.Popen[str]":
+def start(folder: Path, *command: str) -> "subprocess.Popen[str]":
     """A Python command in a process of its own."""
-    environment = {"STAGESWEEP_STORE": str(folder / store), "OMP_NUM_THREADS": "1"}
+    environment = {"STAGESWEEP_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
@@ -50,13 +55,16 @@ def start(folder: Path, *command: str, store: str = "store") -> "subprocess.Pope
     )
 
 
-def run(folder: Path, *overrides: str, store: str) -> str:
-    """The command to its end; returns what it said on stdout."""
-    process = start(folder, "-m", "stagesweep", *overrides, store=store)
-    said, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert not errors
-    return said
+@pytest.fixture(scope="module")
+def run(warm: "Warm") -> Run:
+    """The command to its end, in a folder: `run(folder, "seed=1", store="store")`."""
+
+    def to_end(folder: Path, *overrides: str, store: str) -> None:
+        process = warm.run(overrides, folder, {"STAGESWEEP_STORE": str(folder / store)})
+        assert process.returncode == 0, process.stderr
+        assert not process.stderr
+
+    return to_end
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -83,7 +91,7 @@ def assert_same_numbers(folder: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs of one process and of two, each with a store of its own."""
     folder = tmp_path_factory.mktemp("digits")
     run(folder, *DIGITS, "hydra.run.dir=one", store="of_one")
@@ -107,40 +115,52 @@ def test_only_one_of_them_writes(digits: Path) -> None:
     assert (digits / "two" / "run.log").read_text().count("hardware: cpu") == 1
 
 
-def test_what_two_have_finished_one_reuses(digits: Path) -> None:
+def test_what_two_have_finished_one_reuses(run: Run, digits: Path) -> None:
     run(digits, *DIGITS, "hydra.run.dir=again", store="of_two")
     assert statuses(digits / "again") == ["reused"] * 3
 
 
+Node = "subprocess.Popen[str]"
+StartNodes = Callable[[], list[Node]]
+
+
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[list["subprocess.Popen[str]"]]:
-    """Two nodes with one process each, as torchrun starts them, on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = ("torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=ears")
-    place = ("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost")
-    command = ("-m", *torchrun, *place, "-m", "stagesweep", *EARS, "hydra.run.dir=run")
-    found = [start(tmp_path, *command) for _ in range(2)]
-    yield found
-    for each in found:
+def start_nodes(tmp_path: Path) -> Iterator[StartNodes]:
+    """Start two nodes with one process each, as torchrun does, on this machine."""
+    started: list[Node] = []
+
+    def start_both() -> list[Node]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torchrun = ("torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=ears")
+        end = f"--rdzv-endpoint=localhost:{port}"
+        place = ("--rdzv-backend=c10d", end, "--local-addr=localhost")
+        command = ("-m", *torchrun, *place, "-m", "stagesweep", *EARS, "hydra.run.dir=run")
+        both = [start(tmp_path, *command) for _ in range(2)]
+        started.extend(both)
+        return both
+
+    yield start_both
+    for each in started:
         each.kill()
         each.communicate()
 
 
-def worker(node: "subprocess.Popen[str]") -> int:
+def worker(node: Node) -> int:
     """The process that torchrun has started."""
     children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
     return int(children[-1])
 
 
 def test_two_nodes_end_with_one_of_theirs_and_go_on_from_there(
-    nodes: list["subprocess.Popen[str]"], tmp_path: Path
+    run: Run, start_nodes: StartNodes, tmp_path: Path
 ) -> None:
     def trained() -> int:
         texts = [path.read_text() for path in tmp_path.glob("store/??/*/metrics.jsonl")]
         return sum(text.count('"kind": "epoch"') for text in texts)
 
+    nodes = start_nodes()
     until = time.monotonic() + 200
     while trained() < 3 and time.monotonic() < until and nodes[0].poll() is None:
         time.sleep(0.01)
@@ -151,7 +171,9 @@ def test_two_nodes_end_with_one_of_theirs_and_go_on_from_there(
     before = len(list(tmp_path.glob("store/??/*/manifest.json")))
     assert before == 0, "the first stage was not to be finished"
 
-    run(tmp_path, *EARS, "hydra.run.dir=run", store="store")
+    nodes = start_nodes()
+    errors = [node.communicate(timeout=300)[1] for node in nodes]
+    assert all(node.returncode == 0 for node in nodes), errors
     assert statuses(tmp_path / "run") == ["resumed", "ran", "ran"]
     run(tmp_path, *EARS, "hydra.run.dir=alone", store="alone")
     assert_same_numbers(tmp_path / "run", tmp_path / "alone")

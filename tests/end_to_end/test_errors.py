@@ -1,29 +1,29 @@
 """Bad input gets one clear line, a non-zero exit and no traceback: asserted on the real command."""
 
 import gzip
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from conftest import Warm
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 QUICK = ("stage.pretrain.epochs=1", "stage.joint.epochs=1", "stage.figures.umap=false")
 
 
-def command(cwd: Path, *overrides: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+@pytest.fixture
+def command(warm: "Warm") -> Command:
     """The real command, in a folder and with a store of its own."""
-    own = {"STAGESWEEP_STORE": str(cwd / "store"), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "stagesweep", *overrides],
-        cwd=cwd,
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+
+    def run(cwd: Path, *overrides: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        return warm.run(overrides, cwd, {"STAGESWEEP_STORE": str(cwd / "store"), **environment})
+
+    return run
 
 
 def assert_one_line(finished: "subprocess.CompletedProcess[str]", *parts: str) -> None:
@@ -49,26 +49,28 @@ COMPOSITION = {
 
 
 @pytest.mark.parametrize("case", COMPOSITION)
-def test_a_bad_config_is_refused_before_anything_is_made(case: str, tmp_path: Path) -> None:
+def test_a_bad_config_is_refused_before_anything_is_made(
+    command: Command, case: str, tmp_path: Path
+) -> None:
     override, *parts = COMPOSITION[case]
     finished = command(tmp_path, "experiment=digits", override, "hydra.run.dir=run")
     assert_one_line(finished, *parts)
     assert not (tmp_path / "store").exists()
 
 
-def test_a_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
+def test_a_traceback_is_shown_when_asked_for(command: Command, tmp_path: Path) -> None:
     finished = command(tmp_path, "init_from=nowhere.pt", HYDRA_FULL_ERROR="1")
     assert finished.returncode == 1
     assert "Traceback" in finished.stderr
     assert "nowhere.pt" in finished.stderr
 
 
-def test_more_clusters_than_samples(tmp_path: Path) -> None:
+def test_more_clusters_than_samples(command: Command, tmp_path: Path) -> None:
     overrides = ("experiment=digits", *QUICK, "stage.init_clusters.k=5000")
     assert_one_line(command(tmp_path, *overrides), "5000", "1797")
 
 
-def test_a_bad_loss_names_term_epoch_and_step(tmp_path: Path) -> None:
+def test_a_bad_loss_names_term_epoch_and_step(command: Command, tmp_path: Path) -> None:
     overrides = ("experiment=digits", *QUICK, "stage.pretrain.optimizer.lr=1e30")
     overrides = (*overrides, "stage.pretrain.clip_norm=null", "hydra.run.dir=run")
     finished = command(tmp_path, *overrides)
@@ -78,7 +80,7 @@ def test_a_bad_loss_names_term_epoch_and_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04truncated"])
-def test_a_foreign_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_foreign_checkpoint_is_named(command: Command, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "foreign.pt").write_bytes(content)
     finished = command(tmp_path, "experiment=digits", *QUICK, "init_from=foreign.pt")
     assert_one_line(finished, "foreign.pt", "truncated or foreign")
@@ -92,30 +94,34 @@ def simulated(folder: Path, test_data: Path) -> Path:
     return path
 
 
-def test_a_missing_table_is_named(tmp_path: Path) -> None:
+def test_a_missing_table_is_named(command: Command, tmp_path: Path) -> None:
     finished = command(tmp_path, "experiment=audiogram", "data.path=nowhere.csv")
     assert_one_line(finished, "nowhere.csv")
 
 
-def test_a_mandatory_path_is_asked_for(tmp_path: Path) -> None:
+def test_a_mandatory_path_is_asked_for(command: Command, tmp_path: Path) -> None:
     assert_one_line(command(tmp_path, "experiment=audiogram"), "data.path")
 
 
-def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path, test_data: Path) -> None:
+def test_a_missing_column_is_named_with_the_nearest(
+    command: Command, tmp_path: Path, test_data: Path
+) -> None:
     path = simulated(tmp_path, test_data)
     path.write_text(path.read_text().replace("abr_12khz", "abr_12_khz"))
     finished = command(tmp_path, "experiment=audiogram", f"data.path={path}")
     assert_one_line(finished, "abr_12khz", str(path), "abr_12_khz")
 
 
-def test_an_empty_table_is_named(tmp_path: Path, test_data: Path) -> None:
+def test_an_empty_table_is_named(command: Command, tmp_path: Path, test_data: Path) -> None:
     path = simulated(tmp_path, test_data)
     path.write_text(path.read_text().splitlines()[0] + "\n")
     finished = command(tmp_path, "experiment=audiogram", f"data.path={path}")
     assert_one_line(finished, str(path))
 
 
-def test_a_truncated_compressed_table_is_named(tmp_path: Path, test_data: Path) -> None:
+def test_a_truncated_compressed_table_is_named(
+    command: Command, tmp_path: Path, test_data: Path
+) -> None:
     whole = gzip.compress(simulated(tmp_path, test_data).read_bytes())
     path = tmp_path / "mice.csv.gz"
     path.write_bytes(whole[: len(whole) // 2])
@@ -135,7 +141,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_said_and_nothing_is_half_written(tmp_path: Path, tiny_disk: Path) -> None:
+def test_a_full_disk_is_said_and_nothing_is_half_written(
+    command: Command, tmp_path: Path, tiny_disk: Path
+) -> None:
     overrides = ("experiment=digits", *QUICK, "hydra.run.dir=run")
     finished = command(tmp_path, *overrides, STAGESWEEP_STORE=str(tiny_disk))
     assert_one_line(finished, "disk full", str(tiny_disk), "free space")

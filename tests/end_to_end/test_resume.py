@@ -5,15 +5,18 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from conftest import Process, Warm
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[..., "Process"]
 
 # Digits, a few epochs: the whole chain of stages in seconds.
 QUICK = (
@@ -47,17 +50,14 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(stages)) for path in stages.rglob("*") if path.is_file()}
 
 
-def start(cwd: Path, store: Path, *overrides: str) -> "subprocess.Popen[str]":
-    """The command in a process of its own, for sending it signals."""
-    environment = os.environ | {"STAGESWEEP_STORE": str(store), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "stagesweep", *overrides],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def start(warm: "Warm") -> Start:
+    """Start the command in a folder, with a store of its own: `start(folder, store, "seed=1")`."""
+
+    def run(cwd: Path, store: Path, *overrides: str) -> "Process":
+        return warm.start(overrides, cwd, {"STAGESWEEP_STORE": str(store)})
+
+    return run
 
 
 def joint_rows(store: Path) -> int:
@@ -66,14 +66,14 @@ def joint_rows(store: Path) -> int:
     return sum(text.count('"stage": "joint"') for text in found)
 
 
-def wait_for_rows(process: "subprocess.Popen[str]", store: Path, rows: int) -> None:
+def wait_for_rows(process: "Process", store: Path, rows: int) -> None:
     """Until the joint stage is that far, or the process is done."""
     while process.poll() is None and joint_rows(store) < rows:
         time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody touched, and the store it filled: <folder>/run, <folder>/store."""
     folder = tmp_path_factory.mktemp("undisturbed")
     process = start(folder, folder / "store", *QUICK, "hydra.run.dir=run")
@@ -82,7 +82,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_given_twice_every_stage_is_reused_and_leaves_the_same_files(undisturbed: Path) -> None:
+def test_given_twice_every_stage_is_reused_and_leaves_the_same_files(
+    start: Start, undisturbed: Path
+) -> None:
     process = start(undisturbed, undisturbed / "store", *QUICK, "hydra.run.dir=again")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -97,7 +99,7 @@ def test_given_twice_every_stage_is_reused_and_leaves_the_same_files(undisturbed
 
 
 def test_what_only_the_joint_stage_reads_leaves_the_stages_before_it_reused(
-    undisturbed: Path,
+    start: Start, undisturbed: Path
 ) -> None:
     overrides = (*QUICK, "stage.joint.optimizer.lr=2e-4", "hydra.run.dir=changed")
     process = start(undisturbed, undisturbed / "store", *overrides)
@@ -110,7 +112,7 @@ def test_what_only_the_joint_stage_reads_leaves_the_stages_before_it_reused(
     assert set(after) == {"ran"}
 
 
-def test_resume_never_trains_again_to_the_same_numbers(undisturbed: Path) -> None:
+def test_resume_never_trains_again_to_the_same_numbers(start: Start, undisturbed: Path) -> None:
     overrides = (*QUICK, "resume=never", "hydra.run.dir=never")
     store = undisturbed / "store_never"
     for _ in range(2):
@@ -124,7 +126,7 @@ def test_resume_never_trains_again_to_the_same_numbers(undisturbed: Path) -> Non
 
 @pytest.mark.parametrize("attempt", range(2))
 def test_killed_in_the_joint_stage_it_ends_with_the_same_bits(
-    undisturbed: Path, tmp_path: Path, attempt: int
+    start: Start, undisturbed: Path, tmp_path: Path, attempt: int
 ) -> None:
     store = tmp_path / "store"
     moments = random.Random(attempt).sample(range(1, 12), 2)
@@ -143,7 +145,7 @@ def test_killed_in_the_joint_stage_it_ends_with_the_same_bits(
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_told_to_stop_it_saves_and_the_same_command_goes_on(
-    undisturbed: Path, tmp_path: Path, signum: int, code: int
+    start: Start, undisturbed: Path, tmp_path: Path, signum: int, code: int
 ) -> None:
     store = tmp_path / "store"
     process = start(tmp_path, store, *QUICK, "hydra.run.dir=run")
@@ -161,7 +163,9 @@ def test_told_to_stop_it_saves_and_the_same_command_goes_on(
     assert result(tmp_path / "run")["metrics"] == result(undisturbed / "run")["metrics"]
 
 
-def test_two_at_once_train_every_stage_once(undisturbed: Path, tmp_path: Path) -> None:
+def test_two_at_once_train_every_stage_once(
+    start: Start, undisturbed: Path, tmp_path: Path
+) -> None:
     store = tmp_path / "store"
     pair = [start(tmp_path, store, *QUICK, f"hydra.run.dir=run{n}") for n in (1, 2)]
     for process in pair:
@@ -175,7 +179,7 @@ def test_two_at_once_train_every_stage_once(undisturbed: Path, tmp_path: Path) -
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(
-    undisturbed: Path, tmp_path: Path
+    start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     overrides = (*QUICK, "hydra.run.dir=run")
@@ -194,7 +198,9 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(
     assert result(tmp_path / "run")["metrics"] == result(undisturbed / "run")["metrics"]
 
 
-def test_another_run_starts_from_a_checkpoint(undisturbed: Path, tmp_path: Path) -> None:
+def test_another_run_starts_from_a_checkpoint(
+    start: Start, undisturbed: Path, tmp_path: Path
+) -> None:
     weights = undisturbed / "run" / "stages" / "1_pretrain" / "weights.pt"
     overrides = (
         *QUICK,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
@@ -20,6 +20,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import
 
 from stagesweep import walk
 from stagesweep.errors import UserError
+
+if TYPE_CHECKING:
+    from conftest import Warm
+
+Start = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # Digits, a few epochs: every kind of stage in seconds.
 QUICK = (
@@ -43,8 +48,8 @@ finally:
 """
 
 
-def start(cwd: Path, *overrides: str, status: int = 0) -> "subprocess.CompletedProcess[str]":
-    """The command in a folder that has a store."""
+def start_cold(cwd: Path, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    """The command in a new interpreter, which says what it has imported."""
     process = subprocess.run(
         [sys.executable, "-c", COMMAND, *overrides],
         cwd=cwd,
@@ -54,8 +59,20 @@ def start(cwd: Path, *overrides: str, status: int = 0) -> "subprocess.CompletedP
         timeout=300,
         check=False,
     )
-    assert process.returncode == status, process.stderr
+    assert process.returncode == 0, process.stderr
     return process
+
+
+@pytest.fixture
+def start(warm: "Warm") -> Start:
+    """The command in a folder that has a store."""
+
+    def run(cwd: Path, *overrides: str, status: int = 0) -> "subprocess.CompletedProcess[str]":
+        process = warm.run(overrides, cwd, {"STAGESWEEP_STORE": str(cwd / "store")})
+        assert process.returncode == status, process.stderr
+        return process
+
+    return run
 
 
 def imported(process: "subprocess.CompletedProcess[str]") -> set[str]:
@@ -96,13 +113,13 @@ def board(folder: Path) -> dict[str, Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run that ran every stage, and the store it filled."""
     folder = tmp_path_factory.mktemp("finished")
-    assert imported(start(folder, *QUICK, "hydra.run.dir=run")) == set(HEAVY)
+    assert imported(start_cold(folder, *QUICK, "hydra.run.dir=run")) == set(HEAVY)
     assert set(statuses(folder / "run").values()) == {"ran"}
     return folder
 
 
 def test_given_twice_it_imports_nothing_heavy_and_leaves_the_same(finished: Path) -> None:
-    process = start(finished, *QUICK, "hydra.run.dir=again")
+    process = start_cold(finished, *QUICK, "hydra.run.dir=again")
     assert imported(process) == set()
     run, again = finished / "run", finished / "again"
     assert set(statuses(again).values()) == {"reused"}
@@ -113,7 +130,9 @@ def test_given_twice_it_imports_nothing_heavy_and_leaves_the_same(finished: Path
     assert {path.name for path in again.iterdir()} == here
 
 
-def test_tensorboard_shows_the_same_scalars_and_hyperparameters(finished: Path) -> None:
+def test_tensorboard_shows_the_same_scalars_and_hyperparameters(
+    start: Start, finished: Path
+) -> None:
     start(finished, *QUICK, "hydra.run.dir=shown")
     ran, shown = board(finished / "run"), board(finished / "shown")
     assert shown == ran
@@ -124,7 +143,9 @@ def test_tensorboard_shows_the_same_scalars_and_hyperparameters(finished: Path) 
     assert "evaluate/nmi" in {metric.name.tag for metric in metrics}
 
 
-def test_a_damaged_entry_runs_again_among_stored_ones(finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_entry_runs_again_among_stored_ones(
+    start: Start, finished: Path, tmp_path: Path
+) -> None:
     shutil.copytree(finished / "store", tmp_path / "store")
     (damaged,) = (tmp_path / "store").rglob("k_selection.csv")
     damaged.write_text("")
@@ -192,14 +213,14 @@ def test_anything_else_is_validated_in_full(stored: Callable[[str], bool], overr
     ],
 )
 def test_a_fault_among_stored_stages_is_said_as_ever(
-    finished: Path, override: str, said: str
+    start: Start, finished: Path, override: str, said: str
 ) -> None:
     process = start(finished, *QUICK, override, "hydra.run.dir=bad", status=1)
     assert said in process.stderr
     assert not (finished / "bad" / "result.json").exists()
 
 
-def test_the_reason_of_a_failure_is_its_one_line(tmp_path: Path) -> None:
+def test_the_reason_of_a_failure_is_its_one_line(start: Start, tmp_path: Path) -> None:
     fault = ("stage.baselines.methods=[dbscan]", "~stage.pretrain", "~stage.choose_clusters")
     rest = ("~stage.init_clusters", "~stage.joint", "~stage.evaluate", "~stage.figures")
     wanted = "objective.metric=baselines/k"

@@ -36,10 +36,10 @@ def test_it_is_set_before_torch_starts(needs_torch: Callable[[str], bool]) -> No
     )
 
 
-def test_the_command_sets_it_before_it_imports_torch(stagesweep: Command) -> None:
+def test_the_command_sets_it_before_it_imports_torch(cold: Command) -> None:
     """Half of the threads that torch found when it started are loader processes."""
     fit = ["~stage.init_clusters", "~stage.joint", "~stage.evaluate", "stage.pretrain.epochs=1"]
-    said = stagesweep(
+    said = cold(
         "experiment=tiny",
         "hardware.threads=1",
         "objective.metric=pretrain/val_loss",

@@ -4,12 +4,10 @@ run the real command in, on an experiment of one toy stage.
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pandas as pd
@@ -17,6 +15,9 @@ import pytest
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
+
+if TYPE_CHECKING:
+    from conftest import Process, Warm
 
 BEGIN = datetime(2026, 1, 31, 12)
 CHOICES = ("full", "a", "b", "0", "1")
@@ -134,10 +135,10 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 EXPERIMENT = """# @package _global_
-# A stage that does as it is told.
+# A stage that does as it is told, with a model and data that cost nothing to import.
 defaults:
-  - override /data: digits
-  - override /model: vae_base
+  - override /data: toy
+  - override /model: toy
   - _self_
 stage:
   toy: {_target_: toy.Toy, log: LOG, x: 0.0, y: 0.0, act: well, seconds: 0.0, steps: 0, pause: 0.0}
@@ -149,32 +150,25 @@ objective:
 class Lab:
     """A folder to sweep in, with an experiment of one toy stage."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
-        self.command = (sys.executable, "-m", "stagesweep")
-        (folder / "conf" / "experiment").mkdir(parents=True)
+    def __init__(self, folder: Path, warm: "Warm") -> None:
+        self.folder, self.log, self.warm = folder, folder / "log", warm
         self.log.mkdir()
-        text = EXPERIMENT.replace("LOG", str(self.log))
-        (folder / "conf" / "experiment" / "toy.yaml").write_text(text)
+        nothing = "_target_: toy.Nothing\n"
+        texts = {"experiment": EXPERIMENT.replace("LOG", str(self.log))}
+        for group, text in (texts | {"model": nothing, "data": nothing}).items():
+            (folder / "conf" / group).mkdir(parents=True)
+            (folder / "conf" / group / "toy.yaml").write_text(text)
         paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        self.environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
+        self.environment = {
             "STAGESWEEP_STORE": str(folder / "store"),
             "STAGESWEEP_TRUST": "toy",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
 
-    def start(self, *overrides: str) -> "subprocess.Popen[str]":
-        command = [*self.command, f"--config-dir={self.folder / 'conf'}"]
-        return subprocess.Popen(
-            [*command, "-m", "experiment=toy", "hydra.sweep.dir=sweep", *overrides],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, *overrides: str) -> "Process":
+        own = (f"--config-dir={self.folder / 'conf'}", "-m", "experiment=toy")
+        given = (*own, "hydra.sweep.dir=sweep", *overrides)
+        return self.warm.start(given, self.folder, self.environment)
 
     def sweep(self, *overrides: str, status: int = 0) -> tuple[str, str]:
         process = self.start(*overrides)
@@ -216,5 +210,5 @@ def _environment(process: Path) -> str:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path)
+def lab(tmp_path: Path, warm: "Warm") -> Lab:
+    return Lab(tmp_path, warm)

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -258,9 +259,11 @@ def test_of_repeats_the_first_says_whether_its_point_is_pruned(lab: "Lab") -> No
 
 
 def test_slots_run_side_by_side_on_gpus_of_their_own(lab: "Lab") -> None:
-    lab.environment["CUDA_VISIBLE_DEVICES"] = "3,5"
-    lab.command = (sys.executable, "-c", GPUS)
-    lab.sweep("stage.toy.x=0,1", "stage.toy.seconds=3", "hardware.device=auto")
+    given = ("stage.toy.x=0,1", "stage.toy.seconds=3", "hardware.device=auto")
+    own = (f"--config-dir={lab.folder / 'conf'}", "-m", "experiment=toy", "hydra.sweep.dir=sweep")
+    environment = os.environ | lab.environment | {"CUDA_VISIBLE_DEVICES": "3,5"}
+    command = [sys.executable, "-c", GPUS, *own, *given]
+    subprocess.run(command, cwd=lab.folder, env=environment, check=True, timeout=300)
     (first, second) = sorted(lab.calls)
     assert float(second[0]) < float(first[1])
     assert {first[3], second[3]} == {"3", "5"}

@@ -1,21 +1,21 @@
 """Sweeps by the real command: every method, bad trials, refusals, Ctrl-C."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 import pandas as pd
 import pytest
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+if TYPE_CHECKING:
+    from conftest import Warm
 
-COMMAND = (sys.executable, "-m", "stagesweep")
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # The stages that take a while are left out; the pretraining is trained once and then reused.
 QUICK = (
@@ -246,25 +246,12 @@ def test_a_pruned_fit_is_partial_and_goes_on_where_it_is_wanted(
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_told_to_stop_it_sums_up_what_is_done(tmp_path: Path, signum: int, status: int) -> None:
+def test_told_to_stop_it_sums_up_what_is_done(
+    warm: "Warm", tmp_path: Path, signum: int, status: int
+) -> None:
     own = f"--config-dir={Path(__file__).parents[1] / 'conf'}"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "stagesweep",
-            "-m",
-            "seed=range(0,500)",
-            *QUICK,
-            own,
-            "sweep.slots=1",
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "STAGESWEEP_STORE": str(tmp_path / "store")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    given = ("-m", "seed=range(0,500)", *QUICK, own, "sweep.slots=1")
+    process = warm.start(given, tmp_path, {"STAGESWEEP_STORE": str(tmp_path / "store")})
     while not (tmp_path / "sweep" / "1" / "result.json").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signum)

@@ -10,6 +10,10 @@ from typing import Any
 from stagesweep.sweep import trial
 
 
+class Nothing:
+    """A model or data set that nobody asks for anything."""
+
+
 @dataclass
 class Toy:
     """Gives ``x`` as its score and ``y`` as its cost, after so many seconds, or ends otherwise.
