@@ -84,7 +84,8 @@ def test_patients_and_what_another_classifier_reuses(stagesweep: Command, tmp_pa
     status = [stage["status"] for stage in result(tmp_path / "again")["stages"]]
     assert status == ["reused"] * 9
 
-    stagesweep(*small, "model.patients.attention=false", "hydra.run.dir=other")
+    changes = ("stage.patients.optimizer.lr=0.002", "model.patients.attention=false")
+    stagesweep(*small, *changes, "hydra.run.dir=other")
     stages = {stage["name"]: stage["status"] for stage in result(tmp_path / "other")["stages"]}
     reused = [name for name, status in stages.items() if status == "reused"]
     assert reused == ["preprocess", "baselines", "gmvae", "score", "pseudobulk"]
