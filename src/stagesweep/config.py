@@ -345,11 +345,13 @@ def aims(objective: Any) -> dict[str, Mode]:
 class Ablation:
     """The full model, and what is compared with it: overrides of its own for each variant.
 
-    ``variants`` are named; each override of ``leave_one_out`` is a variant by itself.
+    ``variants`` are named; each override of ``leave_one_out`` is a variant by itself. ``metrics``
+    are compared in the report beside the objective.
     """
 
     variants: dict[str, list[str]] = field(default_factory=dict)
     leave_one_out: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list, metadata=NO_RESULT)
 
 
 @dataclass

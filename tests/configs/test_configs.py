@@ -191,10 +191,11 @@ def test_every_variant_of_an_ablation_is_a_run(
     compose: Compose, tmp_path: Path, experiment: str
 ) -> None:
     cfg = compose(f"experiment={experiment}", "search=ablation")
-    ablation = OmegaConf.to_container(cfg.search.ablation)
-    space = parse({}, [], **ablation)  # type: ignore[arg-type]
+    ablation = cfg.search.ablation
+    space = parse({}, [], variants=ablation.variants, leave_one_out=ablation.leave_one_out)
     points = list(space.points(100))
     assert len(points) > 1
+    assert {metric.partition("/")[0] for metric in ablation.metrics} <= set(cfg.stage)
     for point in points:
         validate(given(compose(f"experiment={experiment}", *space.overrides(point)), tmp_path))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -84,7 +85,43 @@ def test_patients_and_what_another_classifier_reuses(stagesweep: Command, tmp_pa
     status = [stage["status"] for stage in result(tmp_path / "again")["stages"]]
     assert status == ["reused"] * 9
 
-    stagesweep(*small, "model.patients.attention=false", "hydra.run.dir=other")
+    changes = ("stage.patients.optimizer.lr=0.002", "model.patients.attention=false")
+    stagesweep(*small, *changes, "hydra.run.dir=other")
     stages = {stage["name"]: stage["status"] for stage in result(tmp_path / "other")["stages"]}
     reused = [name for name, status in stages.items() if status == "reused"]
     assert reused == ["preprocess", "baselines", "gmvae", "score", "pseudobulk"]
+
+
+def test_two_donors_of_a_file_are_held_out_in_turn(
+    stagesweep: Command, test_data: Path, tmp_path: Path
+) -> None:
+    """Cells of two donors, each before and after a stimulus (Kang et al. 2018)."""
+    others = ("baselines", "score", "patient_score", "figures")
+    stagesweep(
+        "experiment=singlecell",
+        "data=singlecell",
+        f"data.path={test_data / 'singlecell' / 'kang_muscat_1556.h5ad'}",
+        "data.columns.label=cluster_id",
+        "data.columns.donor=donor_id",
+        "data.columns.condition=group_id",
+        "data.paired=true",
+        "data.variable=150",
+        "stage.gmvae.epochs=1",
+        "stage.pseudobulk.n_samples=6",
+        "stage.patients.epochs=2",
+        "stage.cross_validation.folds=2",
+        "model.cells.hidden=[32]",
+        "model.patients.hidden=[16]",
+        *(f"~stage.{name}" for name in others),
+        "hydra.run.dir=run",
+    )
+    folder = tmp_path / "run" / "stages" / "5_cross_validation" / "artifacts"
+    with np.load(folder / "out_of_fold.npz") as out:
+        folds = pd.Series(out["fold"]).groupby(out["model/donor"]).unique().map(list)
+        assert sorted(folds) == [[1], [2]]
+        patients = pd.Series(out["model/patient"]).groupby(out["model/donor"]).nunique()
+        assert patients.tolist() == [2, 2], "of each donor one before, one after"
+        assert len(out["fold"]) == 3 * 4 * 6
+    metrics = result(tmp_path / "run")["metrics"]
+    assert metrics["cross_validation/ridge_ccc"] > 0.5
+    assert metrics["cross_validation/ridge_ccc"] != metrics["cross_validation/ccc"]

@@ -199,6 +199,20 @@ def test_trials_that_fall_behind_are_pruned(lab: "Lab") -> None:
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 10.0, 3: 15.0, 4: 20.0}
 
 
+def test_a_variant_takes_out_what_the_command_line_changes(lab: "Lab") -> None:
+    lab.sweep(
+        "search=ablation",
+        "search/ablation=none",
+        "search.ablation.leave_one_out=['~stage.toy.x']",
+        "search.ablation.metrics=[toy/cost]",
+        "stage.toy.x=5",
+        "stage.toy.y=7",
+    )
+    assert list(lab.table["toy/score"]) == [5, 0], "the second has its default again"
+    page = (lab.folder / "sweep" / "report.html").read_text()
+    assert page.count("Each variant beside the full model") == 2
+
+
 @pytest.mark.parametrize("method", ["nsga2", "bayes"])
 def test_several_objectives_have_a_front(lab: "Lab", method: str) -> None:
     points = [{"stage.toy.x": x, "stage.toy.y": y} for x, y in ((1.0, 1.0), (2.0, 2.0), (0.0, 3.0))]

@@ -15,10 +15,11 @@ from urllib.parse import unquote
 from urllib.request import urlopen
 
 import pytest
+import yaml
 
 from stagesweep.sweep import pictures, report
 from stagesweep.sweep.record import read
-from stagesweep.sweep.results import compare
+from stagesweep.sweep.results import compare, comparisons
 
 Make = Callable[..., Any]
 
@@ -226,6 +227,27 @@ def test_an_ablation_table(make: Make) -> None:
     assert rows[1][4] == "+0"
     assert "0.8± 0.12" in page.tables["Leaderboard"][1][3]
     assert "95 % interval 0.676 … 0.924" in page.text
+
+
+def test_an_ablation_compares_other_metrics_too(make: Make) -> None:
+    maker = make()
+    scores = {"full": [0.2, 0.4], "a": [0.1, None], "b": [0.5, 0.7]}
+    for number, (name, values) in enumerate(scores.items()):
+        folder = maker.trial({"ablation": name}, [0.9 - number / 10], repeats=[0.9, 0.8])
+        for run, value in enumerate(values):
+            result = {"status": "complete", "metrics": {"evaluate/ari": value}}
+            (folder / str(run) / "result.json").write_text(json.dumps(result))
+            config = {"search": {"ablation": {"metrics": ["evaluate/ari"]}}}
+            (folder / str(run) / "config.yaml").write_text(yaml.safe_dump(config))
+    found = comparisons(read(maker.folder))
+    assert list(found) == ["objective", "evaluate/ari"]
+    full, a, b = found["evaluate/ari"].points
+    assert [point.name for point in (full, a, b)] == ["full", "a", "b"], "in order of the objective"
+    assert b.minus(full).mean == pytest.approx(0.3)
+    assert a.minus(full).mean == pytest.approx(-0.1), "of the runs that have both"
+    page = shown(maker.folder)
+    assert page.text.count("Each variant beside the full model") == 2
+    assert "evaluate/ari" in page.text
 
 
 def test_repeats_without_an_ablation(make: Make) -> None:

@@ -222,16 +222,19 @@ class Controller:
             left.clear()
 
     def jobs(self, trial: Trial) -> list[Job]:
-        """The runs of a trial: one, or one for each repeat."""
+        """The runs of a trial: one, or one for each repeat.
+
+        Its own overrides come last, so that a variant can take out what the command line changes.
+        """
         timeout, number = self.settings.timeout, trial.number
         fixed = self.study.space.fixed
         if self.settings.repeats == 1:
-            return [Job(number, str(number), [*trial.overrides, *fixed], timeout)]
+            return [Job(number, str(number), [*fixed, *trial.overrides], timeout)]
         first = int(self.config.seed)
         seeds = [f"seed={first + n}" for n in range(self.settings.repeats)]
         rest = [each for each in fixed if not each.startswith("seed=")]
         return [
-            Job(number, f"{number}/{n}", [*trial.overrides, *rest, seed], timeout, n)
+            Job(number, f"{number}/{n}", [*rest, *trial.overrides, seed], timeout, n)
             for n, seed in enumerate(seeds)
         ]
 

@@ -157,7 +157,10 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """The record of one sweep; ``maximise`` says for each objective which way is better."""
+    """The record of one sweep; ``maximise`` says for each objective which way is better.
+
+    ``metrics`` are what an ablation compares besides.
+    """
 
     folder: Path
     study: "Study"
@@ -167,6 +170,7 @@ class Sweep:
     objectives: list[str]
     maximise: list[bool]
     trials: list[Trial]
+    metrics: list[str] = field(default_factory=list)
 
     @property
     def parameters(self) -> list[str]:
@@ -252,6 +256,7 @@ def read(folder: Path, study: "Study | None" = None) -> Sweep:
         objectives=_objectives(begun.get("objective") or config.get("objective"), count),
         maximise=[direction.name == "MAXIMIZE" for direction in study.directions],
         trials=trials,
+        metrics=((config.get("search") or {}).get("ablation") or {}).get("metrics") or [],
     )
 
 

@@ -28,7 +28,15 @@ from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
 from stagesweep.sweep import pictures
 from stagesweep.sweep.record import Comparison, Sweep, Trial, read
-from stagesweep.sweep.results import compare, interval, measured, over_seeds, saved, shown, table
+from stagesweep.sweep.results import (
+    comparisons,
+    interval,
+    measured,
+    over_seeds,
+    saved,
+    shown,
+    table,
+)
 
 log = logging.getLogger(__name__)
 
@@ -256,10 +264,9 @@ class _Part:
         return [pictures.front(self.sweep, first, second, self.link) for first, second in pairs]
 
     @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """Repeated points beside a baseline, for each objective; empty without repeats."""
-        found = [compare(self.sweep, n) for n in range(len(self.sweep.objectives))]
-        return [each for each in found if each is not None]
+    def comparisons(self) -> dict[str, Comparison]:
+        """Points beside a baseline, by metric; empty without an ablation and without repeats."""
+        return comparisons(self.sweep)
 
     @cached_property
     def methods(self) -> pd.DataFrame | None:
@@ -271,12 +278,11 @@ class _Part:
             return found
         return pd.concat([rows for _, rows in found.groupby("split", sort=False)])
 
-    def forest(self, comparison: Comparison, objective: int) -> Markup | None:
+    def forest(self, comparison: Comparison, name: str) -> Markup | None:
         """Differences from the baseline as a picture."""
         differences = [p.minus(comparison.baseline).mean for p in comparison.points]
         if len(comparison.points) < 2 or not all(map(math.isfinite, differences)):
             return None
-        name = self.sweep.objectives[objective]
         against = "the full model" if comparison.ablation else "the best"
         return pictures.forest(comparison, f"{name}: difference from {against}")
 

@@ -1,5 +1,6 @@
 """The results of a sweep, from its record: tables, comparisons, and what is printed."""
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -73,7 +74,7 @@ def best(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def points(sweep: Sweep, objective: int = 0) -> list[Point]:
+def points(sweep: Sweep, metric: str) -> list[Point]:
     """The complete trials by what they try: seeds of one setting are one point."""
     found: dict[str, Point] = {}
     for trial in sweep.complete:
@@ -83,10 +84,18 @@ def points(sweep: Sweep, objective: int = 0) -> list[Point]:
             name = str(params["ablation"])
         point = found.setdefault(repr(params), Point(name or "all", trial, {}))
         seed = trial.params.get("seed")
-        rows = trial.repeats or [trial.values]
-        for repeat, row in enumerate(rows):
-            point.values.setdefault((seed, repeat), row[objective])
+        for repeat, value in enumerate(of_runs(sweep, trial, metric)):
+            point.values.setdefault((seed, repeat), value)
     return list(found.values())
+
+
+def of_runs(sweep: Sweep, trial: Trial, metric: str) -> list[float]:
+    """A metric of each run of a trial: an objective, or another number of its result."""
+    if metric in sweep.objectives:
+        place = sweep.objectives.index(metric)
+        return [row[place] for row in trial.repeats or [trial.values]]
+    known = (result.get("metrics", {}).get(metric) for result in trial.results.values())
+    return [math.nan if value is None else float(value) for value in known]
 
 
 def compare(sweep: Sweep, objective: int = 0) -> Comparison | None:
@@ -95,7 +104,7 @@ def compare(sweep: Sweep, objective: int = 0) -> Comparison | None:
     The full model is what the study's attribute ``baseline`` names among the values of the
     parameter ``ablation``, by default the first of them. None when there is nothing to compare.
     """
-    found = points(sweep, objective)
+    found = points(sweep, sweep.objectives[objective])
     full = next((p for p in found if _is_full(p.trial, sweep.study)), None)
     if full is None and not any(len(point.values) > 1 for point in found):
         return None
@@ -105,6 +114,19 @@ def compare(sweep: Sweep, objective: int = 0) -> Comparison | None:
     if full is not None:
         return Comparison([full, *(p for p in found if p is not full)], full, ablation=True)
     return Comparison(found, found[0], ablation=False)
+
+
+def comparisons(sweep: Sweep) -> dict[str, Comparison]:
+    """Comparisons by objective; an ablation's other metrics keep the order of the first."""
+    found = {name: compare(sweep, place) for place, name in enumerate(sweep.objectives)}
+    known = {name: each for name, each in found.items() if each is not None}
+    first = next(iter(known.values()), None)
+    if first is not None and first.ablation:
+        for name in sweep.metrics:
+            own = {point.trial.number: point for point in points(sweep, name)}
+            ordered = [own[point.trial.number] for point in first.points]
+            known.setdefault(name, Comparison(ordered, ordered[0], ablation=True))
+    return known
 
 
 def _is_full(trial: Trial, study: "Study") -> bool:
