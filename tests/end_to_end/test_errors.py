@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 QUICK = ("stage.pretrain.epochs=1", "stage.joint.epochs=1", "stage.figures.umap=false")
+# Training alone, with a number of clusters that is given.
+TRAINING = (
+    "experiment=digits",
+    *QUICK,
+    "~stage.choose_clusters",
+    "~stage.baselines",
+    "~stage.evaluate",
+    "~stage.figures",
+    "objective.metric=joint/val_loss",
+    "stage.init_clusters.k=10",
+    "hydra.run.dir=run",
+)
 
 
 @pytest.fixture
@@ -66,14 +78,12 @@ def test_a_traceback_is_shown_when_asked_for(command: Command, tmp_path: Path) -
 
 
 def test_more_clusters_than_samples(command: Command, tmp_path: Path) -> None:
-    overrides = ("experiment=digits", *QUICK, "stage.init_clusters.k=5000")
-    assert_one_line(command(tmp_path, *overrides), "5000", "1797")
+    assert_one_line(command(tmp_path, *TRAINING, "stage.init_clusters.k=5000"), "5000", "1797")
 
 
 def test_a_bad_loss_names_term_epoch_and_step(command: Command, tmp_path: Path) -> None:
-    overrides = ("experiment=digits", *QUICK, "stage.pretrain.optimizer.lr=1e30")
-    overrides = (*overrides, "stage.pretrain.clip_norm=null", "hydra.run.dir=run")
-    finished = command(tmp_path, *overrides)
+    overrides = ("stage.pretrain.optimizer.lr=1e30", "stage.pretrain.clip_norm=null")
+    finished = command(tmp_path, *TRAINING, *overrides)
     assert_one_line(finished, "pretrain: loss term '", "became", "in epoch 1, step")
     assert "remedy" not in finished.stderr
     assert '"status": "failed"' in (tmp_path / "run" / "result.json").read_text()
@@ -144,10 +154,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_said_and_nothing_is_half_written(
     command: Command, tmp_path: Path, tiny_disk: Path
 ) -> None:
-    overrides = ("experiment=digits", *QUICK, "hydra.run.dir=run")
-    finished = command(tmp_path, *overrides, STAGESWEEP_STORE=str(tiny_disk))
+    finished = command(tmp_path, *TRAINING, STAGESWEEP_STORE=str(tiny_disk))
     assert_one_line(finished, "disk full", str(tiny_disk), "free space")
     assert not list(tiny_disk.rglob("*.tmp"))
     assert not list(tiny_disk.rglob("manifest.json"))
-    again = command(tmp_path, *overrides)
+    again = command(tmp_path, *TRAINING)
     assert again.returncode == 0, again.stderr

@@ -16,7 +16,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
 QUICK = (
     "stage.pretrain.epochs=2 stage.joint.epochs=12 stage.joint.save_every=3 "
     "stage.joint.save_seconds=0 model.clusters=10 ~stage.choose_clusters ~stage.baselines "
-    "~stage.figures"
+    "~stage.figures ~stage.evaluate objective.metric=joint/val_loss"
 )
 RUN = "stagesweep experiment=digits hydra.run.dir=outputs/digits/first"
 

@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING
 import optuna
 import pandas as pd
 import pytest
+from omegaconf import DictConfig
+
+from stagesweep.errors import UserError
+from stagesweep.validate import validate
 
 if TYPE_CHECKING:
     from conftest import Warm
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Compose = Callable[..., DictConfig]
 
 # The stages that take a while are left out; the pretraining is trained once and then reused.
 QUICK = (
@@ -117,14 +122,6 @@ REFUSED = {
         ("experiment=tiny", "seed=0,1", "objective.metric=evaluate/nmy"),
         "objective.metric=evaluate/nmy: stage evaluate has no 'nmy'; did you mean 'nmi'?",
     ),
-    "one unknown objective of several": (
-        ("experiment=tiny", "seed=0,1", "objective.metric=[evaluate/nmi,joint/val_los]"),
-        "objective.metric=joint/val_los: stage joint has no 'val_los'; did you mean 'val_loss'?",
-    ),
-    "two modes for one objective": (
-        ("experiment=tiny", "seed=0,1", "objective.mode=[max,min]"),
-        "objective.mode has 2 entries and objective.metric 1; give each metric a mode, or all of",
-    ),
     "a pruner for several objectives": (
         (
             "experiment=tiny",
@@ -137,18 +134,6 @@ REFUSED = {
     "a test over repeats of which there are none": (
         ("experiment=tiny", "stage.joint.epochs=1,2", "search/pruner=wilcoxon"),
         "search/pruner=wilcoxon compares the repeats of a point, and each has only one run; set ",
-    ),
-    "a pruner that looks at what no fit gives": (
-        ("experiment=tiny", "seed=0,1", "search/pruner=asha", "search.prune_on=joint/val_los"),
-        "search.prune_on=joint/val_los: no fit gives that after each epoch; did you mean 'joint/",
-    ),
-    "a pruner that looks at no fit": (
-        ("experiment=tiny", "seed=0,1", "search/pruner=asha", "search.prune_on=evaluate/nmi"),
-        "search.prune_on=evaluate/nmi: no fit gives that after each epoch; there are pretrain/",
-    ),
-    "an unknown metric to keep below a bound": (
-        ("experiment=tiny", "seed=0,1", "+search.constraints={evaluate/nmu: 1}"),
-        "search.constraints=evaluate/nmu: stage evaluate has no 'nmu'; did you mean 'nmi'?",
     ),
     "nothing to search": (
         ("experiment=tiny", "search=bayes", "search/space=none"),
@@ -174,13 +159,37 @@ REFUSED = {
         ("experiment=tiny", "search=bayes", "seed=1,2,1"),
         "seed lists 1 twice; name every value once",
     ),
-    "a pruner that no fit tells anything": (
-        ("experiment=tiny", "seed=0,1", "search/pruner=median"),
-        "search/pruner looks at evaluate/nmi, which no fit gives after each epoch; set search.",
-    ),
     "an unknown swept key": (
         ("experiment=tiny", "stage.joint.epoch=1,2"),
         "unknown key 'stage.joint.epoch': did you mean 'epochs'?",
+    ),
+}
+
+# What trials share is validated as a run is, before the first of them.
+INVALID = {
+    "one unknown objective of several": (
+        ("experiment=tiny", "objective.metric=[evaluate/nmi,joint/val_los]"),
+        "objective.metric=joint/val_los: stage joint has no 'val_los'; did you mean 'val_loss'?",
+    ),
+    "two modes for one objective": (
+        ("experiment=tiny", "objective.mode=[max,min]"),
+        "objective.mode has 2 entries and objective.metric 1; give each metric a mode, or all of",
+    ),
+    "a pruner that looks at what no fit gives": (
+        ("experiment=tiny", "search/pruner=asha", "search.prune_on=joint/val_los"),
+        "search.prune_on=joint/val_los: no fit gives that after each epoch; did you mean 'joint/",
+    ),
+    "a pruner that looks at no fit": (
+        ("experiment=tiny", "search/pruner=asha", "search.prune_on=evaluate/nmi"),
+        "search.prune_on=evaluate/nmi: no fit gives that after each epoch; there are pretrain/",
+    ),
+    "an unknown metric to keep below a bound": (
+        ("experiment=tiny", "+search.constraints={evaluate/nmu: 1}"),
+        "search.constraints=evaluate/nmu: stage evaluate has no 'nmu'; did you mean 'nmi'?",
+    ),
+    "a pruner that no fit tells anything": (
+        ("experiment=tiny", "search/pruner=median"),
+        "search/pruner looks at evaluate/nmi, which no fit gives after each epoch; set search.",
     ),
 }
 
@@ -194,6 +203,14 @@ def test_what_no_trial_could_do_is_refused_at_once(
     assert process.stderr.startswith(f"stagesweep: {line}")
     assert len(process.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_what_they_share_is_refused_by_validation(compose: Compose, case: str) -> None:
+    arguments, line = INVALID[case]
+    with pytest.raises(UserError) as caught:
+        validate(compose(*arguments))
+    assert str(caught.value).startswith(line)
 
 
 def test_a_folder_with_results_is_not_written_over(stagesweep: Command, tmp_path: Path) -> None:
