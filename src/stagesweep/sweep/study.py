@@ -27,8 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 from stagesweep.config import Mode, Search
 from stagesweep.errors import NotFinite, UserError
 from stagesweep.files import atomic_text
+from stagesweep.sweep.job import Outcome
 from stagesweep.sweep.sharing import Sharing
-from stagesweep.sweep.slots import Outcome
 from stagesweep.sweep.space import Space, describe
 
 log = logging.getLogger(__name__)

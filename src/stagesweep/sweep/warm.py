@@ -19,7 +19,7 @@ signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 # while they read, and code that has been hashed is not read again.
 with initialize_config_dir(str(config.folder())):
     compose("config", overrides=["experiment=digits", "seed=0", "stage.joint.optimizer.lr=1e-3"])
-fingerprint.sources(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
+fingerprint.keep(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
 # A collection in a trial leaves all this alone: it would copy the memory that they share.
 gc.collect()
 gc.freeze()
