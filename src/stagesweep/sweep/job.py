@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import pickle
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -127,7 +128,7 @@ def execute(task: TaskFunction, composed: DictConfig, context: HydraContext) -> 
     ):
         configure_log(hydra.job_logging, hydra.verbose, context.execution_whitelist)
         if hydra.output_subdir is not None:
-            write_down(given, composed, folder / hydra.output_subdir)
+            write_down(composed, folder / hydra.output_subdir)
         try:
             return task(given)
         except Exception:
@@ -137,13 +138,15 @@ def execute(task: TaskFunction, composed: DictConfig, context: HydraContext) -> 
             flush()
 
 
-def write_down(given: DictConfig, composed: DictConfig, folder: Path) -> None:
-    """Write what a job was composed of, as Hydra does."""
+def write_down(composed: DictConfig, folder: Path) -> None:
+    """Write what a job was composed of, in the files that Hydra writes."""
     folder.mkdir(exist_ok=True)
-    overrides = composed.hydra.overrides.task
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(given))
-    (folder / "hydra.yaml").write_text(OmegaConf.to_yaml({"hydra": composed.hydra}))
-    (folder / "overrides.yaml").write_text(OmegaConf.to_yaml(overrides))
+    # The keys of a mapping begin where a line is not indented, and is no item of a list.
+    parts = re.split(r"^(?!\s|- |-$)", OmegaConf.to_yaml(composed), flags=re.MULTILINE)
+    hydra = [part for part in parts if part.startswith("hydra:")]
+    (folder / "config.yaml").write_text("".join(part for part in parts if part not in hydra))
+    (folder / "hydra.yaml").write_text("".join(hydra))
+    (folder / "overrides.yaml").write_text(OmegaConf.to_yaml(composed.hydra.overrides.task))
 
 
 def to_files(message: str) -> None:
