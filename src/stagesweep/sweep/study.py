@@ -67,7 +67,8 @@ class Study:
     ) -> None:
         self.folder, self.settings, self.space, self.pruner = folder, settings, space, pruner
         self.sharing = sharing
-        self.sampler_config = sweeper.sampler
+        # Plain: of a node, Hydra would copy the config around it for each trial.
+        self.sampler_config: Any = OmegaConf.to_object(sweeper.sampler)
         target = str(sweeper.sampler.get("_target_", ""))
         self.optuna = optuna.create_study(
             study_name=sweeper.study_name,
