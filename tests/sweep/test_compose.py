@@ -31,8 +31,8 @@ def work() -> Iterator[Work]:
 
 def having(work: Work, first: list[str]) -> Work:
     """The work with an example, as it comes to another process."""
-    made = with_example(work.context, pickle.loads(work.master), work.task, first)
-    sent: Work = pickle.loads(pickle.dumps(made))
+    master: DictConfig = pickle.loads(work.master)
+    sent: Work = pickle.loads(with_example(work.context, master, work.task, first))
     return sent
 
 

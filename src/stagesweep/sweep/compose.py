@@ -6,13 +6,13 @@ file again for each of them; here the values are put into a config that it has c
 
 import pickle
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.utils import setup_globals
 from hydra.types import HydraContext
 from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -40,12 +40,11 @@ def shared(context: HydraContext, master: DictConfig, task: tuple[str, str]) -> 
 
 def with_example(
     context: HydraContext, master: DictConfig, task: tuple[str, str], overrides: Sequence[str]
-) -> Work:
-    """The work with the config of a run, unless that cannot be composed: the run will say why."""
-    bare = shared(context, master, task)
-    with suppress(Exception):
-        return replace(bare, like=composed(context, master, overrides))
-    return bare
+) -> bytes:
+    """The work with the config of a run, pickled."""
+    setup_globals()
+    example = composed(context, master, overrides)
+    return pickle.dumps(replace(shared(context, master, task), like=example))
 
 
 def compose(work: Work, overrides: Sequence[str]) -> DictConfig:

@@ -25,7 +25,7 @@ from stagesweep.errors import UserError
 from stagesweep.explain import explain
 from stagesweep.hardware import gpu
 from stagesweep.sweep import trial
-from stagesweep.sweep.compose import with_example
+from stagesweep.sweep.compose import shared, with_example
 from stagesweep.sweep.job import Outcome, name_of, serve
 
 log = logging.getLogger(__name__)
@@ -121,21 +121,33 @@ class Slots:
         self.context.set_forkserver_preload([*_modules(master), "stagesweep.sweep.warm"])
         forkserver.ensure_running()  # it imports while the controller gets ready
 
-    def call(self, function: Callable[..., None], *given: Any) -> None:
-        """Call a function in a process of the server; UserError for what it raises."""
+    def call(self, function: Callable[..., Any], *given: Any) -> Any:
+        """What a function gives in a process of the server; UserError for what it raises."""
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_call, args=(theirs, function, given))
         process.start()
         theirs.close()
         try:
-            if (said := ours.recv()) is not None:
-                raise UserError(said)
+            said, returned = ours.recv()
         except EOFError as error:
             raise UserError(
                 "the process that checks the sweep was ended; start it again"
             ) from error
         finally:
             process.join()
+        if said is not None:
+            raise UserError(said)
+        return returned
+
+    def _packed(self, overrides: list[str]) -> bytes:
+        """What all jobs need, with the config of one that has these overrides: composed in the
+        server, which has read the grammars. Without it each job composes its own, and says why.
+        """
+        try:
+            packed: bytes = self.call(with_example, *self._shared, overrides)
+        except UserError:
+            packed = pickle.dumps(shared(*self._shared))
+        return packed
 
     @property
     def free(self) -> bool:
@@ -151,7 +163,7 @@ class Slots:
         """Start a job in a free slot; it composes its own config there."""
         lease = next(each for each in self.leases if each.slot not in self.running)
         if self._pickled is None:  # once, and as late as the config may change
-            self._pickled = pickle.dumps(with_example(*self._shared, job.overrides))
+            self._pickled = self._packed(job.overrides)
         ours, theirs = self.context.Pipe()
         order = (job.number, job.subdir, job.overrides, lease.environment, self.prune_on)
         process = self.context.Process(target=serve, args=(theirs, self._pickled, *order))
@@ -273,17 +285,17 @@ def oom_kills() -> int:
 
 
 def _call(
-    pipe: "connection.Connection[Any, Any]", function: Callable[..., None], given: tuple[Any, ...]
+    pipe: "connection.Connection[Any, Any]", function: Callable[..., Any], given: tuple[Any, ...]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's
     try:
-        function(*given)
+        returned = function(*given)
     except Exception as error:
         if (said := explain(error)) is None:
             log.exception("failed")
-        pipe.send(said or f"{type(error).__name__}: {error}")
+        pipe.send((said or f"{type(error).__name__}: {error}", None))
     else:
-        pipe.send(None)
+        pipe.send((None, returned))
 
 
 def _modules(master: DictConfig) -> list[str]:
