@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stagesweep.errors import UserError
-from stagesweep.fingerprint import fingerprint, source_hash, sources
+from stagesweep.fingerprint import fingerprint, keep, source_hash, sources
 
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
@@ -238,6 +238,23 @@ def test_code_is_never_executed(write: Write) -> None:
     write({"mine/__init__.py": "raise SystemExit\n", "mine/deep.py": "raise SystemExit\n"})
     sources(["mine.model"])
     assert not [name for name in sys.modules if name.partition(".")[0] == "mine"]
+
+
+def test_code_in_memory_can_be_kept(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stagesweep.fingerprint._kept", {})
+    write({"mine/parts/layer.py": "DEPTH = 1\ndef build():\n    import mine.deep\n"})
+    importlib.import_module("mine.model")
+    try:
+        before = sources(["mine.model"])
+        keep(["mine.model"])
+        write({"mine/model.py": "z = 1\n", "mine/parts/layer.py": "import mine.deep\nz = 1\n"})
+        assert sources(["mine.model"]) == before
+        write({"mine/deep.py": "x = 2\n"})  # not in memory: whoever imports it runs the new one
+        changed = {name for name, code in sources(["mine.model"]).items() if code != before[name]}
+        assert changed == {"mine.deep"}
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+            del sys.modules[name]
 
 
 def test_folders_without_init_are_packages_too(write: Write) -> None:

@@ -50,18 +50,31 @@ CHANGES_NO_RESULT = frozenset(
 )
 
 
-def fingerprint(inputs: Mapping[str, object], modules: Iterable[str], previous: str | None) -> str:
+# What importing a name runs, each module with what identifies its code; and what these import.
+Look = tuple[dict[str, str], frozenset[str]]
+
+# Looks that `keep` has taken for the rest of this process, and for those forked from it.
+_kept: dict[str, Look] = {}
+
+
+def fingerprint(
+    inputs: Mapping[str, object],
+    modules: Iterable[str],
+    previous: str | None,
+    looks: dict[str, Look] | None = None,
+) -> str:
     """Hash what a stage computes from: 32 hexadecimal digits.
 
     ``inputs`` are plain values: None, bool, int, float, str, enum members, and lists, tuples and
     mappings of these. The order of a mapping's keys does not matter, that of a list does; a tuple
     equals a list, an enum member its value; 1, 1.0 and True all differ. ``modules`` are dotted
     names of the code that runs: modules, or objects in them. ``previous`` is the fingerprint of
-    the stage before, None for the first.
+    the stage before, None for the first. ``looks``: see :func:`sources`.
 
     An input that is not plain, a module that is not there or does not parse: a UserError.
     """
-    return _digest({"inputs": inputs, "sources": sources(modules), "previous": previous})
+    found = sources(modules, looks)
+    return _digest({"inputs": inputs, "sources": found, "previous": previous})
 
 
 def source_hash(module: str) -> str:
@@ -69,17 +82,18 @@ def source_hash(module: str) -> str:
     return _digest(sources([module]))
 
 
-def sources(modules: Iterable[str]) -> dict[str, str]:
+def sources(modules: Iterable[str], looks: dict[str, Look] | None = None) -> dict[str, str]:
     """Give every module that ``modules`` reach, and what identifies its code.
 
     That is a hash of its syntax tree; ``name==version`` for an installed package; or ``absent``
     for an import that cannot be found (an optional one, that will count once it is there).
     Python's own library is left out. One of ``modules`` that is not there, and any that does not
-    parse, is a UserError.
+    parse, is a UserError. Calls that share ``looks``, empty at first, look at each module once.
     """
+    looks = {} if looks is None else looks
     waiting = list(modules)
     for name in waiting:
-        if _locate(name.partition(".")[0]) is None:
+        if name not in _kept and _locate(name.partition(".")[0]) is None:
             raise UserError(f"no module for {name!r}: check its spelling, or set PYTHONPATH")
     found: dict[str, str] = {}
     seen: set[str] = set()
@@ -87,12 +101,27 @@ def sources(modules: Iterable[str]) -> dict[str, str]:
         name = waiting.pop()
         if name not in seen:
             seen.add(name)
-            waiting += _add(name, found)
+            if (look := _kept.get(name) or looks.get(name)) is None:
+                look = looks[name] = _look(name)
+            found |= look[0]
+            waiting += look[1]
     return found
 
 
-def _add(name: str, found: dict[str, str]) -> Iterable[str]:
-    """Add to ``found`` the modules that importing ``name`` runs; give what they import."""
+def keep(modules: Iterable[str]) -> None:
+    """Take the code of modules, and of all they import, as it is now, where it is in memory: it is
+    what this process runs, whatever becomes of the files.
+    """
+    looks: dict[str, Look] = {}
+    sources(modules, looks)
+    _kept.update(
+        {name: look for name, look in looks.items() if look[0].keys() <= sys.modules.keys()}
+    )
+
+
+def _look(name: str) -> Look:
+    """Look at the modules that importing ``name`` runs."""
+    found: dict[str, str] = {}
     imports: set[str] = set()
     # To import a.b.c is to run a, then a.b, then a.b.c (which may be no module but an object).
     for module in accumulate(name.split("."), "{}.{}".format):
@@ -109,7 +138,7 @@ def _add(name: str, found: dict[str, str]) -> Iterable[str]:
             break
         found[module], more = _read(module, spec)
         imports |= more
-    return imports
+    return found, frozenset(imports)
 
 
 def _locate(module: str) -> ModuleSpec | None:

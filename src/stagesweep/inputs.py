@@ -1,6 +1,7 @@
 """What each stage is computed from, as its config says, and the fingerprints that follow."""
 
 import hashlib
+import pickle
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stagesweep import config
 from stagesweep.errors import UserError
-from stagesweep.fingerprint import fingerprint
+from stagesweep.fingerprint import Look, fingerprint
 from stagesweep.hardware.gpu import numerics
 
 
@@ -18,8 +19,9 @@ def fingerprints(cfg: DictConfig) -> dict[str, str]:
     weights = initial_weights(cfg)
     previous = None if weights is None else content_hash(weights)
     found: dict[str, str] = {}
+    looks: dict[str, Look] = {}
     for name, given in inputs(cfg).items():
-        previous = found[name] = fingerprint(given, modules(given), previous)
+        previous = found[name] = fingerprint(given, modules(given), previous, looks)
     return found
 
 
@@ -64,6 +66,12 @@ def hardware(cfg: DictConfig) -> config.Hardware:
     settings = OmegaConf.to_object(cfg.hardware)
     assert isinstance(settings, config.Hardware)
     return settings
+
+
+def copied(cfg: DictConfig) -> DictConfig:
+    """A copy of a whole config, in half the time of a deep one."""
+    copy: DictConfig = pickle.loads(pickle.dumps(cfg, pickle.HIGHEST_PROTOCOL))
+    return copy
 
 
 def what_counts(node: Any) -> Any:

@@ -112,7 +112,7 @@ class Run:
     @cached_property
     def given(self) -> Any:
         """The data set of the run."""
-        return instantiate(self.cfg.data, _convert_="all")
+        return built(self.cfg.data)
 
     @property
     def data(self) -> Any:
@@ -159,7 +159,7 @@ class Run:
         node = self.cfg.model[self.part] if names else self.cfg.model
         state = rng_state()
         seed_everything(derive(self.cfg.seed, "model", *names))
-        model: Any = instantiate(node, spec=self.data.spec, _convert_="all")
+        model: Any = built(node, spec=self.data.spec)
         set_rng_state(state)
         if hasattr(model, "checkpointed"):
             model.checkpointed = self.machine.activation_checkpointing
@@ -188,7 +188,7 @@ class Run:
         folder = self._entry.path / "checkpoints"
         if name != self.stage:
             folder /= name
-        terms = {t: instantiate(self.cfg.loss[t], _convert_="all") for t in settings.loss}
+        terms = {t: built(self.cfg.loss[t]) for t in settings.loss}
         order = Order(
             cfg=self.cfg,
             model=model,
@@ -365,10 +365,15 @@ class Order:
 # ----------------------------------------------------------------- from config to objects
 
 
+def built(node: Any, **given: Any) -> Any:
+    """What a node describes. Of a node that is not plain, Hydra would copy the config around it."""
+    return instantiate(OmegaConf.to_container(node, resolve=True), **given, _convert_="all")
+
+
 def build_stage(node: DictConfig) -> Any:
     """The stage a node describes: its schema gives plain values, open fields are instantiated."""
     if not issubclass(OmegaConf.get_type(node) or object, config.Stage):
-        return instantiate(node, _convert_="all")
+        return built(node)
     settings: Any = OmegaConf.to_object(node)
     return get_class(settings._target_)(**vars(opened(settings)))
 

@@ -15,7 +15,7 @@ from stagesweep.bind import bind, locate, nodes
 from stagesweep.core.terms import silent
 from stagesweep.errors import UserError
 from stagesweep.explain import explain, nearest
-from stagesweep.inputs import has_parts
+from stagesweep.inputs import copied, has_parts
 
 Stages = dict[str, Any]
 
@@ -55,7 +55,7 @@ def form(cfg: DictConfig) -> DictConfig:
 
 def complete(cfg: DictConfig) -> DictConfig:
     """The config with every interpolation resolved and nothing missing."""
-    resolved = cfg.copy()
+    resolved = copied(cfg)
     OmegaConf.set_readonly(resolved, False)
     try:
         if missing := sorted(OmegaConf.missing_keys(resolved)):

@@ -21,7 +21,7 @@ from optuna.pruners import BasePruner
 from stagesweep import config
 from stagesweep.bind import SPECIAL, bind, locate, nodes
 from stagesweep.fingerprint import sources
-from stagesweep.sweep.space import parse
+from stagesweep.sweep.grammar import parse
 from stagesweep.validate import validate
 
 Compose = Callable[..., DictConfig]

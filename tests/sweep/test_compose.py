@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from stagesweep import config
-from stagesweep.sweep.compose import Work, compose, differences
+from stagesweep.sweep.compose import Work, compose, composed, differences, shared, with_example
 
 FIRST = ["stage.joint.optimizer.lr=0.001", "stage.joint.epochs=3", "seed=1", "experiment=digits"]
 FIXED = ["experiment=digits"]
@@ -23,17 +23,22 @@ def work() -> Iterator[Work]:
     with initialize_config_dir(str(config.folder()), job_name="stagesweep"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration(
-            "config", [*FIXED, "hydra.sweep.dir=there"], run_mode=RunMode.MULTIRUN
+            "config", [*FIXED, "hydra.sweep.dir=there", "search.study=s"], run_mode=RunMode.MULTIRUN
         )
         context = HydraContext(config_loader=loader, callbacks=None)  # type: ignore[arg-type]
-        yield Work(context, master, ("there", "task"))
+        yield shared(context, master, ("there", "task"))
 
 
 def having(work: Work, first: list[str]) -> Work:
     """The work with an example, as it comes to another process."""
-    like = work.context.config_loader.load_sweep_config(work.master, first)
-    copied: DictConfig = pickle.loads(pickle.dumps(like))
-    return Work(work.context, work.master, work.task, copied)
+    master: DictConfig = pickle.loads(work.master)
+    sent: Work = pickle.loads(with_example(work.context, master, work.task, first))
+    return sent
+
+
+def plainly(work: Work, overrides: list[str]) -> DictConfig:
+    """What Hydra composes."""
+    return composed(work.context, pickle.loads(work.master), overrides)
 
 
 def text(composed: DictConfig) -> str:
@@ -71,7 +76,7 @@ def text(composed: DictConfig) -> str:
 )
 def test_is_what_hydra_composes(work: Work, first: list[str], then: list[str], quick: bool) -> None:
     try:
-        expected = work.context.config_loader.load_sweep_config(work.master, then)
+        expected = plainly(work, then)
     except ConfigCompositionException as error:
         with pytest.raises(ConfigCompositionException, match=str(error).splitlines()[0]):
             compose(having(work, first), then)
@@ -79,12 +84,12 @@ def test_is_what_hydra_composes(work: Work, first: list[str], then: list[str], q
     ready = having(work, first)
     assert ready.like is not None
     assert (differences(ready.like, then) is not None) is quick
-    composed = compose(ready, then)
-    assert (composed is ready.like) is quick
-    assert text(composed) == text(expected)
-    assert composed.hydra.job.override_dirname == expected.hydra.job.override_dirname
-    assert OmegaConf.get_type(composed.stage.joint) is OmegaConf.get_type(expected.stage.joint)
-    assert OmegaConf.is_struct(composed)
+    made = compose(ready, then)
+    assert (made is ready.like) is quick
+    assert text(made) == text(expected)
+    assert made.hydra.job.override_dirname == expected.hydra.job.override_dirname
+    assert OmegaConf.get_type(made.stage.joint) is OmegaConf.get_type(expected.stage.joint)
+    assert OmegaConf.is_struct(made)
 
 
 @settings(
@@ -102,17 +107,17 @@ def test_any_value(work: Work, rate: float, epochs: int, seed: int, path: str) -
     first = [*FIRST[:3], "init_from=null", *FIXED]
     then += [f"init_from={quoted}", *FIXED]
     ready = having(work, first)
-    composed = compose(ready, then)
-    assert composed is ready.like
-    expected = work.context.config_loader.load_sweep_config(work.master, then)
-    assert text(composed) == text(expected)
+    made = compose(ready, then)
+    assert made is ready.like
+    expected = plainly(work, then)
+    assert text(made) == text(expected)
 
 
 def test_a_wrong_value_is_refused_as_ever(work: Work) -> None:
     wrong = ["stage.joint.optimizer.lr=fast", *FIRST[1:]]
-    with pytest.raises(ConfigCompositionException) as plainly:
-        work.context.config_loader.load_sweep_config(work.master, wrong)
+    with pytest.raises(ConfigCompositionException) as there:
+        plainly(work, wrong)
     with pytest.raises(ConfigCompositionException) as here:
         compose(having(work, FIRST), wrong)
-    assert str(here.value) == str(plainly.value)
-    assert str(here.value.__cause__) == str(plainly.value.__cause__)
+    assert str(here.value) == str(there.value)
+    assert str(here.value.__cause__) == str(there.value.__cause__)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from stagesweep.sweep.storage import OneWriter
 
@@ -76,3 +76,32 @@ def test_a_block_is_written_at_once_or_not_at_all(tmp_path: Path) -> None:
     again = optuna.create_study(study_name="s", storage=OneWriter(url), load_if_exists=True)
     again.ask()
     assert len(same(again, url)) == 2
+
+
+def test_a_known_point_and_its_end(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    storage = OneWriter(url)
+    study = optuna.create_study(study_name="s", storage=storage, directions=["minimize"] * 2)
+    space: dict[str, optuna.distributions.BaseDistribution] = {
+        "x": optuna.distributions.FloatDistribution(0, 1),
+        "c": optuna.distributions.CategoricalDistribution(["a", None]),
+    }
+    given = {"params": {"x": 0.5, "c": None}, "distributions": space}
+    for number in range(2):
+        assert len(same(study, url)) == number
+        notes = {"overrides": [f"x={number}"]}
+        template = optuna.create_trial(state=TrialState.RUNNING, user_attrs=notes, **given)
+        storage.create_new_trial(study._study_id, template)
+    before = study.get_trials(deepcopy=False)[1]
+    storage.set_trial_user_attr(before._trial_id, "overrides", ["x=2"])
+    storage.set_trial_user_attr(before._trial_id, "seconds", 2.5)
+    assert before.user_attrs == {"overrides": ["x=1"]}  # whoever has it keeps it
+    assert same(study, url)[1].user_attrs == {"overrides": ["x=2"], "seconds": 2.5}
+    study.tell(0, [1, float("-inf")])
+    study.tell(1, state=TrialState.PRUNED)
+    ended = same(study, url)
+    assert [trial.state.name for trial in ended] == ["COMPLETE", "PRUNED"]
+    assert ended[0].values == [1.0, float("-inf")]
+    assert ended[0].params == {"x": 0.5, "c": None}
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        storage.set_trial_user_attr(ended[0]._trial_id, "seconds", 1.0)

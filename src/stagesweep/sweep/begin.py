@@ -19,10 +19,11 @@ from optuna.pruners import BasePruner, WilcoxonPruner
 from stagesweep.config import Search
 from stagesweep.errors import UserError
 from stagesweep.sweep import study
+from stagesweep.sweep.grammar import ABLATION
 from stagesweep.sweep.places import Places
 from stagesweep.sweep.record import without_password
 from stagesweep.sweep.slots import Slots
-from stagesweep.sweep.space import ABLATION, Space
+from stagesweep.sweep.space import Space
 
 log = logging.getLogger(__name__)
 

@@ -4,14 +4,17 @@ Most runs of a sweep differ from its first one in values only. Hydra would read 
 file again for each of them; here the values are put into a config that it has composed.
 """
 
+import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.utils import setup_globals
 from hydra.types import HydraContext
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -19,13 +22,29 @@ from omegaconf.errors import OmegaConfBaseException
 class Work:
     """What the runs of a sweep have in common; it travels to the processes that run them.
 
-    ``task`` is where they find the function to call. ``like`` is the config of one of the runs.
+    ``master``, pickled, is what Hydra composes them from, and ``task`` where they find the function
+    to call. ``folder`` is the sweep's. ``like`` is the config of one of the runs.
     """
 
     context: HydraContext
-    master: DictConfig
+    master: bytes
     task: tuple[str, str]
+    folder: Path
     like: DictConfig | None = None
+
+
+def shared(context: HydraContext, master: DictConfig, task: tuple[str, str]) -> Work:
+    """The work of a sweep that is begun in the folder of ``master``."""
+    return Work(context, pickle.dumps(master), task, Path(master.hydra.sweep.dir))
+
+
+def with_example(
+    context: HydraContext, master: DictConfig, task: tuple[str, str], overrides: Sequence[str]
+) -> bytes:
+    """The work with the config of a run, pickled."""
+    setup_globals()
+    example = composed(context, master, overrides)
+    return pickle.dumps(replace(shared(context, master, task), like=example))
 
 
 def compose(work: Work, overrides: Sequence[str]) -> DictConfig:
@@ -38,7 +57,15 @@ def compose(work: Work, overrides: Sequence[str]) -> DictConfig:
             return work.like
         except OmegaConfBaseException:
             pass  # what is wrong with a value, Hydra says best
-    made: DictConfig = work.context.config_loader.load_sweep_config(work.master, list(overrides))
+    return composed(work.context, pickle.loads(work.master), overrides)
+
+
+def composed(context: HydraContext, master: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config as Hydra composes it, in the folder and the study of the sweep."""
+    made: DictConfig = context.config_loader.load_sweep_config(master, list(overrides))
+    with open_dict(made):
+        made.hydra.sweep.dir = master.hydra.sweep.dir
+        made.search.study = master.search.study
     return made
 
 

@@ -22,10 +22,11 @@ from stagesweep.core import interrupt
 from stagesweep.errors import Interrupted, NotFinite, UserError
 from stagesweep.sweep import begin, ending, study
 from stagesweep.sweep.clock import BEHIND, Clock
+from stagesweep.sweep.grammar import parse
+from stagesweep.sweep.job import Outcome
 from stagesweep.sweep.places import Places, opened_by
 from stagesweep.sweep.sharing import Sharing, explained
-from stagesweep.sweep.slots import At, Ended, Event, Job, Outcome, Report
-from stagesweep.sweep.space import parse
+from stagesweep.sweep.slots import At, Ended, Event, Job, Report
 from stagesweep.sweep.study import Study, Trial
 
 log = logging.getLogger(__name__)

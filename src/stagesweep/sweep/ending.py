@@ -18,7 +18,8 @@ from stagesweep.config import aims
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
 from stagesweep.store import Store
-from stagesweep.sweep.slots import Job, Outcome
+from stagesweep.sweep.job import Outcome
+from stagesweep.sweep.slots import Job
 from stagesweep.sweep.study import Study, Trial
 
 log = logging.getLogger(__name__)

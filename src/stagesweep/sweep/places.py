@@ -10,8 +10,9 @@ from hydra.plugins.launcher import Launcher
 from stagesweep.errors import reason
 from stagesweep.explain import explain
 from stagesweep.sweep import remote
+from stagesweep.sweep.job import Outcome
 from stagesweep.sweep.plugin import SlotsLauncher
-from stagesweep.sweep.slots import Ended, Event, Job, Outcome
+from stagesweep.sweep.slots import Ended, Event, Job
 
 
 class Places(Protocol):

@@ -20,9 +20,10 @@ from omegaconf import OmegaConf
 
 from stagesweep.core.trial import Trial
 from stagesweep.files import atomic_text
-from stagesweep.sweep import slots, trial
-from stagesweep.sweep.compose import Work
-from stagesweep.sweep.slots import Ended, Event, Job, Outcome, Report
+from stagesweep.sweep import trial
+from stagesweep.sweep.compose import Work, shared
+from stagesweep.sweep.job import Outcome, name_of, run_to_end, write_to
+from stagesweep.sweep.slots import Ended, Event, Job, Report
 
 REPORTS, ORDER = "reports.jsonl", "order.txt"
 # Seconds between two looks at the jobs, and that one may take to save when it is told to end.
@@ -59,8 +60,7 @@ class Remote:
         self.folder, self.submit = Path(config.hydra.sweep.dir).absolute(), submit
         self.prune_on: str | None = None
         self.running: dict[str, _Running] = {}
-        task = slots.name_of(launcher.task_function)
-        self._work = Work(launcher.hydra_context, config, task)
+        self._shared = launcher.hydra_context, config, name_of(launcher.task_function)
 
     @property
     def free(self) -> bool:
@@ -80,7 +80,7 @@ class Remote:
         own = {key: text for key, text in os.environ.items() if key.startswith("STAGESWEEP_")}
         where = (str(Path.cwd()), [path for path in sys.path if path], own)
         given = (job.number, job.subdir, job.overrides, self.prune_on)
-        handle = self.submit(serve, where, pickle.dumps(self._work), *given)
+        handle = self.submit(serve, where, pickle.dumps(shared(*self._shared)), *given)
         self.running[job.subdir] = _Running(job, handle)
 
     def wait(self, seconds: float | None = None) -> Iterator[Event]:
@@ -252,13 +252,13 @@ def serve(
     from stagesweep import cli  # noqa: F401  Hydra gets to know the package
 
     work: Work = pickle.loads(pickled)
-    folder = Path(work.master.hydra.sweep.dir) / subdir
-    slots.write_to(folder / "trial.log")
+    folder = work.folder / subdir
+    write_to(folder / "trial.log")
     writer = Writer(folder, prune_on)
     trial.become(writer)
     writer.write(None, 0)
     try:
-        return slots.run_to_end(writer, work, number, subdir, overrides)
+        return run_to_end(writer, work, number, subdir, overrides)
     except (SystemExit, KeyboardInterrupt):
         return Outcome("interrupted", None, "killed", "it was told to end")
     finally:

@@ -4,34 +4,29 @@ Processes are forked from a server that has imported torch already. A trial that
 or runs out of memory costs itself only.
 """
 
-import fcntl
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from importlib import import_module
+from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobRuntime, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from stagesweep import config
-from stagesweep.core.trial import Trial
-from stagesweep.errors import UserError, reason
+from stagesweep.errors import UserError
 from stagesweep.explain import explain
 from stagesweep.hardware import gpu
 from stagesweep.sweep import trial
-from stagesweep.sweep.compose import Work, compose
+from stagesweep.sweep.compose import shared, with_example
+from stagesweep.sweep.job import Outcome, name_of, serve
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +51,6 @@ class Job:
     # Why it was told to end, in a word, and when it is ended.
     stopping: str | None = None
     deadline: float = field(default=float("inf"))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended. ``state``: complete, pruned or failed; interrupted: it can go on."""
-
-    state: str
-    value: Any = None
-    reason: str | None = None
-    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +111,7 @@ class Slots:
     ) -> None:
         self.leases = list(given)
         self.running: dict[int, _Process] = {}
-        self._work = Work(context, master, name_of(task))
+        self._shared = context, master, name_of(task)
         self._pickled: bytes | None = None
         self.prune_on: str | None = None
         cores = len(os.sched_getaffinity(0))
@@ -136,21 +121,33 @@ class Slots:
         self.context.set_forkserver_preload([*_modules(master), "stagesweep.sweep.warm"])
         forkserver.ensure_running()  # it imports while the controller gets ready
 
-    def call(self, function: Callable[..., None], *given: Any) -> None:
-        """Call a function in a process of the server; UserError for what it raises."""
+    def call(self, function: Callable[..., Any], *given: Any) -> Any:
+        """What a function gives in a process of the server; UserError for what it raises."""
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_call, args=(theirs, function, given))
         process.start()
         theirs.close()
         try:
-            if (said := ours.recv()) is not None:
-                raise UserError(said)
+            said, returned = ours.recv()
         except EOFError as error:
             raise UserError(
                 "the process that checks the sweep was ended; start it again"
             ) from error
         finally:
             process.join()
+        if said is not None:
+            raise UserError(said)
+        return returned
+
+    def _packed(self, overrides: list[str]) -> bytes:
+        """What all jobs need, with the config of one that has these overrides: composed in the
+        server, which has read the grammars. Without it each job composes its own, and says why.
+        """
+        try:
+            packed: bytes = self.call(with_example, *self._shared, overrides)
+        except UserError:
+            packed = pickle.dumps(shared(*self._shared))
+        return packed
 
     @property
     def free(self) -> bool:
@@ -166,7 +163,7 @@ class Slots:
         """Start a job in a free slot; it composes its own config there."""
         lease = next(each for each in self.leases if each.slot not in self.running)
         if self._pickled is None:  # once, and as late as the config may change
-            self._pickled = pickle.dumps(with_example(self._work, job))
+            self._pickled = self._packed(job.overrides)
         ours, theirs = self.context.Pipe()
         order = (job.number, job.subdir, job.overrides, lease.environment, self.prune_on)
         process = self.context.Process(target=serve, args=(theirs, self._pickled, *order))
@@ -287,123 +284,18 @@ def oom_kills() -> int:
     return 0
 
 
-# ------------------------------------------------------------------ in the trial's process
-
-
 def _call(
-    pipe: "connection.Connection[Any, Any]", function: Callable[..., None], given: tuple[Any, ...]
+    pipe: "connection.Connection[Any, Any]", function: Callable[..., Any], given: tuple[Any, ...]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's
     try:
-        function(*given)
+        returned = function(*given)
     except Exception as error:
         if (said := explain(error)) is None:
             log.exception("failed")
-        pipe.send(said or f"{type(error).__name__}: {error}")
+        pipe.send((said or f"{type(error).__name__}: {error}", None))
     else:
-        pipe.send(None)
-
-
-def serve(
-    pipe: "connection.Connection[Any, Any]",
-    pickled: bytes,
-    number: int,
-    subdir: str,
-    overrides: list[str],
-    environment: dict[str, str],
-    prune_on: str | None,
-) -> None:
-    """Run one job in this process, and say through the pipe how it ended."""
-    os.setsid()  # Ctrl-C is the controller's; and what this starts can be ended with it
-    os.environ.update(environment)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    work: Work = pickle.loads(pickled)
-    folder = Path(work.master.hydra.sweep.dir) / subdir
-    write_to(folder / "trial.log")
-    child = trial.attach(pipe, prune_on)
-    try:
-        outcome = run_to_end(child, work, number, subdir, overrides)
-    except (SystemExit, KeyboardInterrupt) as error:
-        child.say("end", "interrupted", None, "killed", "it was told to end")
-        raise SystemExit(getattr(error, "code", 130)) from None
-    child.say("end", outcome.state, outcome.value, outcome.reason, outcome.message)
-
-
-def run_to_end(
-    child: Trial, work: Work, number: int, subdir: str, overrides: Sequence[str]
-) -> Outcome:
-    """`run` a job, and say how it ended; what tells this process to end is raised."""
-    try:
-        returned = run(work, number, subdir, overrides)
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        line = explain(error)
-        if line is None:
-            log.exception("failed")
-        said = line or f"{type(error).__name__}: {error}"
-        return Outcome("failed", None, reason(error), said.splitlines()[0])
-    if returned is None and child.should_stop():
-        return Outcome("pruned")
-    return Outcome("complete", returned)
-
-
-def run(work: Work, number: int, subdir: str, overrides: Sequence[str]) -> Any:
-    """Compose the config of a job and run it as Hydra's launchers do; returns the objective."""
-    setup_globals()
-    master = work.master
-    JobRuntime.instance().set("name", master.hydra.job.name)
-    composed = compose(work, overrides)
-    with open_dict(composed):
-        composed.hydra.job.id = str(number)
-        composed.hydra.job.num = number
-        composed.hydra.sweep.dir = master.hydra.sweep.dir
-        composed.hydra.sweep.subdir = subdir
-        composed.search.study = master.search.study
-    return run_job(
-        hydra_context=work.context,
-        task_function=find(work.task),
-        config=composed,
-        job_dir_key="hydra.sweep.dir",
-        job_subdir_key="hydra.sweep.subdir",
-    ).return_value
-
-
-def write_to(file: Path) -> None:
-    """Send what this process prints to a file, once no other process does.
-
-    One that an earlier controller left behind is still saving its checkpoint.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    for standard in (sys.stdout, sys.stderr):
-        standard.flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-
-
-def with_example(work: Work, job: Job) -> Work:
-    """The work with the config of a job, unless that cannot be composed: the job will say why."""
-    with suppress(Exception):
-        loader = work.context.config_loader
-        return replace(work, like=loader.load_sweep_config(work.master, list(job.overrides)))
-    return work
-
-
-def name_of(task: TaskFunction) -> tuple[str, str]:
-    """Where another process finds the task."""
-    return task.__module__, task.__qualname__
-
-
-def find(name: tuple[str, str]) -> TaskFunction:
-    """The task of that name, below what ``hydra.main`` put around it."""
-    found: Any = reduce(getattr, name[1].split("."), import_module(name[0]))
-    while hasattr(found, "__wrapped__"):
-        found = found.__wrapped__
-    task: Callable[[Any], Any] = found
-    return task
+        pipe.send((None, returned))
 
 
 def _modules(master: DictConfig) -> list[str]:

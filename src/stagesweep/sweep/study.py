@@ -27,8 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 from stagesweep.config import Mode, Search
 from stagesweep.errors import NotFinite, UserError
 from stagesweep.files import atomic_text
+from stagesweep.sweep.job import Outcome
 from stagesweep.sweep.sharing import Sharing
-from stagesweep.sweep.slots import Outcome
 from stagesweep.sweep.space import Space, describe
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ class Study:
     ) -> None:
         self.folder, self.settings, self.space, self.pruner = folder, settings, space, pruner
         self.sharing = sharing
-        self.sampler_config = sweeper.sampler
+        # Plain: of a node, Hydra would copy the config around it for each trial.
+        self.sampler_config: Any = OmegaConf.to_object(sweeper.sampler)
         target = str(sweeper.sampler.get("_target_", ""))
         self.optuna = optuna.create_study(
             study_name=sweeper.study_name,

@@ -8,18 +8,42 @@ import signal
 import sys
 
 from hydra import compose, initialize_config_dir
+from hydra._internal import logging_config  # noqa: F401  Hydra imports it in each trial
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf, open_dict
 
-from stagesweep import cli, config, fingerprint, run, validate  # noqa: F401
+from stagesweep import cli, config, fingerprint, inputs, run, validate, walk  # noqa: F401
+
+# What the values of a sweep look like.
+VALUES = ("1", "0.125", "-2.5e-05", "1e-3", "word", "two-words_3", "'a, b'", "null", "true")
+
+
+def rehearse() -> None:
+    """Read and check a config as trials do: Hydra's grammars learn while they read, and the
+    signatures that a config is checked against are remembered.
+    """
+    with initialize_config_dir(str(config.folder())):
+        given = ["experiment=digits", "seed=0", "stage.joint.optimizer.lr=1e-3"]
+        made = compose("config", overrides=given, return_hydra_config=True)
+    with open_dict(made):
+        made.hydra.runtime.output_dir = "."
+        HydraConfig.instance().set_config(made)
+        OmegaConf.to_container(made.hydra.job_logging, resolve=True)
+        del made["hydra"]
+    validate.validate(made)
+    inputs.fingerprints(made)
+    HydraConfig.instance().cfg = None
+    OverridesParser.create().parse_overrides([f"a.b_1={value}" for value in VALUES])
+
 
 Plugins.instance()
 # Slurm sends it to every process of a job; the controller says who is to save and end.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-# What parsers and fingerprints remember, every trial has from the start: Hydra's grammars learn
-# while they read, and code that has been hashed is not read again.
-with initialize_config_dir(str(config.folder())):
-    compose("config", overrides=["experiment=digits", "seed=0", "stage.joint.optimizer.lr=1e-3"])
-fingerprint.sources(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
+rehearse()
+# It is read once for all trials, which run it as it is now.
+fingerprint.keep(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
 # A collection in a trial leaves all this alone: it would copy the memory that they share.
 gc.collect()
 gc.freeze()
