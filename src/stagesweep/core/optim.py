@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch._dynamo  # the first optimizer would: here the server of a sweep does, for all trials
 from hydra.utils import get_class
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -299,11 +299,14 @@ def _call(
 
 
 def _modules(master: DictConfig) -> list[str]:
-    """The modules of the package that the config names: each trial would import them."""
+    """The modules that each trial would import: those of the package that the config names, and
+    what the first optimizer of a process brings.
+    """
     from omegaconf import OmegaConf
 
     from stagesweep.inputs import targets
 
-    own = OmegaConf.masked_copy(master, ["model", "data", "loss", "stage"])
-    found = targets(OmegaConf.to_container(own, resolve=False))
-    return sorted({t.rpartition(".")[0] for t in found if t.startswith("stagesweep.")})
+    parts = OmegaConf.masked_copy(master, ["model", "data", "loss", "stage"])
+    found = targets(OmegaConf.to_container(parts, resolve=False))
+    own = {t.rpartition(".")[0] for t in found if t.startswith("stagesweep.")}
+    return sorted(own | ({"torch._dynamo"} if "stagesweep.stage.fit" in own else set()))

@@ -12,6 +12,7 @@ from hydra._internal import logging_config  # noqa: F401  Hydra imports it in ea
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf, open_dict
 
 from stagesweep import cli, config, fingerprint, inputs, run, validate, walk  # noqa: F401
@@ -39,9 +40,12 @@ def rehearse() -> None:
 
 
 Plugins.instance()
+setup_globals()
 # Slurm sends it to every process of a job; the controller says who is to save and end.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-rehearse()
+# What is swept has brought what a rehearsal imports; if not, it has no use for that.
+if "sklearn" in sys.modules:
+    rehearse()
 # It is read once for all trials, which run it as it is now.
 fingerprint.keep(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
 # A collection in a trial leaves all this alone: it would copy the memory that they share.
