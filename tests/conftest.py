@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ class Process:
         until = time.monotonic() + timeout
         while (status := self.poll()) is None:
             if time.monotonic() > until:
-                os.killpg(self.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
                 raise subprocess.TimeoutExpired(self.args, timeout, *self.said())
             time.sleep(0.01)
         return status
@@ -77,7 +79,7 @@ class Process:
 
     def send_signal(self, signum: int) -> None:
         """Send it a signal, unless it has ended."""
-        if self.poll() is None:
+        with suppress(ProcessLookupError):
             os.kill(self.pid, signum)
 
     def kill(self) -> None:
