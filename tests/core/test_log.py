@@ -131,7 +131,8 @@ class TestHistogram:
         hnp.arrays(
             np.float32,
             st.integers(2, 60),
-            elements=st.floats(-1e4, 1e4, width=32),
+            # Between numbers that fp32 holds with a few digits only there are no thirty edges.
+            elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
         )
     )
     def test_counts_are_those_of_numpy(self, values: np.ndarray) -> None:
