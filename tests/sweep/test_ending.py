@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from stagesweep.sweep.ending import Board
-from stagesweep.sweep.job import Outcome
+from stagesweep.sweep.outcome import Outcome
 from stagesweep.sweep.slots import Job
 from stagesweep.sweep.study import Trial
 

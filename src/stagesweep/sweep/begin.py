@@ -18,7 +18,7 @@ from optuna.pruners import BasePruner, WilcoxonPruner
 
 from stagesweep.config import Search
 from stagesweep.errors import UserError
-from stagesweep.sweep import study
+from stagesweep.sweep import manifest
 from stagesweep.sweep.grammar import ABLATION
 from stagesweep.sweep.places import Places
 from stagesweep.sweep.record import without_password
@@ -108,15 +108,15 @@ def place(
     if wanted not in ("refuse", "continue", "new"):
         raise UserError(f"sweep.on_change={wanted} must be refuse, continue or new")
     folder, count, name, lines = base, 1, str(sweeper.study_name), list[str]()
-    while (before := study.recorded(folder)) is not None:
-        lines = study.changes(space, about, before)
+    while (before := manifest.read(folder)) is not None:
+        lines = manifest.changes(space, about, before)
         if not lines or wanted == "continue":
             sweeper.study_name = before["study"]
             if lines:
                 log.warning("going on with changed settings: %s", "; ".join(lines))
             break
         if wanted == "refuse":
-            raise study.refuse_changed(folder, lines)
+            raise manifest.refuse_changed(folder, lines)
         count += 1
         folder = base.with_name(f"{base.name}_{count}")
     if before is None and folder.exists() and {path.name for path in folder.iterdir()} - {LOCK}:
@@ -141,11 +141,11 @@ def record(
     folder: Path, sweeper: DictConfig, arguments: Sequence[str], about: dict[str, Any]
 ) -> None:
     """Write down what a sweep is begun with, if it was not; no password."""
-    if study.recorded(folder) is None:
+    if manifest.read(folder) is None:
         url, bare = str(sweeper.storage), without_password(str(sweeper.storage))
         command = shlex.join(["stagesweep", "-m", *arguments]).replace(url, bare)
         names = {"study": sweeper.study_name, "storage": bare}
-        study.record(folder, {"command": command, **names, **about})
+        manifest.write(folder, {"command": command, **names, **about})
 
 
 def keep_secret(config: DictConfig, storage: str) -> None:

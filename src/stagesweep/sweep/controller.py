@@ -20,10 +20,10 @@ from stagesweep.config import Search
 from stagesweep.config import aims as objectives
 from stagesweep.core import interrupt
 from stagesweep.errors import Interrupted, NotFinite, UserError
-from stagesweep.sweep import begin, ending, study
+from stagesweep.sweep import begin, ending, manifest
 from stagesweep.sweep.clock import BEHIND, Clock
 from stagesweep.sweep.grammar import parse
-from stagesweep.sweep.job import Outcome
+from stagesweep.sweep.outcome import Outcome, on_disk, valid
 from stagesweep.sweep.places import Places, opened_by
 from stagesweep.sweep.sharing import Sharing, explained
 from stagesweep.sweep.slots import At, Ended, Event, Job, Report
@@ -58,7 +58,7 @@ def sweep(
     points = list(space.points(settings.max_points)) if grid else None
     aims = objectives(config.objective)
     pruner = begin.chosen_pruner(settings, list(aims))
-    about = {"space": space.fingerprint(), "config": study.plain(config)}
+    about = {"space": space.fingerprint(), "config": manifest.plain(config)}
     sharing = Sharing(sweeper.storage)
     with explained(sweeper.storage), ExitStack() as held:
         with sharing.alone():
@@ -200,7 +200,7 @@ class Controller:
         left = self.left[trial.number]
         while left:
             job = left.popleft()
-            if (done := study.on_disk(self.study.folder / job.subdir)) is not None:
+            if (done := on_disk(self.study.folder / job.subdir)) is not None:
                 self.keep(job, done)
                 continue
             self.queue.append(job)
@@ -212,7 +212,7 @@ class Controller:
     def keep(self, job: Job, outcome: Outcome) -> None:
         """Remember how a run ended; when it decides for its trial, the rest is left out."""
         outcomes, left = self.outcomes[job.number], self.left[job.number]
-        outcomes[job.subdir] = outcome = study.finite(outcome)
+        outcomes[job.subdir] = outcome = valid(outcome)
         over = outcome.state != "complete"
         if self.by_repeats and not over:
             over = self.study.report(job.number, outcome.value, job.repeat)

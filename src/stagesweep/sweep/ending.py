@@ -18,7 +18,7 @@ from stagesweep.config import aims
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
 from stagesweep.store import Store
-from stagesweep.sweep.job import Outcome
+from stagesweep.sweep.outcome import Outcome
 from stagesweep.sweep.slots import Job
 from stagesweep.sweep.study import Study, Trial
 

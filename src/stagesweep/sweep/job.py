@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext
-from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
 from multiprocessing import connection
@@ -28,18 +27,9 @@ from stagesweep.explain import explain
 from stagesweep.inputs import copied
 from stagesweep.sweep import trial
 from stagesweep.sweep.compose import Work, compose
+from stagesweep.sweep.outcome import Outcome
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended. ``state``: complete, pruned or failed; interrupted: it can go on."""
-
-    state: str
-    value: Any = None
-    reason: str | None = None
-    message: str = ""
 
 
 def serve(

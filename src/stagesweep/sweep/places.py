@@ -10,7 +10,7 @@ from hydra.plugins.launcher import Launcher
 from stagesweep.errors import reason
 from stagesweep.explain import explain
 from stagesweep.sweep import remote
-from stagesweep.sweep.job import Outcome
+from stagesweep.sweep.outcome import Outcome
 from stagesweep.sweep.plugin import SlotsLauncher
 from stagesweep.sweep.slots import Ended, Event, Job
 

@@ -22,7 +22,8 @@ from stagesweep.core.trial import Trial
 from stagesweep.files import atomic_text
 from stagesweep.sweep import trial
 from stagesweep.sweep.compose import Work, shared
-from stagesweep.sweep.job import Outcome, name_of, run_to_end, write_to
+from stagesweep.sweep.job import name_of, run_to_end, write_to
+from stagesweep.sweep.outcome import Outcome
 from stagesweep.sweep.slots import Ended, Event, Job, Report
 
 REPORTS, ORDER = "reports.jsonl", "order.txt"

@@ -26,7 +26,8 @@ from stagesweep.explain import explain
 from stagesweep.hardware import gpu
 from stagesweep.sweep import trial
 from stagesweep.sweep.compose import shared, with_example
-from stagesweep.sweep.job import Outcome, name_of, serve
+from stagesweep.sweep.job import name_of, serve
+from stagesweep.sweep.outcome import Outcome
 
 log = logging.getLogger(__name__)
 

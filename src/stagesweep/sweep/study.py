@@ -4,7 +4,6 @@ The controller is the study's only writer. Every point that is proposed is on di
 so that a sweep that was ended at any moment goes on with the same trials.
 """
 
-import json
 import logging
 import math
 import warnings
@@ -12,11 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import optuna
-import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import FloatDistribution, check_distribution_compatibility
@@ -25,9 +22,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from stagesweep.config import Mode, Search
-from stagesweep.errors import NotFinite, UserError
-from stagesweep.files import atomic_text
-from stagesweep.sweep.job import Outcome
+from stagesweep.errors import UserError
+from stagesweep.sweep.outcome import Outcome, together
 from stagesweep.sweep.sharing import Sharing
 from stagesweep.sweep.space import Space, describe
 
@@ -348,108 +344,3 @@ class Study:
         return self.optuna._storage.get_trial_id_from_study_id_trial_number(
             self.optuna._study_id, number
         )
-
-
-def together(outcomes: list[Outcome]) -> Outcome:
-    """The outcome of a trial, from those of its repeats."""
-    checked = [finite(each) for each in outcomes]
-    for each in checked:
-        if each.state != "complete":
-            return each
-    if len(checked) == 1:
-        return checked[0]
-    values = [each.value for each in checked]
-    if isinstance(values[0], list | tuple):
-        return Outcome("complete", [fmean(column) for column in zip(*values, strict=True)])
-    return Outcome("complete", fmean(values))
-
-
-def finite(outcome: Outcome) -> Outcome:
-    """A run that ended well without a number did not."""
-    if outcome.state != "complete":
-        return outcome
-    value = outcome.value
-    numbers = list(value) if isinstance(value, list | tuple) else [value]
-    if any(not isinstance(n, int | float) for n in numbers):
-        return Outcome("failed", None, "error", f"the run returned {value!r} as its objective")
-    if any(math.isnan(n) for n in numbers):
-        return Outcome("failed", None, NotFinite.reason, f"its objective is {value}")
-    return outcome
-
-
-def on_disk(folder: Path) -> Outcome | None:
-    """How the run in a folder ended, by its ``result.json``; None when it did not."""
-    try:
-        result = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
-    match result.get("status"):
-        case "complete":
-            objective = result.get("objective") or {}
-            several = objective if isinstance(objective, list) else [objective]
-            values = [math.nan if (v := each.get("value")) is None else v for each in several]
-            return Outcome("complete", values if isinstance(objective, list) else values[0])
-        case "pruned":
-            return Outcome("pruned")
-    return None
-
-
-# ------------------------------------------------------------------ what a sweep was begun with
-
-
-def record(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write down what a sweep is begun with."""
-    atomic_text(folder / "sweep.yaml", yaml.safe_dump(dict(about), sort_keys=False))
-
-
-def recorded(folder: Path) -> dict[str, Any] | None:
-    """What a sweep was begun with; None when it was not."""
-    file = folder / "sweep.yaml"
-    return yaml.safe_load(file.read_text()) if file.exists() else None
-
-
-def changes(space: Space, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Lines that say what is not as it was when the sweep was begun."""
-    lines = [f"space {line}" for line in space.difference(before["space"])]
-    old, new = flat(before["config"]), flat(now["config"])
-    return lines + [
-        f"{key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
-def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested plain values by dotted key."""
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    below = [flat(each, f"{key}.{name}" if key else str(name)) for name, each in value.items()]
-    return {k: v for each in below for k, v in each.items()}
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """What all trials share, as plain values; interpolations of what is swept stay as they are."""
-    from stagesweep.inputs import what_counts
-
-    keys = ("seed", "init_from", "model", "data", "loss", "stage", "hardware", "objective")
-    found: dict[str, Any] = {}
-    for key in keys:
-        if OmegaConf.is_missing(config, key):
-            continue
-        try:
-            found[key] = what_counts(config[key])
-        except Exception:
-            found[key] = OmegaConf.to_container(config[key], resolve=False)
-    if config.search.constraints:
-        found["search.constraints"] = OmegaConf.to_container(config.search.constraints)
-    loaded: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return loaded
-
-
-def refuse_changed(folder: Path, lines: list[str]) -> UserError:
-    """What to say of a sweep whose command has changed."""
-    said = "; ".join(lines)
-    return UserError(
-        f"{folder} was begun with other settings: {said}; put them back, name another sweep with "
-        "search.study=<name>, or set sweep.on_change=continue or sweep.on_change=new"
-    )

@@ -1,0 +1,70 @@
+"""The manifest of a sweep: what it was begun with, and how a later command differs from that."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from stagesweep.errors import UserError
+from stagesweep.files import atomic_text
+from stagesweep.inputs import what_counts
+from stagesweep.sweep.space import Space
+
+
+def write(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write down what a sweep is begun with."""
+    atomic_text(folder / "sweep.yaml", yaml.safe_dump(dict(about), sort_keys=False))
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What a sweep was begun with; None when it was not."""
+    file = folder / "sweep.yaml"
+    return yaml.safe_load(file.read_text()) if file.exists() else None
+
+
+def changes(space: Space, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Lines that say what is not as it was when the sweep was begun."""
+    lines = [f"space {line}" for line in space.difference(before["space"])]
+    old, new = flat(before["config"]), flat(now["config"])
+    return lines + [
+        f"{key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested plain values by dotted key."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    below = [flat(each, f"{key}.{name}" if key else str(name)) for name, each in value.items()]
+    return {k: v for each in below for k, v in each.items()}
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """What all trials share, as plain values; interpolations of what is swept stay as they are."""
+    keys = ("seed", "init_from", "model", "data", "loss", "stage", "hardware", "objective")
+    found: dict[str, Any] = {}
+    for key in keys:
+        if OmegaConf.is_missing(config, key):
+            continue
+        try:
+            found[key] = what_counts(config[key])
+        except Exception:
+            found[key] = OmegaConf.to_container(config[key], resolve=False)
+    if config.search.constraints:
+        found["search.constraints"] = OmegaConf.to_container(config.search.constraints)
+    loaded: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return loaded
+
+
+def refuse_changed(folder: Path, lines: list[str]) -> UserError:
+    """What to say of a sweep whose command has changed."""
+    said = "; ".join(lines)
+    return UserError(
+        f"{folder} was begun with other settings: {said}; put them back, name another sweep with "
+        "search.study=<name>, or set sweep.on_change=continue or sweep.on_change=new"
+    )
