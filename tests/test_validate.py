@@ -40,7 +40,8 @@ LINES = {
     "stage.joint.epochs=<value>",
     "objective.metric=???": "objective.metric is not set; give it a value: "
     "objective.metric=<value>",
-    "model.latent=${modl.latent}": "model.latent: Interpolation key 'modl.latent' not found",
+    "model.latent=${modl.latent}": "model.latent: Interpolation key 'modl.latent' not found; put "
+    "that back, or give model.latent a value of its own",
     # keys and numbers of schemas
     "+stage.joint.epoch=3": "unknown key 'stage.joint.epoch': did you mean 'epochs'?",
     "+stage.joint.loss.kl.weigth=3": "unknown key 'stage.joint.loss.kl.weigth': did you mean "

@@ -13,7 +13,12 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+)
 
 from stagesweep import files
 from stagesweep.errors import UserError, chain
@@ -79,6 +84,8 @@ def _about(key: str, error: OmegaConfBaseException) -> str:
         remedy = f"; add it with '+{group}={{{name}: …}}'" if addable else ""
         return f"unknown key '{key}': {hint}{remedy}"
     said = str(error).splitlines()[0]
+    if isinstance(error, InterpolationKeyError):
+        return f"{key}: {said}; put that back, or give {key} a value of its own"
     return f"{key} must not be null" if "is not Optional" in said else f"{key}: {said}"
 
 
