@@ -17,6 +17,15 @@ SPACE = (
     "stage.toy.y=choice(0,1,2,3,4)",
     "stage.toy.z=choice(0,1,2,3,4)",
 )
+# What the plugin sets when nothing is said; one after another, but proposed together.
+STOCK_TPE = (
+    *STOCK,
+    "hydra/launcher=basic",
+    "hydra.sweeper.sampler.multivariate=false",
+    "hydra.sweeper.sampler.group=false",
+    "hydra.sweeper.sampler.constant_liar=false",
+    "hydra.sweeper.sampler.n_startup_trials=10",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,16 +34,7 @@ def main(argv: Sequence[str]) -> int:
     n, slots = given.trials, given.slots
     ways = {
         "ours": (f"search.n_trials={n}", f"sweep.slots={slots}"),
-        # What the plugin sets when nothing is said; one after another, but proposed together.
-        "stock TPE": (
-            *STOCK,
-            "hydra/launcher=basic",
-            "hydra.sweeper.sampler.multivariate=false",
-            "hydra.sweeper.sampler.constant_liar=false",
-            "hydra.sweeper.sampler.n_startup_trials=10",
-            f"hydra.sweeper.n_trials={n}",
-            f"hydra.sweeper.n_jobs={slots}",
-        ),
+        "stock TPE": (*STOCK_TPE, f"hydra.sweeper.n_trials={n}", f"hydra.sweeper.n_jobs={slots}"),
     }
     print(machine())
     print(f"{n} proposals from 125 points, {slots} at once")

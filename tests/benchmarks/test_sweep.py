@@ -1,11 +1,17 @@
 """What the benchmarks of the sweep engine compute and make; running them is `make bench-sweep`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from optuna.samplers import TPESampler
 
+Compose = Callable[..., DictConfig]
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,3 +46,17 @@ def test_the_toy_experiment_is_digits_with_another_stage(tmp_path: Path) -> None
     assert list(toy["stage"]) == ["toy"]
     assert {"override /model": "vae_digits"} in toy["defaults"]
     assert not [each for each in toy["defaults"] if "stage@" in str(each)]
+
+
+def test_the_stock_sampler_has_its_own_defaults(compose: Compose) -> None:
+    from benchmarks.sweep.duplicates import SPACE, STOCK_TPE
+
+    space = (each for each in SPACE if "toy" not in each)
+    compose("experiment=digits", *space, *STOCK_TPE)
+    made = instantiate(
+        HydraConfig.get().sweeper.sampler,
+        _execution_whitelist_=("hydra_plugins.hydra_optuna_sweeper.*", "optuna.*"),
+    )
+    stock, ours = vars(TPESampler()), vars(made)
+    chosen = ("_multivariate", "_group", "_constant_liar", "_n_startup_trials")
+    assert {name: ours[name] for name in chosen} == {name: stock[name] for name in chosen}
