@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from hydra_plugins.hydra_optuna_sweeper.config import TPESamplerConfig
 from omegaconf import DictConfig
 from optuna.samplers import TPESampler
 
@@ -53,10 +54,11 @@ def test_the_stock_sampler_has_its_own_defaults(compose: Compose) -> None:
 
     space = (each for each in SPACE if "toy" not in each)
     compose("experiment=digits", *space, *STOCK_TPE)
+    sampler = HydraConfig.get().sweeper.sampler
+    chosen = ("multivariate", "group", "constant_liar", "n_startup_trials")
+    stock = vars(TPESamplerConfig())
+    assert {name: sampler[name] for name in chosen} == {name: stock[name] for name in chosen}
     made = instantiate(
-        HydraConfig.get().sweeper.sampler,
-        _execution_whitelist_=("hydra_plugins.hydra_optuna_sweeper.*", "optuna.*"),
+        sampler, _execution_whitelist_=("hydra_plugins.hydra_optuna_sweeper.*", "optuna.*")
     )
-    stock, ours = vars(TPESampler()), vars(made)
-    chosen = ("_multivariate", "_group", "_constant_liar", "_n_startup_trials")
-    assert {name: ours[name] for name in chosen} == {name: stock[name] for name in chosen}
+    assert isinstance(made, TPESampler)
