@@ -28,12 +28,6 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Compose = Callable[..., DictConfig]
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: a third of their time tests wait for what they started."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     """Every test draws the same numbers, whatever ran before it in its process."""

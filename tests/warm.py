@@ -4,17 +4,20 @@ A line of JSON on stdin asks for one, its process id on stdout is the answer; it
 left in a file. A new interpreter takes seconds more, which is most of what a small run takes.
 """
 
+import fcntl
 import gc
 import json
 import os
 import pkgutil
 import runpy
+import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
+from multiprocessing import util
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # What looks at the environment or changes the process when it is imported.
 EACH = ("stagesweep.__main__", "stagesweep.cli", "stagesweep.sweep.warm")
@@ -50,7 +53,52 @@ def watch(left: Path, asked: Mapping[str, Any]) -> None:
         part.rename(left)
         os._exit(0)
     become(**asked)
+    wait_to_serve()
     runpy.run_module("stagesweep", run_name="__main__", alter_sys=True)
+
+
+def wait_to_serve() -> None:
+    """Fork what becomes the server that the trials of a sweep are forked from, when multiprocessing
+    would start a new interpreter for it; a second one it starts as always.
+    """
+    ours, theirs = socket.socketpair()
+    waiting = os.fork()
+    if not waiting:
+        ours.close()
+        serve(theirs)
+    theirs.close()
+    start: Callable[[Any, list[str], list[int]], int] = util.spawnv_passfds
+
+    def take_over(path: Any, command: list[str], passed: list[int]) -> int:
+        if "multiprocessing.forkserver" not in command[-1]:
+            return start(path, command, passed)
+        util.spawnv_passfds = start  # type: ignore[attr-defined]
+        order = {"code": command[-1], "files": passed, "environment": dict(os.environ)}
+        with ours:
+            socket.send_fds(ours, [json.dumps(order).encode()], passed)
+        return waiting
+
+    util.spawnv_passfds = take_over  # type: ignore[attr-defined]
+
+
+def serve(orders: socket.socket) -> NoReturn:
+    """Wait for what to run, with which open files; the end of the command is the end of this."""
+    try:
+        message, received, *_ = socket.recv_fds(orders, 1 << 20, 8)
+        if message:
+            order = json.loads(message)
+            os.environ.clear()
+            os.environ.update(order["environment"])
+            # By way of numbers that nothing has: those that are wanted may be among the received.
+            apart = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 1000) for descriptor in received]
+            for descriptor in received:
+                os.close(descriptor)
+            for descriptor, wanted in zip(apart, order["files"], strict=True):
+                os.dup2(descriptor, wanted, inheritable=False)
+                os.close(descriptor)
+            exec(order["code"], {"__name__": "__main__"})
+    finally:
+        os._exit(0)
 
 
 def become(

@@ -192,21 +192,18 @@ class Lab:
         """When each call of the stage began and ended, its folder, and which GPUs it saw."""
         return [file.read_text().split() for file in self.log.iterdir() if file.name.isdigit()]
 
-    def processes(self) -> list[str]:
-        """Processes that still run something of this sweep."""
-        return [
-            str(entry)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and _environment(entry).count(str(self.folder / "store"))
-        ]
+    def processes(self) -> list[int]:
+        """Processes that still run something of this sweep: those that work in its folder."""
+        found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [each for each in found if _folder(each).is_relative_to(self.folder)]
 
 
-def _environment(process: Path) -> str:
+def _folder(process: int) -> Path:
+    """Where a process works; of one that has ended, nowhere."""
     try:
-        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-        return "" if state == "Z" else (process / "environ").read_text(errors="replace")
+        return Path(f"/proc/{process}/cwd").readlink()
     except OSError:
-        return ""
+        return Path()
 
 
 @pytest.fixture

@@ -299,9 +299,9 @@ def test_killed_anywhere_it_ends_with_every_point_once(lab: "Lab") -> None:
         calls = len(lab.calls)
         wait_until(lambda: len(lab.calls) > calls or process.poll() is not None)  # noqa: B023
         time.sleep(chance.random())
-        others = [int(Path(p).name) for p in lab.processes()] if victim == "trial" else []
+        others = set(lab.processes()) - {process.pid} if victim == "trial" else set()
         with suppress(ProcessLookupError):  # it may have ended meanwhile
-            os.kill(chance.choice(others or [process.pid]), signal.SIGKILL)
+            os.kill(chance.choice(sorted(others) or [process.pid]), signal.SIGKILL)
         if victim == "trial":
             time.sleep(1)
             process.kill()
