@@ -41,6 +41,8 @@ def test_seeds_become_a_mean_and_an_interval(make: Make) -> None:
                 "method": ["model", "model", "kmeans", "kmeans"],
                 "split": ["train", "val", "train", "val"],
                 "acc": [accuracy, 0.5, 0.79, 0.7],
+                "only_val": [np.nan, 0.25, np.nan, 0.75],
+                "only_model": [0.125, 0.125, np.nan, np.nan],
                 "leakage": [np.nan] * 4,
             }
             for accuracy in accuracies
@@ -48,7 +50,8 @@ def test_seeds_become_a_mean_and_an_interval(make: Make) -> None:
     )
     found = results.over_seeds(table(folder))
     assert found is not None
-    assert list(found["method"]) == ["model", "model", "kmeans", "kmeans"]
+    assert list(found["method"]) == ["model", "kmeans"] * 2
+    assert list(found["split"]) == ["train", "train", "val", "val"]
     assert list(found["runs"]) == [4] * 4
     error = stats.sem(accuracies)
     low, high = stats.t.interval(0.95, 3, loc=accuracies.mean(), scale=error)
@@ -56,11 +59,15 @@ def test_seeds_become_a_mean_and_an_interval(make: Make) -> None:
     assert (first["acc"], first["acc_low"], first["acc_high"]) == pytest.approx(
         (accuracies.mean(), low, high)
     )
-    text = results.with_intervals(found)
-    assert f"{accuracies.mean():.3f} ± {high - accuracies.mean():.3f}" in text
-    assert "0.790 ± 0.000" in text
-    assert "val" not in text
-    assert "leakage" not in text
+    head, *lines = (line.split() for line in results.with_intervals(found).splitlines())
+    assert head == ["method", "split", "acc", "only_val"]  # the others tell no methods apart
+    mean, half = f"{accuracies.mean():.3f}", f"{high - accuracies.mean():.3f}"
+    assert lines == [
+        ["model", "train", mean, "±", half],
+        ["kmeans", "train", "0.790", "±", "0.000"],
+        ["model", "val", "0.500", "±", "0.000", "0.250", "±", "0.000"],
+        ["kmeans", "val", "0.700", "±", "0.000", "0.750", "±", "0.000"],
+    ]
 
 
 def test_how_far_seeds_agree(make: Make) -> None:

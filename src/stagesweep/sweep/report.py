@@ -273,10 +273,7 @@ class _Part:
         """What every trial compared, method by method, when they differ in their seed only."""
         if self.sweep.parameters != ["seed"]:
             return None
-        found = over_seeds(table(self.sweep))
-        if found is None or "split" not in found:
-            return found
-        return pd.concat([rows for _, rows in found.groupby("split", sort=False)])
+        return over_seeds(table(self.sweep))
 
     def forest(self, comparison: Comparison, name: str) -> Markup | None:
         """Differences from the baseline as a picture."""

@@ -191,7 +191,14 @@ def over_seeds(trials: pd.DataFrame) -> pd.DataFrame | None:
             row |= {"agreement": fmean(aris)}
             row |= {"agreement_low": min(aris), "agreement_high": max(aris)}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.concat(by_split(pd.DataFrame(rows)))
+
+
+def by_split(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of each split, in the order in which splits appear; or all, where there are none."""
+    if "split" not in table:
+        return [table]
+    return [rows for _, rows in table.groupby("split", sort=False)]
 
 
 def agreement(files: Sequence[Path]) -> dict[tuple[str, ...], list[float]]:
@@ -232,24 +239,23 @@ def leaderboard(sweep: Sweep, rows: int = 10) -> str:
 
 def measured(table: pd.DataFrame) -> list[str]:
     """The metrics in the table of `over_seeds` that tell its methods apart; of one method, all."""
-    if "split" in table:
-        table = table[table["split"] == table["split"].iloc[0]]
     found = [name for name in table if f"{name}_low" in table and table[name].notna().any()]
-    return [name for name in found if len(table) == 1 or table[name].nunique() > 1]
+    splits = by_split(table)
+    return [
+        name for name in found if any(len(rows) == 1 or rows[name].nunique() > 1 for rows in splits)
+    ]
 
 
 def with_intervals(table: pd.DataFrame) -> str:
-    """The table of `over_seeds` as aligned text: ``mean ± half an interval``; of the agreement, its
-    mean and range.
-
-    Only its first split, and only metrics that tell the methods apart.
+    """The table of `over_seeds` as aligned text, split by split: ``mean ± half an interval``; of
+    the agreement, its mean and range. Only metrics that tell the methods apart.
     """
-    if "split" in table:
-        table = table[table["split"] == table["split"].iloc[0]]
-    metrics = measured(table)
     shown = table[["method", *(["split"] if "split" in table else [])]].copy()
-    for name in metrics:
+    for name in measured(table):
         columns = [table[name], table[f"{name}_low"], table[f"{name}_high"]]
         form = "{0:.2f} ({1:.2f} to {2:.2f})" if name == "agreement" else "{0:.3f} ± {3:.3f}"
-        shown[name] = [form.format(m, low, h, h - m) for m, low, h in zip(*columns, strict=True)]
+        shown[name] = [
+            "" if math.isnan(mean) else form.format(mean, low, high, high - mean)
+            for mean, low, high in zip(*columns, strict=True)
+        ]
     return str(shown.to_string(index=False))
