@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 from sklearn.datasets import make_blobs
-from sklearn.metrics import f1_score
+from sklearn.metrics import adjusted_rand_score, f1_score, normalized_mutual_info_score
 
 from stagesweep.metric.classification import (
     Classification,
+    Clusters,
     LatentClusters,
     area_under_roc,
     calibration_error,
@@ -40,17 +41,35 @@ def test_a_latent_space_that_separates_kinds() -> None:
     assert LatentClusters("kind")({"mean": points, "kind": shuffled})["ari"] < 0.1
 
 
+def test_kinds_that_were_found_may_have_other_numbers() -> None:
+    random = np.random.default_rng(0)
+    kinds = random.integers(0, 3, 90)
+    renamed = np.array([2, 0, 1])[kinds]
+    found = Clusters("kind")({"assignment": np.eye(4)[renamed], "kind": kinds})
+    assert found == dict.fromkeys(
+        ("cluster_acc", "cluster_nmi", "cluster_ari", "cluster_purity"), pytest.approx(1)
+    )
+    shares = random.dirichlet(np.ones(4), 90)
+    kinds[:5] = -1
+    found = Clusters("kind")({"assignment": shares, "kind": kinds})
+    given = kinds[5:], shares.argmax(1)[5:]
+    assert found["cluster_ari"] == pytest.approx(adjusted_rand_score(*given))
+    assert found["cluster_nmi"] == pytest.approx(normalized_mutual_info_score(*given))
+
+
 def test_what_a_method_does_not_give_is_undefined() -> None:
     kinds = np.array([0, 1, 1])
     assert all(map(math.isnan, Classification("kind")({"kind": kinds}).values()))
     assert all(map(math.isnan, LatentClusters("kind")({"kind": kinds}).values()))
+    assert all(map(math.isnan, Clusters("kind")({"kind": kinds}).values()))
     unknown = {"assignment": SHARES[:3], "mean": SHARES[:3], "kind": np.full(3, -1)}
     assert all(map(math.isnan, Classification("kind")(unknown).values()))
+    assert all(map(math.isnan, Clusters("kind")(unknown).values()))
     assert all(map(math.isnan, LatentClusters("kind")(unknown).values()))
 
 
 def test_they_say_what_they_read() -> None:
-    assert Classification("kind").reads == ("assignment", "kind")
+    assert Classification("kind").reads == Clusters("kind").reads == ("assignment", "kind")
     assert LatentClusters("kind").reads == ("mean", "kind")
 
 

@@ -69,6 +69,27 @@ def calibration_error(labels: NDArray[Any], shares: NDArray[Any]) -> float:
 
 
 @dataclass
+class Clusters:
+    """Scores against a label of the clusters that `assignment` (n, k) is largest for: how well
+    kinds are found that nobody has told.
+    """
+
+    label: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The arrays it looks at."""
+        return ("assignment", self.label)
+
+    def __call__(self, arrays: Arrays) -> dict[str, float]:
+        """Return cluster_acc, cluster_nmi, cluster_ari and cluster_purity."""
+        if "assignment" not in arrays:
+            return dict.fromkeys((f"cluster_{n}" for n in ("acc", "nmi", "ari", "purity")), nan)
+        scores = clustering.external(arrays[self.label], arrays["assignment"].argmax(1))
+        return {f"cluster_{name}": score for name, score in scores.items()}
+
+
+@dataclass
 class LatentClusters:
     """Scores of k-means on `mean` (n, d) against a label, with as many clusters as it has kinds."""
 
