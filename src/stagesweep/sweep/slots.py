@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from stagesweep import config
 from stagesweep.errors import UserError
@@ -303,8 +303,6 @@ def _modules(master: DictConfig) -> list[str]:
     """The modules that each trial would import: those of the package that the config names, and
     what the first optimizer of a process brings.
     """
-    from omegaconf import OmegaConf
-
     from stagesweep.inputs import targets
 
     parts = OmegaConf.masked_copy(master, ["model", "data", "loss", "stage"])
