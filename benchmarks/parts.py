@@ -14,13 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from stagesweep import config
+from stagesweep.build import build_stage
 from stagesweep.core.board import Board
 from stagesweep.core.fit import Loop
 from stagesweep.core.log import MetricLog
 from stagesweep.core.seeding import seed_everything
 from stagesweep.data.view import View
 from stagesweep.hardware.machine import Machine
-from stagesweep.run import build_stage
 
 
 @cache

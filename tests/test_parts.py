@@ -10,10 +10,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from stagesweep.build import init_from, of_part
 from stagesweep.core import checkpoint
 from stagesweep.errors import UserError
 from stagesweep.inputs import fingerprints
-from stagesweep.run import init_from, of_part
 from stagesweep.validate import validate
 
 Compose = Callable[..., DictConfig]

@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from stagesweep import config
+from stagesweep.build import build_stage, init_from
 from stagesweep.core import checkpoint
 from stagesweep.core.board import Board
 from stagesweep.errors import UserError
 from stagesweep.inputs import content_hash, inputs, targets, what_counts
-from stagesweep.run import Run, build_stage, init_from
+from stagesweep.run import Run
 from stagesweep.stage.fit import Fit
 from stagesweep.store import Store
 from stagesweep.walk import without_nan
