@@ -17,7 +17,8 @@ where x > 0 and sigmoid(t - pi) elsewhere the gradient of the log-likelihood is
 
 The gamma functions are needed where counts are not zero, and there mostly of small whole counts,
 for which lnG(x + theta) - lnG(theta) is the sum of log(theta + i) over i < x: a histogram of the
-counts of each gene and a small table replace them. Value and gradient come from one pass over
+counts of each gene and a small table replace them, and the functions themselves are needed only
+from where the table ends. Value and gradient come from one pass over
 pieces that fit into the cache.
 """
 
@@ -62,7 +63,6 @@ class _Likelihood(torch.autograd.Function):
         theta = log_theta.exp()
         gamma, d_gamma = gammas(theta, counts)
         total = torch.dot(counts.sum(0), log_theta) - gamma
-        total -= torch.dot(counts.sum(1), library.view(-1).log())
         d_theta = -d_gamma
         d_scores = torch.empty_like(scores) if wanted else None
         d_dropout = torch.empty_like(scores) if wanted and dropout is not None else None
@@ -95,46 +95,51 @@ def _piece(
     library: Tensor,
     wanted: bool,
 ) -> tuple[Tensor, Any]:
-    """Value of some cells without the terms of `gammas`, library and theta alone; its gradient by
+    """Value of some cells without the terms of `gammas` and of theta alone; its gradient by
     scores, dropout and log theta if `wanted`.
     """
-    log_share = scores.log_softmax(1)
-    ratio = log_share.exp().mul_(library).mul_(1 / theta)
+    # Passes over memory are what this costs: most of them are in place, none makes a mask.
+    shifted = scores - scores.amax(1, keepdim=True)
+    observed = counts.view(-1)
+    value = -torch.dot(observed, shifted.view(-1))
+    mean = shifted.exp_()
+    scale = library / mean.sum(1, keepdim=True)
+    value -= torch.dot(counts.sum(1), scale.log().view(-1))
+    mean *= scale
+    ratio = mean * (1 / theta)
     log_ratio = ratio.log1p()
-    flat = counts.reshape(-1)
-    value = torch.dot(flat, log_ratio.view(-1)) - torch.dot(flat, log_share.view(-1))
-    # No masks below: on a CPU they cost more than logarithms. `empty` is 1 where the count is 0,
-    # and `rest` = 1 - A is sigmoid(pi - t) there.
-    d_dropout = rest = None
+    value += torch.dot(observed, log_ratio.view(-1))
+    active, d_dropout = theta, None
     if dropout is None:
-        value = value + torch.dot(log_ratio.sum(0), theta)
+        value += torch.dot(log_ratio.sum(0), theta)
     else:
-        above = torch.addcmul(dropout, log_ratio, theta)  # pi - t
-        observed = counts.sign()
-        empty = 1 - observed
-        value = value + torch.dot(observed.view(-1), above.view(-1))
-        rest, log_rest = _sigmoid(above)
-        inflated, log_inflated = _sigmoid(dropout)
-        value = value + torch.dot(empty.view(-1), log_rest.view(-1)) - log_inflated.sum()
-        rest *= empty
-        d_dropout = inflated.sub_(rest)
+        inflated, d_dropout, rest = _inflation(dropout, log_ratio, theta, counts)
+        value += inflated
+        active = torch.addcmul(theta, rest, theta, value=-1)
     if not wanted:
         return value, None
-    shrink = (1 + ratio).reciprocal_()
-    active = theta if rest is None else (1 - rest).mul_(theta)
     # Not as A theta (1 - 1 / (1 + r)): of a large theta nothing would be left but rounding.
-    d_mean = torch.mul(active, ratio).sub_(counts).mul_(shrink)
-    d_theta = (log_ratio * active).sum(0) - d_mean.sum(0)
-    share = ratio.mul_(theta).mul_(1 / library)
-    d_scores = d_mean.addcmul_(share, d_mean.sum(1, keepdim=True), value=-1)
+    d_mean = (active * ratio).sub_(counts).mul_((1 + ratio).reciprocal_())
+    d_theta = log_ratio.mul_(active).sum(0) - d_mean.sum(0)
+    d_scores = d_mean.addcmul_(mean, d_mean.sum(1, keepdim=True) / library, value=-1)
     return value, (d_scores, d_dropout, d_theta)
 
 
-def _sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The logistic function of x and its logarithm, which is x itself where that is below -80."""
-    floored = x.clamp(min=-80)
-    share = floored.sigmoid()
-    return share, share.log().sub_(floored.sub_(x))
+def _inflation(
+    dropout: Tensor, log_ratio: Tensor, theta: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What zero inflation adds to the value, and t with it; its gradient by pi; and 1 - A.
+
+    With s for sigmoid: -log s(pi) + log s(pi - t) where the count is 0, -log s(pi) + pi - t else.
+    """
+    pi = dropout.clamp(min=-80)  # less would be nothing in single precision
+    above = torch.addcmul(pi, log_ratio, theta)  # pi - t
+    some = counts.sign()
+    value = torch.dot(some.view(-1), above.view(-1))
+    inflated = pi.sigmoid_()
+    rest = above.sigmoid_().mul_(1 - some)
+    value -= (inflated / some.add_(rest)).log_().sum()
+    return value, inflated.sub_(rest), rest
 
 
 def gammas(theta: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,15 +148,6 @@ def gammas(theta: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """
     values, genes = _observed(counts)
     codes = values.long().clamp_(max=TABLE)
-    few = codes == values
-    if not bool(few.all()):
-        # In double precision: two large numbers are nearly the same.
-        rest, other = ~few, theta[genes[~few]].double()
-        x = values[rest].double()
-        more = (torch.lgamma(x + other) - torch.lgamma(other) - torch.lgamma(x + 1)).sum().to(theta)
-        slope = other * (torch.digamma(x + other) - torch.digamma(other))
-        d_more = torch.zeros_like(theta).index_add_(0, genes[rest], slope.to(theta))
-        codes, genes = codes[few], genes[few]
     size = (TABLE + 1) * len(theta)
     seen = torch.bincount(codes * len(theta) + genes, minlength=size).view(TABLE + 1, -1)
     # How many counts of each gene are above i: so often log(theta + i) is added.
@@ -161,15 +157,27 @@ def gammas(theta: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.dot(above.view(-1), shifted.log().view(-1))
     total -= torch.dot(above.sum(1), (steps + 1).log().view(-1))
     slope = theta * (above / shifted).sum(0)
-    return (total, slope) if bool(few.all()) else (total + more, slope + d_more)
+    (others,) = (codes != values).nonzero(as_tuple=True)
+    if len(others):
+        # In double precision: large numbers that are nearly the same are subtracted.
+        x, low, which = values[others].double(), codes[others].double(), genes[others]
+        own = theta[which].double()
+        rest = torch.lgamma(x + own) - torch.lgamma(low + own)
+        total += (rest - torch.lgamma(x + 1) + torch.lgamma(low + 1)).sum().to(theta)
+        steeper = own * (torch.digamma(x + own) - torch.digamma(low + own))
+        slope.index_add_(0, which, steeper.to(theta))
+    return total, slope
 
 
 def _observed(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The values that are not zero and the gene of each. On the CPU numpy finds them sooner."""
-    if counts.is_cuda:
-        rows, genes = counts.nonzero(as_tuple=True)
-        return counts[rows, genes], genes
-    flat = counts.reshape(-1).numpy()
-    places = np.flatnonzero(flat > 0)
-    remainders = places.astype(np.uint32) % np.uint32(counts.shape[1])
-    return torch.from_numpy(flat[places]), torch.from_numpy(remainders.astype(np.int64))
+    """The values that are not zero and the gene of each."""
+    flat = counts.reshape(-1)
+    where = places(flat)
+    return flat[where], where % counts.shape[1]
+
+
+def places(flat: Tensor) -> Tensor:
+    """Where a vector is not zero. On the CPU numpy finds that in half the time."""
+    if flat.is_cuda:
+        return flat.nonzero().view(-1)
+    return torch.from_numpy(np.flatnonzero(flat.numpy() != 0))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stagesweep.data.spec import Spec
 from stagesweep.data.view import Batch
+from stagesweep.loss.zinb import places
 from stagesweep.model.clusters import Centres
 
 
@@ -26,7 +27,7 @@ class Thinning(nn.Dropout):
         """The values while it does not train; else some are zero, and the others larger."""
         if not self.training or x.is_cuda or x.requires_grad:
             return super().forward(x)
-        (there,) = x.view(-1).nonzero(as_tuple=True)
+        there = places(x.view(-1))
         kept = super().forward(x.view(-1)[there])
         return x.new_zeros(x.numel()).index_copy_(0, there, kept).view_as(x)
 
