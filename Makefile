@@ -57,6 +57,7 @@ bench-sweep: $(READY)  ## the sweep engine against the stock sweeper, reuse, pru
 bench-gpu: $(READY)  ## throughput, memory and a real shortage of it on a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory --device cuda
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.processes
 
 clean:  ## remove .venv and caches; results stay
 	rm -rf .venv .venv-extras .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

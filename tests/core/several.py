@@ -9,16 +9,27 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import Bench, columns
-from test_step import WEIGHTS, Model, Small, by_hand, gradients, make_batch, make_loss
+from test_step import (
+    WEIGHTS,
+    Model,
+    Small,
+    SmallAtTheEnd,
+    by_hand,
+    make_batch,
+    make_loss,
+)
+from test_step import gradients as gradients_of
 from torch import Tensor, nn
 
 from stagesweep import config
-from stagesweep.core.distributed import join, team
+from stagesweep.core import gradients
+from stagesweep.core.distributed import Team, join, team
 from stagesweep.core.predict import predict
 from stagesweep.data.view import Batch, View
 from stagesweep.errors import Interrupted, Lost
@@ -69,10 +80,9 @@ def gradients_of_each() -> dict[str, float]:
         reference = make_loss(names)
         expected, pairs = by_hand(reference, reference.model(batch), batch)
         for micro_batch in MICRO:
-            loss = make_loss(names, micro_batch=micro_batch)
-            loss.team = team()
+            loss = make_loss(names, micro_batch=micro_batch, team=team())
             values = loss.backward(batch, 0.0)
-            differences = gradients(loss.model) - expected, (values - pairs) / pairs
+            differences = gradients_of(loss.model) - expected, (values - pairs) / pairs
             worst = max(difference.abs().max() for difference in differences)
             found[f"{n} samples, micro-batch {micro_batch}"] = worst.item()
     return found
@@ -83,11 +93,10 @@ def own_part_alone() -> float:
     batch, names = make_batch(20), ["square", "masked"]
     reference = make_loss(names)
     expected, _ = by_hand(reference, reference.model(batch), batch)
-    loss = make_loss(names, micro_batch=4)
-    loss.team = team()
+    loss = make_loss(names, micro_batch=4, team=team())
     part = {name: column[team().part(20)] for name, column in batch.items()}
     loss.backward(part, 0.0, 20)
-    return float((gradients(loss.model) - expected).abs().max())
+    return float((gradients_of(loss.model) - expected).abs().max())
 
 
 def parameters_of_some() -> dict[str, Any]:
@@ -97,30 +106,52 @@ def parameters_of_some() -> dict[str, Any]:
     for _ in range(2):
         torch.manual_seed(0)
         models.append(Sometimes().double())
-    alone, several = (make_loss(["square"], model=model) for model in models)
+    alone = make_loss(["square"], model=models[0])
+    several = make_loss(["square"], model=models[1], team=team())
     alone.backward(batch, 0.0)
-    several.team = team()
     several.backward(batch, 0.0)
     own = batch["x"][team().part(12), 0]
     return {
         "on this process": bool((own > 1.5).any()),
         "there": [name for name, p in models[1].named_parameters() if p.grad is not None],
         "expected": [name for name, p in models[0].named_parameters() if p.grad is not None],
-        "worst": float((gradients(models[0]) - gradients(models[1])).abs().max()),
+        "worst": float((gradients_of(models[0]) - gradients_of(models[1])).abs().max()),
     }
 
 
-def out_of_memory_on_one() -> dict[str, Any]:
+def out_of_memory_on_one(kind: type[Small]) -> dict[str, Any]:
     """A GPU with room for two samples, on one of the processes."""
     batch = make_batch(24)
     torch.manual_seed(0)
-    loss = make_loss(WEIGHTS, model=Small(2 if team().rank == 1 else 100).double())
-    loss.team = team()
+    small = kind(2 if team().rank == 1 else 100).double()
+    loss = make_loss(WEIGHTS, model=small, team=team())
     loss.backward(batch, 0.0)
     reference = make_loss(WEIGHTS)
     expected, _ = by_hand(reference, reference.model(batch), batch)
-    worst = (gradients(loss.model) - expected).abs().max()
+    worst = (gradients_of(loss.model) - expected).abs().max()
     return {"micro_batch": loss.micro_batch, "worst": worst.item()}
+
+
+@dataclass
+class Watched(Team):
+    """Notes how many gradients there were when each sum was begun."""
+
+    sums: gradients.Gradients | None = None
+    there: list[int] = field(default_factory=list)
+
+    def start_sum(self, value: Tensor) -> Callable[[], object]:
+        assert self.sums is not None
+        self.there.append(len(self.sums.reached))
+        return super().start_sum(value)
+
+
+def overlap() -> list[int]:
+    """How many gradients there were when each bucket was sent, and how many there are."""
+    watched = Watched(team().rank, team().size)
+    loss = make_loss(WEIGHTS, team=watched)
+    watched.sums = loss.gradients
+    loss.backward(make_batch(24), 0.0)
+    return [*watched.there, sum(p.grad is not None for p in loss.model.parameters())]
 
 
 def rows(bench: Bench, name: str) -> list[dict[str, Any]]:
@@ -209,11 +240,13 @@ def one_gone() -> str:
 
 
 def of_three(bench: Bench, folder: Path) -> None:
+    gradients.BUCKET = 100  # so that a small model has several
     found: dict[str, Any] = {
         "gradients": gradients_of_each(),
         "own part": own_part_alone(),
         "some": parameters_of_some(),
-        "memory": out_of_memory_on_one(),
+        "memory": {kind.__name__: out_of_memory_on_one(kind) for kind in (Small, SmallAtTheEnd)},
+        "overlap": overlap(),
         "fits": fits(bench),
         "stopped": stopped(bench),
         "norm": statistics(bench),

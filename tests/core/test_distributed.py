@@ -38,10 +38,19 @@ def test_a_parameter_that_some_processes_use_gets_its_gradient_on_all(found: Fou
         assert each["some"]["worst"] < 1e-6
 
 
-def test_out_of_memory_on_one_is_half_the_micro_batch_on_all(found: Found) -> None:
+@pytest.mark.parametrize("when", ["Small", "SmallAtTheEnd"])
+def test_out_of_memory_on_one_is_half_the_micro_batch_on_all(found: Found, when: str) -> None:
     for each in found:
-        assert each["memory"]["micro_batch"] == 2
-        assert each["memory"]["worst"] < 1e-6
+        assert each["memory"][when]["micro_batch"] == 2
+        assert each["memory"][when]["worst"] < 1e-6
+
+
+def test_gradients_travel_while_the_backward_pass_goes_on(found: Found) -> None:
+    for each in found:
+        *when_sent, there = each["overlap"]
+        assert len(when_sent) > 1
+        assert 0 < when_sent[0] < there
+        assert when_sent == sorted(when_sent)
 
 
 @pytest.mark.parametrize(("name", "undivided"), [("everything", True), ("own parts", False)])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stagesweep import config
+from stagesweep.core.distributed import ALONE, Team
 from stagesweep.core.step import WeightedLoss, split
 from stagesweep.data.view import Batch
 from stagesweep.hardware.machine import Machine, resolve
@@ -100,6 +101,7 @@ def make_loss(
     dtype: torch.dtype = torch.float64,
     weights: Mapping[str, config.Weight] | None = None,
     model: nn.Module | None = None,
+    team: Team = ALONE,
 ) -> WeightedLoss:
     torch.manual_seed(0)
     model = model or Model(dropout).to(machine.device, dtype)
@@ -111,6 +113,7 @@ def make_loss(
         torch.amp.GradScaler(
             machine.device.type, enabled=machine.precision is config.Precision.fp16
         ),
+        team,
     )
 
 
@@ -247,6 +250,19 @@ class Small(Model):
         if len(batch["x"]) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().forward(batch)
+
+
+class SmallAtTheEnd(Small):
+    """The memory is gone when most of the backward pass is done."""
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        def check(_: Tensor) -> None:
+            if len(batch["x"]) > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        x = batch["x"].clone().requires_grad_()
+        x.register_hook(check)
+        return Model.forward(self, batch | {"x": x})
 
 
 def test_out_of_memory_goes_on_with_half_the_micro_batch(

@@ -7,7 +7,7 @@ gloo. Alone, nothing is asked of it and nothing is copied.
 import io
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,8 +25,6 @@ Value = TypeVar("Value")
 PATIENCE = timedelta(hours=1)
 # Seconds between two looks for the next fit.
 LOOK = 0.02
-# Gradients travel in pieces of so many bytes, so that no second copy of all of them is made.
-BUCKET = 32 * 2**20
 
 
 @dataclass
@@ -94,31 +92,12 @@ class Team:
         shared: Value = given[0]
         return shared
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up ``.grad`` over processes.
-
-        None stays None where no process has one, so that the optimizer leaves it alone as it
-        would in one process; elsewhere it counts as zero.
-        """
-        if self.size == 1:
-            return
-        there = self.most(*(int(p.grad is not None) for p in parameters))
-        grads = []
-        for parameter, some in zip(parameters, there, strict=True):
-            if some and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if parameter.grad is not None:
-                grads.append(parameter.grad)
+    def start_sum(self, value: Tensor) -> Callable[[], object]:
+        """Begin to add up over processes, in place; what is returned waits for the end of it."""
         with _lost():
-            sent = []
-            for bucket in _buckets(grads):
-                flat = torch.cat([grad.flatten() for grad in bucket])
-                sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-            for bucket, flat, work in sent:
-                work.wait()
-                summed = flat.split([grad.numel() for grad in bucket])
-                for grad, total in zip(bucket, summed, strict=True):
-                    grad.copy_(total.view_as(grad))
+            work = dist.all_reduce(value, async_op=True)
+        wait: Callable[[], object] = _lost()(work.wait)
+        return wait
 
     def average_buffers(self, *models: nn.Module | None) -> None:
         """Give all processes the mean of each statistic that a model keeps (those of batch norm).
@@ -218,20 +197,6 @@ def _unpacked(content: bytes) -> Any:
         return storage.cuda() if where.startswith("cuda") else storage
 
     return torch.load(io.BytesIO(content), map_location=place, weights_only=False)
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one type, about `BUCKET` bytes of them."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (size >= BUCKET or tensor.dtype is not bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 @contextmanager

@@ -7,6 +7,7 @@ of the model while that computes. Imported by fits that ask for it alone.
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,10 @@ class Shards:
         """Whether the next backward pass sends its gradients, and all that wait, to the others."""
         for unit in self.units:
             unit.set_requires_gradient_sync(now, recurse=False)
+
+    def summed(self) -> AbstractContextManager[None]:
+        """FSDP2 needs nothing around the backward passes of a step."""
+        return nullcontext()
 
     def settle(self, model: nn.Module) -> None:
         """None for gradients that no process has, as in a fit of one, instead of zero."""

@@ -1,7 +1,7 @@
 """The loss of one effective batch and its gradient, the same for any micro-batch."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stagesweep import config
 from stagesweep.core.distributed import ALONE, Team
+from stagesweep.core.gradients import Gradients
 from stagesweep.core.memory import Room, out_of_memory
 from stagesweep.core.seeding import set_torch_state, torch_state
 from stagesweep.core.terms import per_sample, reads
@@ -88,7 +89,10 @@ class WeightedLoss:
         # Of a divided model, whose gradients are added up within the backward pass.
         self.shards = shards
         self.room = Room(machine.micro_batch, "training", machine, fixed=shards is not None)
-        self.team, self.parameters = team, [p for p in model.parameters() if p.requires_grad]
+        self.team = team
+        self.gradients: Gradients | None = None
+        if team.size > 1 and shards is None:
+            self.gradients = Gradients(team, [p for p in model.parameters() if p.requires_grad])
         # A factor is start + slope * position, at most full.
         ramps = [(w.weight, w.ramp) for w in self.weights.values()]
         self.start, self.slope, self.full = (
@@ -173,9 +177,9 @@ class WeightedLoss:
             }
             values = torch.cat([values, torch.stack(whole, 1).detach()])
         self._together(lambda: self._replay(pieces, weights, factor, cached))
-        if self.shards is None:
-            team.sum_gradients(self.parameters)
-        else:
+        if self.gradients is not None:
+            self.gradients.settle()
+        elif self.shards is not None:
             self.shards.settle(self.model)
         return values
 
@@ -220,20 +224,22 @@ class WeightedLoss:
         cached: Mapping[str, tuple[Tensor, ...]],
     ) -> None:
         """The gradient of every micro-batch; `cached` are those of the whole-batch terms."""
-        for number, (piece, real) in enumerate(pieces):
-            if self.shards is not None:
-                self.shards.send(now=number + 1 == len(pieces))
-            outputs = pieces.outputs
-            if outputs is None:
-                set_torch_state(pieces.states[number])
-                outputs = self.forward(self.model, piece)
-            totals, _ = add_up(self.single, outputs, piece)
-            losses = [combine(totals, weights, factors)]
-            if real:
-                losses += [(outputs[n] * parts[number]).sum() for n, parts in cached.items()]
-            else:
-                losses += [outputs[name].sum() for name in cached]
-            self.scaler.scale(real * torch.stack(losses).sum()).backward()
+        sums = self.gradients or self.shards
+        with nullcontext() if sums is None else sums.summed():
+            for number, (piece, real) in enumerate(pieces):
+                if sums is not None:
+                    sums.send(now=number + 1 == len(pieces))
+                outputs = pieces.outputs
+                if outputs is None:
+                    set_torch_state(pieces.states[number])
+                    outputs = self.forward(self.model, piece)
+                totals, _ = add_up(self.single, outputs, piece)
+                losses = [combine(totals, weights, factors)]
+                if real:
+                    losses += [(outputs[n] * parts[number]).sum() for n, parts in cached.items()]
+                else:
+                    losses += [outputs[name].sum() for name in cached]
+                self.scaler.scale(real * torch.stack(losses).sum()).backward()
 
 
 class Pieces:

@@ -1,0 +1,154 @@
+"""The gradient of a batch over several processes: ours, torch's DistributedDataParallel, and each
+part without a word to the others, which is the bare limit.
+
+    python -m benchmarks.processes          (one for each GPU; else --processes 2, on the CPU)
+
+All three have the same model, loss and part of each batch, and take turns in the same processes; a
+turn ends when the last process is done, and ratios are medians of those of a round. What ours does
+besides: it adds up what means are means over, so that parts may differ, notes which parameters have
+a gradient on any process, and agrees on whether all had enough memory.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from stagesweep import config
+from stagesweep.core.distributed import Team, join
+from stagesweep.core.step import WeightedLoss
+from stagesweep.hardware.machine import resolve
+
+# Width, hidden layers, samples of a batch.
+MODELS = {"small": (64, 2, 64), "narrow": (256, 3, 1024), "wide": (2048, 7, 256)}
+CLASSES = 10
+
+Batch = dict[str, Tensor]
+Work = Callable[[], object]
+
+
+class Classifier(nn.Module):
+    """Layers of one width."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(layers)]
+        self.layers = nn.Sequential(*blocks, nn.Linear(width, CLASSES))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Class scores (B, 10)."""
+        return {"scores": self.layers(batch["x"])}
+
+
+class CrossEntropy(nn.Module):
+    """Sum over samples, and their number."""
+
+    def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss and the number of samples."""
+        total = cross_entropy(outputs["scores"], batch["label"], reduction="sum")
+        return total, total.new_tensor(len(batch["label"]))
+
+
+class Trial:
+    """The same model three times, and one batch."""
+
+    def __init__(self, name: str, device: torch.device, team: Team) -> None:
+        width, layers, samples = MODELS[name]
+        torch.manual_seed(0)
+        self.batch = {
+            "x": torch.randn(samples, width, device=device),
+            "label": torch.randint(CLASSES, (samples,), device=device),
+            "index": torch.arange(samples, device=device),
+        }
+        self.own = {name: column[team.part(samples)] for name, column in self.batch.items()}
+        own, other, alone = (Classifier(width, layers).to(device) for _ in range(3))
+        self.parameters = sum(p.numel() for p in own.parameters())
+        self.term = CrossEntropy()
+        machine = resolve(config.Hardware(device=config.Device(device.type)))
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+        terms, weights = {"label": self.term}, {"label": config.Weight()}
+        self.loss = WeightedLoss(own, terms, weights, machine, scaler, team)
+        parallel = DistributedDataParallel(other, [device] if device.type == "cuda" else None)
+        self.work: dict[str, Work] = {
+            "torch DDP": lambda: self.by_hand(parallel),
+            "ours": self.ours,
+            "no exchange": lambda: self.by_hand(alone),
+        }
+
+    def ours(self) -> None:
+        """As the fit loop asks for it: of the undivided batch."""
+        self.loss.model.zero_grad()
+        self.loss.backward(self.batch, 0.0)
+
+    def by_hand(self, model: nn.Module) -> None:
+        """As one writes it."""
+        model.zero_grad()
+        total, weight = self.term(model(self.own), self.own)
+        (total / weight).backward()
+
+
+def seconds(work: Work, team: Team, device: torch.device) -> float:
+    """From when all begin to when all are done."""
+    team.most(0)
+    started = perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    team.most(0)
+    return perf_counter() - started
+
+
+def process(rank: int, size: int, port: int, rounds: int, names: list[str]) -> None:
+    """One of them; the main one prints."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    with join() as team:
+        gpus = torch.cuda.device_count() >= size
+        device = torch.device("cuda", rank) if gpus else torch.device("cpu")
+        for name in names:
+            trial = Trial(name, device, team)
+            times: dict[str, list[float]] = {kind: [] for kind in trial.work}
+            for number in range(rounds + 3):
+                for kind, work in trial.work.items():
+                    taken = seconds(work, team, device)
+                    if number >= 3:  # the first ones warm up
+                        times[kind].append(taken)
+            if team.main:
+                print(f"{name}: {trial.parameters / 1e6:.2f} M parameters")
+                for kind, own in times.items():
+                    ratio = statistics.median(
+                        a / b for a, b in zip(own, times["torch DDP"], strict=True)
+                    )
+                    median = statistics.median(own) * 1e3
+                    print(f"  {kind:12}{median:9.2f} ms  {ratio:6.2f} x DDP", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Start the processes, and wait for them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--processes", type=int, default=max(2, gpus))
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--small", action="store_true", help="seconds, and no figure worth keeping")
+    options = parser.parse_args(arguments)
+    device = torch.cuda.get_device_name() if gpus >= options.processes else "CPU (gloo)"
+    print(f"{options.processes} processes, {device}, torch {torch.__version__}")
+    names = ["small"] if options.small else ["narrow", "wide"]
+    rounds = 3 if options.small else options.rounds
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = (options.processes, port, rounds, names)
+    torch.multiprocessing.spawn(process, given, options.processes)
+
+
+if __name__ == "__main__":
+    main()
