@@ -27,8 +27,8 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse import csr_matrix
-from torch import Tensor
-from torch.nn.functional import softplus
+from torch import Tensor, nn
+from torch.nn.functional import elu, softplus
 
 from stagesweep.data.cells import CellView
 from stagesweep.data.cohort import Cohort
@@ -53,19 +53,19 @@ def spec(genes: int) -> Spec:
 
 
 class Trained:
-    """A model and one training step of it."""
+    """A model and one training step of it: one decode for each cell."""
 
-    def __init__(self, genes: int, decodes: int = 0, **model: Any) -> None:
+    def __init__(self, genes: int, **model: Any) -> None:
         torch.manual_seed(0)
-        self.model, self.decodes = GMVAE(spec(genes), **model), decodes
-        parameters = list(self.model.parameters())
-        if decodes:
-            # Behind the decoder's last layer, where Lopez et al. (2018) have it.
-            self.to_dropout = torch.nn.Linear(self.model.to_scores.in_features, genes)
-            parameters += self.to_dropout.parameters()
+        self.model = GMVAE(spec(genes), **model)
+        parameters = [*self.model.parameters(), *self.more(genes)]
         self.optimizer = torch.optim.AdamW(parameters, fused=True)
         self.terms = [Counts(), Mixture("label"), CrossEntropy("label")]
         self.noise = torch.Generator()
+
+    def more(self, genes: int) -> list[nn.Parameter]:
+        """Parameters beside those of the model."""
+        return []
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """Forward, backward, clip, update."""
@@ -76,23 +76,65 @@ class Trained:
         self.optimizer.step()
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The bound, with one decode; or with one for each component, by the usual formula."""
+        """The bound."""
         outputs = self.model(batch)
-        if not self.decodes:
-            pairs = [term(outputs, batch) for term in self.terms]
-            return torch.stack([total / weight for total, weight in pairs]).sum()
+        pairs = [term(outputs, batch) for term in self.terms]
+        return torch.stack([total / weight for total, weight in pairs]).sum()
+
+
+class Decodes(Trained):
+    """Our decoder, once for each component, and ZINB as it is mostly written: theta of a gene."""
+
+    def more(self, genes: int) -> list[nn.Parameter]:
+        """Zero inflation is behind the decoder's last layer, where Lopez et al. (2018) have it."""
+        self.to_dropout = nn.Linear(self.model.to_scores.in_features, genes)
+        return list(self.to_dropout.parameters())
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The bound."""
+        outputs = self.model(batch)
         shares, bound = outputs["assignment"], outputs["divergence"].mean()
-        for k in range(self.decodes):
-            latent = outputs["latent"] + self.model.clusters.centres[k]
-            hidden = self.model.decoder(latent)
+        for k, centre in enumerate(self.model.clusters.centres):
+            hidden = self.model.decoder(outputs["latent"] + centre)
             scores, pi = self.model.to_scores(hidden), self.to_dropout(hidden)
             cost = usual(scores, self.model.log_theta, pi, batch)
             bound = bound + (shares[:, k] * cost.sum(1)).mean()
         return bound
 
 
+class Ancestor(Trained):
+    """The decoder and likelihood of GMVAE_ZINB (github.com/wdnlotm/bulk2sc_GMVAE): probability of
+    a zero, mean and theta of each gene, cell and component, each behind a hidden layer of its own.
+
+    There the decoder is called three times for each component, for one of the three each; here
+    once. There cells are encoded once for each component too; here once in all.
+    """
+
+    def more(self, genes: int) -> list[nn.Parameter]:
+        """Of the same widths as our decoder."""
+        wide, narrow = 512, 256
+        self.shared = nn.Sequential(nn.Linear(self.model.latent, narrow), nn.ReLU())
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(narrow, wide), nn.ReLU(), nn.Linear(wide, genes))
+            for _ in range(3)
+        )
+        return [*self.shared.parameters(), *self.heads.parameters()]
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The bound; a weight of cells and components is laid out for every gene there."""
+        outputs = self.model(batch)
+        decoded = []
+        for centre in self.model.clusters.centres:
+            hidden = self.shared(outputs["latent"] + centre)
+            zero, mean, theta = (head(hidden) for head in self.heads)
+            decoded.append((zero.sigmoid(), elu(mean) + 1, elu(theta) + 1))
+        cost = stacked(decoded, batch["counts"])
+        shares = outputs["assignment"].unsqueeze(1).expand_as(cost)
+        return outputs["divergence"].mean() + (cost * shares).sum() / len(cost)
+
+
 def usual(scores: Tensor, log_theta: Tensor, pi: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """ZINB as it is mostly written: every logarithm of every gene of every cell, (B, g)."""
+    """ZINB in logits: every logarithm of every gene of every cell, (B, g)."""
     x, theta = batch["counts"], log_theta.exp()
     mean = batch["library"] * scores.softmax(1)
     log_sum = (theta + mean).log()
@@ -100,6 +142,27 @@ def usual(scores: Tensor, log_theta: Tensor, pi: Tensor, batch: dict[str, Tensor
     some = t - pi - softplus(-pi) + x * (mean.log() - log_sum)
     some = some + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
     return -torch.where(x > 0, some, softplus(t - pi) - softplus(-pi))
+
+
+def stacked(decoded: list[tuple[Tensor, Tensor, Tensor]], x: Tensor, eps: float = 1e-10) -> Tensor:
+    """ZINB in probabilities, of each component: both cases of every gene of every cell, stacked
+    (B, g, k), before one of them is chosen.
+    """
+    none = [
+        -torch.log(zero + (1 - zero) * torch.pow(theta / (mean + theta + eps), theta) + eps)
+        for zero, mean, theta in decoded
+    ]
+    gammas = [
+        torch.lgamma(x + 1) + torch.lgamma(theta + eps) - torch.lgamma(x + theta + eps)
+        for _, _, theta in decoded
+    ]
+    rest = [
+        (theta + x) * torch.log(theta + mean + eps) - torch.log(1 - zero + eps)
+        - theta * torch.log(theta + eps) - x * torch.log(mean + eps)
+        for zero, mean, theta in decoded
+    ]  # fmt: skip
+    some = torch.stack(gammas, 2) + torch.stack(rest, 2)
+    return torch.where(x.unsqueeze(2).expand_as(some) > 0, some, torch.stack(none, 2))
 
 
 def turns(
@@ -137,8 +200,8 @@ def step(options: argparse.Namespace) -> None:
     steps = {name: (lambda t=t: t.step(batch)) for name, t in kinds.items()}
     for name, (median, ratio) in turns(steps, rounds, "mse").items():
         print(f"{name:18}{median * 1e3:10.1f} ms   {ratio:6.2f} x mse", flush=True)
-    folds = Trained(genes, decodes=TYPES)
-    steps = {"zinb": steps["zinb"], f"{TYPES} decodes": lambda: folds.step(batch)}
+    folds = {f"{TYPES} decodes": Decodes(genes), "as its ancestor": Ancestor(genes)}
+    steps = {"zinb": steps["zinb"]} | {n: (lambda t=t: t.step(batch)) for n, t in folds.items()}
     for name, (median, ratio) in turns(steps, max(2, rounds // 5), "zinb").items():
         print(f"{name:18}{median * 1e3:10.1f} ms   {ratio:6.2f} x zinb", flush=True)
 

@@ -12,15 +12,19 @@ from stagesweep.loss.zinb import negative_log_likelihood
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_usual_formula_is_the_same_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_usual_formulas_are_the_same_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.singlecell import usual
+    from benchmarks.singlecell import stacked, usual
 
     counts = torch.poisson(torch.rand(5, 7) * 3)
     batch = {"counts": counts, "library": counts.sum(1, keepdim=True).clamp(min=1)}
     scores, log_theta, pi = torch.randn(5, 7), torch.randn(7), torch.randn(5, 7)
     ours = negative_log_likelihood(scores, log_theta, pi, counts, batch["library"])
     assert usual(scores, log_theta, pi, batch).sum().item() == pytest.approx(ours.item(), rel=1e-5)
+    theta, mean = log_theta.exp().expand(5, 7), batch["library"] * scores.softmax(1)
+    cost = stacked([(pi.sigmoid(), mean, theta)] * 2, counts)
+    assert cost.shape == (5, 7, 2)
+    assert cost.sum().item() == pytest.approx(2 * ours.item(), rel=1e-5)
 
 
 def test_the_benchmark_of_steps_runs() -> None:
@@ -29,3 +33,4 @@ def test_the_benchmark_of_steps_runs() -> None:
     assert done.returncode == 0, done.stderr
     assert "x mse" in done.stdout
     assert "8 decodes" in done.stdout
+    assert "as its ancestor" in done.stdout
