@@ -3,9 +3,9 @@
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,7 +58,8 @@ def read_table(path: str, layer: str | None = None) -> Table:
 
     Raises UserError when it is no such file, or has no such layer.
     """
-    anndata = extra("anndata")
+    with extra():
+        import anndata
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # files of older versions are read all the same
         try:
@@ -91,14 +92,16 @@ class File:
         self.name = path
         self._part = {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
         self._open: tuple[int, Any] = (0, None)
-        root, io = self._root(), extra("anndata.io")
+        with extra():
+            from anndata.io import read_elem
+        root = self._root()
         layers = {name: root["layers"][name] for name in root.get("layers", ())}
         layers |= {"raw": root["raw/X"]} if "raw/X" in root else {}
         if layer is not None:
             require_layer(layer, list(layers), path)
         self.counted = next((name for name, each in layers.items() if whole(head(each))), None)
-        self.obs: pd.DataFrame = io.read_elem(root["obs"])
-        var = io.read_elem(root["raw/var" if layer == "raw" else "var"])
+        self.obs: pd.DataFrame = read_elem(root["obs"])
+        var = read_elem(root["raw/var" if layer == "raw" else "var"])
         self.genes = [str(gene) for gene in var.index]
         kind = str(root[self._part].attrs.get("encoding-type", "array"))
         if kind == "csc_matrix":
@@ -134,7 +137,8 @@ class File:
         """The open file. A handle does not outlive a fork."""
         process, root = self._open
         if process != os.getpid():
-            h5py = extra("h5py")
+            with extra():
+                import h5py
             try:
                 root = h5py.File(self.name, "r")
             except OSError as error:
@@ -148,13 +152,14 @@ class File:
         return root
 
 
-def extra(module: str) -> Any:
-    """Import what the extra brings; UserError when it is missing."""
+@contextmanager
+def extra() -> Iterator[None]:
+    """Where what the extra brings is imported; UserError when it is missing."""
     try:
-        return import_module(module)
+        yield
     except ModuleNotFoundError as error:
         raise UserError(
-            f"this data set needs {module.partition('.')[0]}, which is not installed: "
+            f"this data set needs {error.name}, which is not installed: "
             'pip install "stagesweep[singlecell]"'
         ) from error
 
