@@ -35,7 +35,7 @@ def _same_random_numbers() -> None:
 
 
 @pytest.fixture(scope="session")
-def test_data() -> Path:
+def real_data() -> Path:
     """The folder of real data; tests that need it are skipped, by name, without it."""
     folder = os.environ.get("STAGESWEEP_TEST_DATA")
     if not folder:

@@ -243,12 +243,12 @@ def test_bad_maps_are_named(table):
         ("audiogram_unlabelled", "impc_abr_unlabelled_half.csv.gz", 28391, {"equipment": 15}),
     ],
 )
-def test_the_real_files_are_read_as_configured(test_data, name, file, animals, labels):
+def test_the_real_files_are_read_as_configured(real_data, name, file, animals, labels):
     conf = Path(__file__).parents[2] / "conf" / "data" / f"{name}.yaml"
     node = yaml.safe_load(conf.read_text())
     del node["_target_"], node["columns"]["_target_"]
     node["columns"] = Columns(**node["columns"])
-    data = Audiogram(**node | {"path": str(test_data / "audiogram" / file)})
+    data = Audiogram(**node | {"path": str(real_data / "audiogram" / file)})
     assert sum(len(data.split(split)) for split in SPLITS) == animals
     assert labels.items() <= data.spec.labels.items()
     train = data.split("train")["thresholds"]

@@ -51,8 +51,8 @@ def test_the_map_of_the_real_file_serves_it(cohort):
     assert simulated == node["columns"]
 
 
-def test_it_has_every_column_of_the_real_file(cohort, test_data):
-    with (test_data / "audiogram" / "impc_abr_labelled_1345.csv").open() as stream:
+def test_it_has_every_column_of_the_real_file(cohort, real_data):
+    with (real_data / "audiogram" / "impc_abr_labelled_1345.csv").open() as stream:
         header = next(csv.reader(stream))
     assert list(cohort.columns) == [*header, "phenotype"]
 

@@ -169,20 +169,20 @@ def test_a_layer_and_raw_hold_counts_as_well(write: Write) -> None:
         )
 
 
-def test_the_blood_cells_of_scanpy(test_data: Path) -> None:
+def test_the_blood_cells_of_scanpy(real_data: Path) -> None:
     pytest.importorskip("scanpy", reason="needs the extra singlecell")
     data = pbmc68k(min_cells=1)
     assert [len(data.ids(split)) for split in SPLITS] == [490, 68, 142]
-    file = test_data / "singlecell" / "pbmc68k_reduced_counts_700.h5ad"
+    file = real_data / "singlecell" / "pbmc68k_reduced_counts_700.h5ad"
     same = SingleCell(
         str(file), Columns("bulk_labels"), min_cells=1, fractions=(0.7, 0.1, 0.2), split_by="cell"
     )
     assert torch.equal(whole(data, "test")["counts"], whole(same, "test")["counts"])
 
 
-def test_real_cells_of_few_donors_under_two_conditions(test_data: Path) -> None:
+def test_real_cells_of_few_donors_under_two_conditions(real_data: Path) -> None:
     pytest.importorskip("anndata", reason="needs the extra singlecell")
-    path = str(test_data / "singlecell" / "kang_muscat_1556.h5ad")
+    path = str(real_data / "singlecell" / "kang_muscat_1556.h5ad")
     columns = Columns("cluster_id", "donor_id", "group_id")
     with pytest.raises(UserError, match=r"donor '101' is in 2 conditions \(ctrl, stim\).*paired"):
         SingleCell(path, columns)

@@ -96,9 +96,9 @@ def test_a_foreign_checkpoint_is_named(command: Command, tmp_path: Path, content
     assert_one_line(finished, "foreign.pt", "truncated or foreign")
 
 
-def simulated(folder: Path, test_data: Path) -> Path:
+def simulated(folder: Path, real_data: Path) -> Path:
     """The real labelled table, small, to be damaged in one way."""
-    lines = (test_data / "audiogram" / "impc_abr_labelled_1345.csv").read_text().splitlines()
+    lines = (real_data / "audiogram" / "impc_abr_labelled_1345.csv").read_text().splitlines()
     path = folder / "mice.csv"
     path.write_text("\n".join(lines[:300]) + "\n")
     return path
@@ -114,25 +114,25 @@ def test_a_mandatory_path_is_asked_for(command: Command, tmp_path: Path) -> None
 
 
 def test_a_missing_column_is_named_with_the_nearest(
-    command: Command, tmp_path: Path, test_data: Path
+    command: Command, tmp_path: Path, real_data: Path
 ) -> None:
-    path = simulated(tmp_path, test_data)
+    path = simulated(tmp_path, real_data)
     path.write_text(path.read_text().replace("abr_12khz", "abr_12_khz"))
     finished = command(tmp_path, "experiment=audiogram", f"data.path={path}")
     assert_one_line(finished, "abr_12khz", str(path), "abr_12_khz")
 
 
-def test_an_empty_table_is_named(command: Command, tmp_path: Path, test_data: Path) -> None:
-    path = simulated(tmp_path, test_data)
+def test_an_empty_table_is_named(command: Command, tmp_path: Path, real_data: Path) -> None:
+    path = simulated(tmp_path, real_data)
     path.write_text(path.read_text().splitlines()[0] + "\n")
     finished = command(tmp_path, "experiment=audiogram", f"data.path={path}")
     assert_one_line(finished, str(path))
 
 
 def test_a_truncated_compressed_table_is_named(
-    command: Command, tmp_path: Path, test_data: Path
+    command: Command, tmp_path: Path, real_data: Path
 ) -> None:
-    whole = gzip.compress(simulated(tmp_path, test_data).read_bytes())
+    whole = gzip.compress(simulated(tmp_path, real_data).read_bytes())
     path = tmp_path / "mice.csv.gz"
     path.write_bytes(whole[: len(whole) // 2])
     finished = command(tmp_path, "experiment=audiogram", f"data.path={path}")

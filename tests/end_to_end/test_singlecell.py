@@ -93,14 +93,14 @@ def test_patients_and_what_another_classifier_reuses(stagesweep: Command, tmp_pa
 
 
 def test_two_donors_of_a_file_are_held_out_in_turn(
-    stagesweep: Command, test_data: Path, tmp_path: Path
+    stagesweep: Command, real_data: Path, tmp_path: Path
 ) -> None:
     """Cells of two donors, each before and after a stimulus (Kang et al. 2018)."""
     others = ("baselines", "score", "patient_score", "figures")
     stagesweep(
         "experiment=singlecell",
         "data=singlecell",
-        f"data.path={test_data / 'singlecell' / 'kang_muscat_1556.h5ad'}",
+        f"data.path={real_data / 'singlecell' / 'kang_muscat_1556.h5ad'}",
         "data.columns.label=cluster_id",
         "data.columns.donor=donor_id",
         "data.columns.condition=group_id",
