@@ -17,9 +17,8 @@ where x > 0 and sigmoid(t - pi) elsewhere the gradient of the log-likelihood is
 
 The gamma functions are needed where counts are not zero, and there mostly of small whole counts,
 for which lnG(x + theta) - lnG(theta) is the sum of log(theta + i) over i < x: a histogram of the
-counts of each gene and a small table replace them, and the functions themselves are needed only
-from where the table ends. Value and gradient come from one pass over
-pieces that fit into the cache.
+counts of each gene and a small table replace them up to where the table ends. Value and gradient
+come from one pass over pieces that fit into the cache.
 """
 
 from typing import Any
