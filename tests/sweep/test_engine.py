@@ -97,6 +97,25 @@ def test_a_changed_sweep_is_refused_with_the_differences(lab: "Lab") -> None:
     assert "stage.toy.x: one study cannot hold both" in errors
 
 
+def test_changed_code_is_refused_as_well(lab: "Lab") -> None:
+    module = lab.folder / "code" / "toy.py"
+    module.parent.mkdir()
+    module.write_text((Path(__file__).parent / "toy.py").read_text())
+    lab.environment["PYTHONPATH"] = f"{module.parent}{os.pathsep}{lab.environment['PYTHONPATH']}"
+    lab.sweep("stage.toy.x=0,1")
+    with module.open("a") as file:
+        file.write("\n# A comment changes nothing.\n")
+    said, _ = lab.sweep("stage.toy.x=0,1")
+    assert "2 of 2 trials finished" in said
+    with module.open("a") as file:
+        file.write("\nMORE = 1\n")
+    _, errors = lab.sweep("stage.toy.x=0,1", status=1)
+    assert "was begun with other settings or code: code of toy; put them back" in errors
+    said, _ = lab.sweep("stage.toy.x=0,1", "sweep.on_change=continue")
+    assert "2 of 2 trials finished" in said
+    assert "going on with changed settings or code: code of toy" in said
+
+
 def test_the_name_of_a_sweep_follows_from_its_command(lab: "Lab") -> None:
     for own in (["search.n_trials=1"], ["search.n_trials=2", "sweep.slots=1"]):
         lab.sweep("stage.toy.x=0,1", *own, "hydra.sweep.dir=multirun/${search.study}")

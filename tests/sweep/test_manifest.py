@@ -22,7 +22,7 @@ TREES = st.dictionaries(KEYS, PLAIN, max_size=4)
 
 
 def about(config: dict[str, Any]) -> dict[str, Any]:
-    return {"space": SPACE.fingerprint(), "config": config}
+    return {"space": SPACE.fingerprint(), "config": config, "code": {"toy": "1", "torch": "2"}}
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -57,6 +57,21 @@ def test_lines_name_key_and_values() -> None:
     assert [line for line in lines if line.startswith("space lr: was ")] != []
 
 
+def test_modules_whose_code_has_changed_are_named() -> None:
+    before = about({})
+    now = before | {"code": {"toy": "2", "torch": "2"}}
+    assert manifest.changes(SPACE, now, before) == ["code of toy"]
+    now["code"] = dict.fromkeys("abcde", "")
+    assert manifest.changes(SPACE, now, before) == ["code of a, b, c and 4 more"]
+
+
+def test_code_is_that_of_all_that_trials_run(compose: "Compose") -> None:
+    found = manifest.code(compose("experiment=tiny"))
+    assert {"stagesweep.core.fit", "stagesweep.model.vae", "torch"} <= found.keys()
+    assert found["torch"].startswith("torch==")
+    assert manifest.code(compose("experiment=tiny", "model._target_=no.such.Thing")) == {}
+
+
 def test_what_changes_no_result_is_no_change(compose: "Compose") -> None:
     """How often something is written, and threads, may differ between two starts."""
     plain = manifest.plain(compose("experiment=tiny"))
@@ -68,6 +83,7 @@ def test_what_changes_no_result_is_no_change(compose: "Compose") -> None:
 def test_the_refusal_says_what_to_do() -> None:
     said = str(manifest.refuse_changed(Path("multirun/x"), ["seed: was 0, is 1"]))
     assert said == (
-        "multirun/x was begun with other settings: seed: was 0, is 1; put them back, name another "
-        "sweep with search.study=<name>, or set sweep.on_change=continue or sweep.on_change=new"
+        "multirun/x was begun with other settings or code: seed: was 0, is 1; put them back, name "
+        "another sweep with search.study=<name>, or set sweep.on_change=continue or "
+        "sweep.on_change=new"
     )

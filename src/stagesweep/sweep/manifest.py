@@ -10,8 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
-from stagesweep.inputs import what_counts
+from stagesweep.fingerprint import sources
+from stagesweep.inputs import modules, what_counts
 from stagesweep.sweep.space import Space
+
+# So many modules whose code has changed are named.
+NAMED = 3
 
 
 def write(folder: Path, about: Mapping[str, Any]) -> None:
@@ -26,14 +30,24 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def changes(space: Space, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Lines that say what is not as it was when the sweep was begun."""
+    """Lines that say what is not as it was when the sweep was begun: trials that have ended would
+    stand beside others that they cannot be compared with.
+    """
     lines = [f"space {line}" for line in space.difference(before["space"])]
     old, new = flat(before["config"]), flat(now["config"])
-    return lines + [
+    lines += [
         f"{key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        for key in differing(old, new)
     ]
+    if names := differing(before["code"], now["code"]):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines.append(f"code of {', '.join(names[:NAMED])}{more}")
+    return lines
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ, or that one of them lacks."""
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
@@ -61,10 +75,22 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return loaded
 
 
+def code(config: DictConfig) -> dict[str, str]:
+    """What identifies the code of each module that trials run, as far as what they share says.
+
+    Empty when there is a module that cannot be found, which the checks of a sweep say better.
+    """
+    try:
+        found = sources(modules(plain(config)))
+    except UserError:
+        return {}
+    return {name: found[name] for name in sorted(found)}
+
+
 def refuse_changed(folder: Path, lines: list[str]) -> UserError:
     """What to say of a sweep whose command has changed."""
     said = "; ".join(lines)
     return UserError(
-        f"{folder} was begun with other settings: {said}; put them back, name another sweep with "
-        "search.study=<name>, or set sweep.on_change=continue or sweep.on_change=new"
+        f"{folder} was begun with other settings or code: {said}; put them back, name another "
+        "sweep with search.study=<name>, or set sweep.on_change=continue or sweep.on_change=new"
     )
