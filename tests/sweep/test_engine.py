@@ -110,10 +110,10 @@ def test_changed_code_is_refused_as_well(lab: "Lab") -> None:
     with module.open("a") as file:
         file.write("\nMORE = 1\n")
     _, errors = lab.sweep("stage.toy.x=0,1", status=1)
-    assert "was begun with other settings or code: code of toy; put them back" in errors
+    assert "was begun with other settings, code or data: code of toy; put them back" in errors
     said, _ = lab.sweep("stage.toy.x=0,1", "sweep.on_change=continue")
     assert "2 of 2 trials finished" in said
-    assert "going on with changed settings or code: code of toy" in said
+    assert "going on with what has changed: code of toy" in said
 
 
 def test_the_name_of_a_sweep_follows_from_its_command(lab: "Lab") -> None:

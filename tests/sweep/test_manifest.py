@@ -22,7 +22,8 @@ TREES = st.dictionaries(KEYS, PLAIN, max_size=4)
 
 
 def about(config: dict[str, Any]) -> dict[str, Any]:
-    return {"space": SPACE.fingerprint(), "config": config, "code": {"toy": "1", "torch": "2"}}
+    identity = {"code": {"toy": "1", "torch": "2"}, "files": {"data.csv": "3"}}
+    return {"space": SPACE.fingerprint(), "config": config, **identity}
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -63,13 +64,28 @@ def test_modules_whose_code_has_changed_are_named() -> None:
     assert manifest.changes(SPACE, now, before) == ["code of toy"]
     now["code"] = dict.fromkeys("abcde", "")
     assert manifest.changes(SPACE, now, before) == ["code of a, b, c and 4 more"]
+    del before["code"]
+    assert manifest.changes(SPACE, now, before) == []
 
 
 def test_code_is_that_of_all_that_trials_run(compose: "Compose") -> None:
-    found = manifest.code(compose("experiment=tiny"))
+    found = manifest.about(SPACE, compose("experiment=tiny"))["code"]
     assert {"stagesweep.core.fit", "stagesweep.model.vae", "torch"} <= found.keys()
     assert found["torch"].startswith("torch==")
-    assert manifest.code(compose("experiment=tiny", "model._target_=no.such.Thing")) == {}
+    lost = compose("experiment=tiny", "model._target_=no.such.Thing")
+    assert manifest.about(SPACE, lost)["code"] == {}
+
+
+def test_a_file_counts_by_its_content(compose: "Compose", tmp_path: Path) -> None:
+    table = tmp_path / "data.csv"
+    table.write_text("a")
+    given_ = compose("experiment=audiogram", f"data.path={table}")
+    before = manifest.about(SPACE, given_)
+    table.touch()
+    assert manifest.changes(SPACE, manifest.about(SPACE, given_), before) == []
+    table.write_text("b")
+    now = manifest.about(SPACE, given_)
+    assert manifest.changes(SPACE, now, before) == [f"content of {table}"]
 
 
 def test_what_changes_no_result_is_no_change(compose: "Compose") -> None:
@@ -83,7 +99,7 @@ def test_what_changes_no_result_is_no_change(compose: "Compose") -> None:
 def test_the_refusal_says_what_to_do() -> None:
     said = str(manifest.refuse_changed(Path("multirun/x"), ["seed: was 0, is 1"]))
     assert said == (
-        "multirun/x was begun with other settings or code: seed: was 0, is 1; put them back, name "
-        "another sweep with search.study=<name>, or set sweep.on_change=continue or "
+        "multirun/x was begun with other settings, code or data: seed: was 0, is 1; put them "
+        "back, name another sweep with search.study=<name>, or set sweep.on_change=continue or "
         "sweep.on_change=new"
     )

@@ -113,7 +113,7 @@ def place(
         if not lines or wanted == "continue":
             sweeper.study_name = before["study"]
             if lines:
-                log.warning("going on with changed settings or code: %s", "; ".join(lines))
+                log.warning("going on with what has changed: %s", "; ".join(lines))
             break
         if wanted == "refuse":
             raise manifest.refuse_changed(folder, lines)

@@ -58,11 +58,7 @@ def sweep(
     points = list(space.points(settings.max_points)) if grid else None
     aims = objectives(config.objective)
     pruner = begin.chosen_pruner(settings, list(aims))
-    about = {
-        "space": space.fingerprint(),
-        "config": manifest.plain(config),
-        "code": manifest.code(config),
-    }
+    about = manifest.about(space, config)
     sharing = Sharing(sweeper.storage)
     with explained(sweeper.storage), ExitStack() as held:
         with sharing.alone():

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
 from stagesweep.fingerprint import sources
-from stagesweep.inputs import modules, what_counts
+from stagesweep.inputs import content_hash, modules, what_counts
 from stagesweep.sweep.space import Space
 
 # So many modules whose code has changed are named.
@@ -29,16 +29,29 @@ def read(folder: Path) -> dict[str, Any] | None:
     return yaml.safe_load(file.read_text()) if file.exists() else None
 
 
+def about(space: Space, config: DictConfig) -> dict[str, Any]:
+    """What a sweep is begun with, as plain values: all that its results depend on."""
+    shared = plain(config)
+    return {
+        "space": space.fingerprint(),
+        "config": shared,
+        "code": code(shared),
+        "files": files(shared),
+    }
+
+
 def changes(space: Space, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Lines that say what is not as it was when the sweep was begun: trials that have ended would
     stand beside others that they cannot be compared with.
     """
+    before = {**now, **before}  # that of an older version says less
     lines = [f"space {line}" for line in space.difference(before["space"])]
     old, new = flat(before["config"]), flat(now["config"])
     lines += [
         f"{key}: was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
         for key in differing(old, new)
     ]
+    lines += [f"content of {path}" for path in differing(before["files"], now["files"])]
     if names := differing(before["code"], now["code"]):
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         lines.append(f"code of {', '.join(names[:NAMED])}{more}")
@@ -75,22 +88,29 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return loaded
 
 
-def code(config: DictConfig) -> dict[str, str]:
+def code(shared: Mapping[str, Any]) -> dict[str, str]:
     """What identifies the code of each module that trials run, as far as what they share says.
 
     Empty when there is a module that cannot be found, which the checks of a sweep say better.
     """
     try:
-        found = sources(modules(plain(config)))
+        found = sources(modules(dict(shared)))
     except UserError:
         return {}
     return {name: found[name] for name in sorted(found)}
+
+
+def files(shared: Mapping[str, Any]) -> dict[str, str]:
+    """A hash of each file that all trials start from: of data, of weights."""
+    paths = [shared.get("data", {}).get("path"), shared.get("init_from")]
+    return {str(p): content_hash(Path(p)) for p in paths if p is not None and Path(p).exists()}
 
 
 def refuse_changed(folder: Path, lines: list[str]) -> UserError:
     """What to say of a sweep whose command has changed."""
     said = "; ".join(lines)
     return UserError(
-        f"{folder} was begun with other settings or code: {said}; put them back, name another "
-        "sweep with search.study=<name>, or set sweep.on_change=continue or sweep.on_change=new"
+        f"{folder} was begun with other settings, code or data: {said}; put them back, name "
+        "another sweep with search.study=<name>, or set sweep.on_change=continue or "
+        "sweep.on_change=new"
     )
