@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import execution_whitelist, instantiate
+from hydra.utils import execution_whitelist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from stagesweep import config
-from stagesweep.build import build_stage
+from stagesweep.build import build_stage, built
 from stagesweep.core.board import Board
 from stagesweep.core.fit import Loop
 from stagesweep.core.log import MetricLog
@@ -40,16 +40,17 @@ def fits(cfg: DictConfig) -> list[str]:
 
 
 class Part:
-    """The data, model, loss terms and settings of one fit stage."""
+    """The data, model, loss terms and settings of one fit stage; of stages before it, nothing."""
 
     def __init__(self, cfg: DictConfig, stage: str, machine: Machine) -> None:
         self.stage, self.machine = stage, machine
         seed_everything(0)
         with execution_whitelist(config.trusted()):
-            self.data: Any = instantiate(cfg.data, _convert_="all")
+            self.data: Any = built(cfg.data)
             self.settings: config.Fit = build_stage(cfg.stage[stage])
-            model: Any = instantiate(cfg.model, spec=self.data.spec, _convert_="all")
-            terms = {t: instantiate(cfg.loss[t], _convert_="all") for t in self.settings.loss}
+            part = self.settings.part
+            model: Any = built(cfg.model if part is None else cfg.model[part], spec=self.data.spec)
+            terms = {t: built(cfg.loss[t]) for t in self.settings.loss}
         if hasattr(model, "checkpointed"):
             model.checkpointed = machine.activation_checkpointing
         self.model: nn.Module = model.to(machine.device)
