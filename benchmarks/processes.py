@@ -18,13 +18,13 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from stagesweep import config
 from stagesweep.core.distributed import Team, join
 from stagesweep.core.step import WeightedLoss
 from stagesweep.hardware.machine import resolve
+from stagesweep.loss.cross_entropy import CrossEntropy
 
 # Width, hidden layers, samples of a batch.
 MODELS = {"small": (64, 2, 64), "narrow": (256, 3, 1024), "wide": (2048, 7, 256)}
@@ -43,17 +43,8 @@ class Classifier(nn.Module):
         self.layers = nn.Sequential(*blocks, nn.Linear(width, CLASSES))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Class scores (B, 10)."""
-        return {"scores": self.layers(batch["x"])}
-
-
-class CrossEntropy(nn.Module):
-    """Sum over samples, and their number."""
-
-    def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss and the number of samples."""
-        total = cross_entropy(outputs["scores"], batch["label"], reduction="sum")
-        return total, total.new_tensor(len(batch["label"]))
+        """Logarithms of class probabilities (B, 10)."""
+        return {"classes": self.layers(batch["x"]).log_softmax(1)}
 
 
 class Trial:
@@ -70,7 +61,7 @@ class Trial:
         self.own = {name: column[team.part(samples)] for name, column in self.batch.items()}
         own, other, alone = (Classifier(width, layers).to(device) for _ in range(3))
         self.parameters = sum(p.numel() for p in own.parameters())
-        self.term = CrossEntropy()
+        self.term = CrossEntropy("label", output="classes")
         machine = resolve(config.Hardware(device=config.Device(device.type)))
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         terms, weights = {"label": self.term}, {"label": config.Weight()}
