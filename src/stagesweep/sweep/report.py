@@ -3,7 +3,6 @@
 import argparse
 import base64
 import hashlib
-import json
 import logging
 import math
 import os
@@ -11,7 +10,6 @@ import re
 import sys
 import webbrowser
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -26,7 +24,7 @@ from markupsafe import Markup
 
 from stagesweep.errors import UserError
 from stagesweep.files import atomic_text
-from stagesweep.sweep import pictures
+from stagesweep.sweep import learning, pictures
 from stagesweep.sweep.record import Comparison, Sweep, Trial, read
 from stagesweep.sweep.results import (
     comparisons,
@@ -43,7 +41,7 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 
 # What is drawn and listed of a large sweep; `results_summary.csv` has every trial.
-ROWS, SLICES, LINES, TOP = 500, 24, 200, 5
+ROWS, SLICES = 500, 24
 
 # Below this number of complete trials an importance is chance.
 ENOUGH = 10
@@ -286,7 +284,7 @@ class _Part:
     @cached_property
     def curves(self) -> list[tuple[str, Markup]]:
         """Learning curves: of each fit, and of what was reported to the pruner."""
-        return [*fits(self.sweep), *reports(self.sweep)]
+        return [*learning.fits(self.sweep), *learning.reports(self.sweep)]
 
 
 # ------------------------------------------------------------------------------ what it needs
@@ -316,86 +314,6 @@ def importances(sweep: Sweep, objective: int) -> dict[str, float] | str:
     if not found:
         return "No parameter that varies is common to all trials."
     return {name: float(share) for name, share in found.items()}
-
-
-def fits(sweep: Sweep) -> list[tuple[str, Markup]]:
-    """For each stage that trains, one number over its epochs; runs that share it have one line."""
-    top = sweep.ranked()[:TOP]
-    best = {trial.number for trial in top}
-    rest = [trial for trial in reversed(sweep.trials) if trial.number not in best]
-    seen: set[tuple[str, str]] = set()
-    lines: dict[str, list[tuple[Trial, list[dict[str, Any]]]]] = {}
-    for trial in [*top, *rest[: LINES - len(top)]]:
-        for run in trial.runs:
-            keys = _fingerprints(trial, run)
-            for stage, rows in _epochs(run).items():
-                key = (stage, keys.get(stage, str(run)))
-                if key not in seen:
-                    seen.add(key)
-                    lines.setdefault(stage, []).append((trial, rows))
-    found = []
-    for stage, runs in lines.items():
-        metric = _metric(sweep, stage, runs[0][1])
-        if metric is None:
-            continue
-        grey: list[pictures.Curve] = []
-        named: dict[str, list[pictures.Curve]] = {}
-        for trial, rows in runs:
-            curve = _thinned([(r["epoch"], r[metric]) for r in rows if r.get(metric) is not None])
-            if trial.number in best and len(runs) > 1:
-                named.setdefault(f"#{trial.number}", []).append(curve)
-            else:
-                grey.append(curve)
-        if len(runs) == 1 and len(sweep.complete) > 1:
-            named, grey = {"shared by all trials": grey}, []
-        found.append((stage, pictures.curves(grey, named, ("epoch", f"{stage}/{metric}"))))
-    return found
-
-
-def reports(sweep: Sweep) -> list[tuple[str, Markup]]:
-    """What trials reported while they ran, by step."""
-    top = {trial.number for trial in sweep.ranked()[:TOP]} if len(sweep.objectives) == 1 else set()
-    drawn = [trial for trial in sweep.trials if trial.reports]
-    if not drawn:
-        return []
-    curve = {t.number: _thinned(sorted(t.reports.items())) for t in drawn[-LINES:]}
-    named = {f"#{number}": [line] for number, line in curve.items() if number in top}
-    grey = [line for number, line in curve.items() if number not in top]
-    return [("reported while training", pictures.curves(grey, named, ("step", "reported value")))]
-
-
-def _fingerprints(trial: Trial, run: Path) -> dict[str, str]:
-    """The fingerprint of each stage of a run that is through."""
-    stages = trial.results.get(run, {}).get("stages", [])
-    return {stage["name"]: stage["fingerprint"] for stage in stages}
-
-
-def _epochs(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of epochs in a run's metrics, by stage; a half-written line is left out."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if row["kind"] == "epoch":
-                found.setdefault(row["stage"], []).append(row)
-    return found
-
-
-def _metric(sweep: Sweep, stage: str, rows: Sequence[dict[str, Any]]) -> str | None:
-    """The number of a fit that says most: an objective, else a loss."""
-    have = {name for row in rows for name, value in row.items() if value is not None}
-    own = [name.partition("/")[2] for name in sweep.objectives if name.startswith(f"{stage}/")]
-    wanted = (*own, *(name.rpartition("/")[2] for name in sweep.objectives))
-    return next((n for n in (*wanted, "val_loss", "train_loss") if n in have), None)
-
-
-def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> pictures.Curve:
-    """Points with finite values, at most some hundred, as x and y."""
-    known = [(x, y) for x, y in points if abs(y) < pictures.LARGEST]
-    step = max(math.ceil(len(known) / most), 1)
-    chosen = known[::step] + ([known[-1]] if known and (len(known) - 1) % step else [])
-    return [x for x, _ in chosen], [y for _, y in chosen]
 
 
 def duration(seconds: float | None) -> str:
