@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from stagesweep import config
-from stagesweep.core.board import Board
+from stagesweep.base.spec import Spec
+from stagesweep.base.view import Batch, Sampler, View
+from stagesweep.config import schema
 from stagesweep.core.fit import Loop
-from stagesweep.core.log import MetricLog
-from stagesweep.data.digits import Digits
-from stagesweep.data.spec import Spec
-from stagesweep.data.view import Batch, Sampler, View
-from stagesweep.hardware.machine import resolve
+from stagesweep.core.metric_log import MetricLog
+from stagesweep.core.tensorboard import Board
+from stagesweep.hardware.profile import resolve
 from stagesweep.loss.kl import KL
 from stagesweep.loss.reconstruction import Reconstruction
-from stagesweep.model.vae import ClusteringVAE
+from stagesweep.systems.audiogram.digits import Digits
+from stagesweep.systems.audiogram.model.vae import ClusteringVAE
 
 
 class MLP(nn.Module):
@@ -141,20 +141,20 @@ def ours(case: Case, data: Digits, epochs: int) -> float:
         return view.order(size, generator)
 
     sampler: Sampler = ticking
-    settings = config.Fit(
+    settings = schema.Fit(
         epochs=epochs,
         batch_size=case.batch_size,
-        loss={name: config.Weight() for name in case.terms},
-        optimizer=config.Optimizer(lr=case.lr),
+        loss={name: schema.Weight() for name in case.terms},
+        optimizer=schema.Optimizer(lr=case.lr),
         clip_norm=case.clip,
         sampler=sampler,
-        early_stop={"val_loss": config.EarlyStop(patience=epochs)},
-        best={"val_loss": config.Mode.min},
+        early_stop={"val_loss": schema.EarlyStop(patience=epochs)},
+        best={"val_loss": schema.Mode.min},
     )
     with tempfile.TemporaryDirectory() as folder:
         board = Board(Path(folder))
         rows = MetricLog(Path(folder, "metrics.jsonl"), board, "fit")
-        machine = resolve(config.Hardware(device=config.Device.cpu))
+        machine = resolve(schema.Hardware(device=schema.Device.cpu))
         views = {name: data.split(name) for name in ("train", "val")}
         loop = Loop(
             case.model(data.spec), case.terms, settings, views, data.spec, machine, 0,

@@ -23,13 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from benchmarks.parts import Part, composed, fits, processor
-from stagesweep import config
-from stagesweep.config import Device, Hardware, Precision
-from stagesweep.core.board import read_rows
-from stagesweep.core.terms import per_sample
+from stagesweep.base.terms import per_sample
+from stagesweep.base.view import View
+from stagesweep.config import register, schema
+from stagesweep.config.schema import Device, Hardware, Precision
+from stagesweep.core.tensorboard import read_rows
 from stagesweep.data.loader import LoaderView
-from stagesweep.data.view import View
-from stagesweep.hardware.machine import Machine, resolve
+from stagesweep.hardware.profile import Machine, resolve
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": Precision.fp32, "tf32": False},
@@ -67,7 +67,7 @@ class Bench:
 
     def throughput(self) -> None:
         """Samples a second of the first fit of every experiment."""
-        names = sorted(file.stem for file in (config.folder() / "experiment").glob("*.yaml"))
+        names = sorted(file.stem for file in (register.folder() / "experiment").glob("*.yaml"))
         variants = self.variants()
         self.say("## Samples a second\n")
         self.say(f"| experiment | batch | {' | '.join(variants)} |")
@@ -171,7 +171,7 @@ class Rows:
         return {name: column[index] for name, column in self.columns.items()}
 
 
-def brief(settings: config.Fit, epochs: int) -> config.Fit:
+def brief(settings: schema.Fit, epochs: int) -> schema.Fit:
     """The settings of a fit that is to be timed: no rule, no checkpoint, one evaluation."""
     return replace(
         settings, epochs=epochs, eval_every=epochs, early_stop={}, best={}, select="last",

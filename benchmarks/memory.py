@@ -21,11 +21,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.parts import Part, composed, processor
-from stagesweep import config
+from stagesweep.base.view import Batch
+from stagesweep.config import schema
 from stagesweep.core.predict import to_device
 from stagesweep.core.step import WeightedLoss
-from stagesweep.data.view import Batch
-from stagesweep.hardware.machine import Machine, resolve
+from stagesweep.hardware.profile import Machine, resolve
 
 PLAIN = "plain"
 # Name, model, and what the profile says.
@@ -99,14 +99,14 @@ def peak_on_gpu(step: Callable[[], float]) -> float:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(name: str, device: config.Device, size: int, animals: int, rounds: int) -> list[float]:
+def measure(name: str, device: schema.Device, size: int, animals: int, rounds: int) -> list[float]:
     """Peak bytes, loss, and seconds of a step."""
     model, profile_says = RECIPES[name]
     settings = {**profile_says}
     if "micro_batch" in settings:
         settings["micro_batch"] = size // settings["micro_batch"]
     machine = resolve(
-        config.Hardware(device=device, precision=config.Precision.fp32, tf32=False, **settings)
+        schema.Hardware(device=device, precision=schema.Precision.fp32, tf32=False, **settings)
     )
     step = Step(model, machine, size, animals)
     loss = step()  # gradients are allocated, and kernels chosen
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("|---|---|---|---|---|---|")
     for name, (model, _) in RECIPES.items():
         found[name] = peak, loss, seconds = measure(
-            name, config.Device(options.device), size, animals, rounds
+            name, schema.Device(options.device), size, animals, rounds
         )
         plain = found[PLAIN]
         same = model == RECIPES[PLAIN][0]

@@ -13,21 +13,21 @@ from hydra.utils import execution_whitelist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from stagesweep import config
-from stagesweep.build import build_stage, built
-from stagesweep.core.board import Board
+from stagesweep.base.view import View
+from stagesweep.config import register, schema, trust
 from stagesweep.core.fit import Loop
-from stagesweep.core.log import MetricLog
+from stagesweep.core.metric_log import MetricLog
 from stagesweep.core.seeding import seed_everything
-from stagesweep.data.view import View
-from stagesweep.hardware.machine import Machine
+from stagesweep.core.tensorboard import Board
+from stagesweep.hardware.profile import Machine
+from stagesweep.run.build import build_stage, built
 
 
 @cache
 def composed(*overrides: str) -> DictConfig:
     """The config of a run, as the command composes it."""
-    config.register()
-    with initialize_config_dir(str(config.folder())):
+    register.register()
+    with initialize_config_dir(str(register.folder())):
         return compose("config", list(overrides))
 
 
@@ -35,7 +35,7 @@ def fits(cfg: DictConfig) -> list[str]:
     """The names of its stages that train."""
     kinds = {str(name): OmegaConf.get_type(node) for name, node in cfg.stage.items()}
     return [
-        name for name, kind in kinds.items() if kind is not None and issubclass(kind, config.Fit)
+        name for name, kind in kinds.items() if kind is not None and issubclass(kind, schema.Fit)
     ]
 
 
@@ -45,9 +45,9 @@ class Part:
     def __init__(self, cfg: DictConfig, stage: str, machine: Machine) -> None:
         self.stage, self.machine = stage, machine
         seed_everything(0)
-        with execution_whitelist(config.trusted()):
+        with execution_whitelist(trust.trusted()):
             self.data: Any = built(cfg.data)
-            self.settings: config.Fit = build_stage(cfg.stage[stage])
+            self.settings: schema.Fit = build_stage(cfg.stage[stage])
             part = self.settings.part
             model: Any = built(cfg.model if part is None else cfg.model[part], spec=self.data.spec)
             terms = {t: built(cfg.loss[t]) for t in self.settings.loss}

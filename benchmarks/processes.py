@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stagesweep import config
-from stagesweep.core.distributed import Team, join
+from stagesweep.config import schema
 from stagesweep.core.step import WeightedLoss
-from stagesweep.hardware.machine import resolve
+from stagesweep.hardware.profile import resolve
 from stagesweep.loss.cross_entropy import CrossEntropy
+from stagesweep.parallel.process_group import Team, join
 
 # Width, hidden layers, samples of a batch.
 MODELS = {"small": (64, 2, 64), "narrow": (256, 3, 1024), "wide": (2048, 7, 256)}
@@ -62,9 +62,9 @@ class Trial:
         own, other, alone = (Classifier(width, layers).to(device) for _ in range(3))
         self.parameters = sum(p.numel() for p in own.parameters())
         self.term = CrossEntropy("label", output="classes")
-        machine = resolve(config.Hardware(device=config.Device(device.type)))
+        machine = resolve(schema.Hardware(device=schema.Device(device.type)))
         scaler = torch.amp.GradScaler(device.type, enabled=False)
-        terms, weights = {"label": self.term}, {"label": config.Weight()}
+        terms, weights = {"label": self.term}, {"label": schema.Weight()}
         self.loss = WeightedLoss(own, terms, weights, machine, scaler, team)
         parallel = DistributedDataParallel(other, [device] if device.type == "cuda" else None)
         self.work: dict[str, Work] = {

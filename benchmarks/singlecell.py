@@ -30,13 +30,13 @@ from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 from torch.nn.functional import elu, softplus
 
-from stagesweep.data.cells import CellView
-from stagesweep.data.cohort import Cohort
-from stagesweep.data.spec import Features, Spec
-from stagesweep.loss.counts import Counts
+from stagesweep.base.spec import Features, Spec
 from stagesweep.loss.cross_entropy import CrossEntropy
-from stagesweep.loss.mixture import Mixture
-from stagesweep.model.gmvae import GMVAE
+from stagesweep.systems.singlecell.data.cells import CellView
+from stagesweep.systems.singlecell.loss.counts import Counts
+from stagesweep.systems.singlecell.loss.mixture import Mixture
+from stagesweep.systems.singlecell.model.gmvae import GMVAE
+from stagesweep.systems.singlecell.simulate import Cohort
 
 TYPES = 8
 DEVICE = torch.device("cpu")

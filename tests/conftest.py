@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from stagesweep import config
+from stagesweep.config import register
 from stagesweep.core.seeding import seed_everything
 
 # A shell that starts a job in the background has it ignore Ctrl-C, and all processes it starts.
@@ -227,11 +227,11 @@ def compose() -> Iterator[Compose]:
     It also finds the experiments in tests/conf and in `folders`. Hydra's own node is set as in a
     run, and taken out of what is returned.
     """
-    config.register()
+    register.register()
 
     def composed(*overrides: str, folders: Sequence[Path] = ()) -> DictConfig:
         GlobalHydra.instance().clear()
-        with initialize_config_dir(str(config.folder())):
+        with initialize_config_dir(str(register.folder())):
             found = ",".join(folder.as_uri() for folder in (HERE / "conf", *folders))
             path = f"hydra.searchpath=[{found}]"
             cfg = hydra_compose("config", [path, *overrides], return_hydra_config=True)

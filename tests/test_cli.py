@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stagesweep import config
-from stagesweep.catalogue import summary
+from stagesweep.config import register
+from stagesweep.config.options import summary
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -50,8 +50,8 @@ def test_what_is_asked_at_a_prompt_imports_no_torch(tmp_path: Path, arguments: l
 
 def test_help_lists_every_experiment_and_group(cold: Command) -> None:
     said = cold("--help").stdout
-    for file in config.folder().rglob("*.yaml"):
-        group, name = file.parent.relative_to(config.folder()).as_posix(), file.stem
+    for file in register.folder().rglob("*.yaml"):
+        group, name = file.parent.relative_to(register.folder()).as_posix(), file.stem
         if group == "experiment":
             assert re.search(rf"^  {name} +{re.escape(summary(file))}$", said, re.MULTILINE), name
         elif not group.startswith((".", "hydra")):
@@ -71,7 +71,7 @@ def test_the_composed_config_is_shown(cold: Command) -> None:
 
 def test_completion_knows_options_and_keys(cold: Command) -> None:
     said = cold("-sc", "query=bash", COMP_LINE="stagesweep model=").stdout.split()
-    models = {f"model={file.stem}" for file in (config.folder() / "model").glob("*.yaml")}
+    models = {f"model={file.stem}" for file in (register.folder() / "model").glob("*.yaml")}
     assert models <= set(said)
     said = cold("-sc", "query=bash", COMP_LINE="stagesweep objective.").stdout.split()
     assert {"objective.metric=", "objective.mode="} <= set(said)

@@ -22,9 +22,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from stagesweep import config, store_cli
-from stagesweep.sweep import report
-from stagesweep.validate import validate
+from stagesweep.config import register, schema
+from stagesweep.config.validation import validate
+from stagesweep.store import command
+from stagesweep.sweep.report.page import _parser
 
 Compose = Callable[..., DictConfig]
 
@@ -167,12 +168,12 @@ def point(override: Override) -> str:
 
 def test_the_commands_of_the_store_are_understood() -> None:
     for _, words in of("stagesweep-store"):
-        assert store_cli._parser().parse_args(words).run
+        assert command._parser().parse_args(words).run
 
 
 def test_the_commands_of_the_report_are_understood() -> None:
     for _, words in of("stagesweep-report"):
-        assert report._parser().parse_args(words).folders
+        assert _parser().parse_args(words).folders
 
 
 def test_every_make_target_that_is_named_is_there() -> None:
@@ -352,7 +353,7 @@ def test_every_option_has_a_row(option: str) -> None:
 
 
 def schema_keys() -> list[str]:
-    config.register()
+    register.register()
     repo = ConfigStore.instance().repo
     kinds = [
         OmegaConf.get_type(node.node)
@@ -360,7 +361,7 @@ def schema_keys() -> list[str]:
         for name, node in repo[group].items()
         if name.startswith("base_")
     ]
-    kinds += [config.Optimizer, config.Schedule, config.EarlyStop, config.Weight, config.Search]
+    kinds += [schema.Optimizer, schema.Schedule, schema.EarlyStop, schema.Weight, schema.Search]
     return sorted({field.name for kind in kinds for field in fields(kind)})  # type: ignore[arg-type]
 
 

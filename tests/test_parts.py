@@ -10,11 +10,11 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from stagesweep.build import init_from, of_part
+from stagesweep.base.errors import UserError
+from stagesweep.config.validation import validate
 from stagesweep.core import checkpoint
-from stagesweep.errors import UserError
-from stagesweep.inputs import fingerprints
-from stagesweep.validate import validate
+from stagesweep.run.build import init_from, of_part
+from stagesweep.store.stage_inputs import fingerprints
 
 Compose = Callable[..., DictConfig]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # What looks at the environment or changes the process when it is imported.
-EACH = ("stagesweep.__main__", "stagesweep.cli", "stagesweep.sweep.warm")
+EACH = ("stagesweep.__main__", "stagesweep.cli", "stagesweep.sweep.engine.fork_server")
 
 
 def main() -> None:

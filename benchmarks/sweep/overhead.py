@@ -20,7 +20,7 @@ import json, sys
 from pathlib import Path
 from time import process_time
 from stagesweep.cli import main
-from stagesweep.sweep.controller import Controller
+from stagesweep.sweep.engine.controller import Controller
 
 loop = Controller.run
 

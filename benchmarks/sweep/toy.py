@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagesweep.errors import Pruned
-from stagesweep.sweep import trial
+from stagesweep.base import trial
+from stagesweep.base.errors import Pruned
 
 
 @dataclass

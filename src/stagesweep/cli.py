@@ -11,14 +11,15 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from stagesweep import config, launch
-from stagesweep.errors import Interrupted, UserError
-from stagesweep.explain import explain
+from stagesweep.base.errors import Interrupted, UserError
+from stagesweep.config import register, trust
+from stagesweep.config.access import hardware
+from stagesweep.config.messages import explain
 from stagesweep.hardware import environment
-from stagesweep.inputs import hardware
+from stagesweep.parallel import launch
 from stagesweep.sweep.plugin import SlotsLauncher, StudySweeper
 
-config.register()
+register.register()
 # Entry points name these, too; a checkout that is not installed has none.
 for plugin in (StudySweeper, SlotsLauncher):
     Plugins.instance().register(plugin)
@@ -51,13 +52,13 @@ def main() -> None:
 
 
 @hydra.main(
-    config_path=str(config.folder()), config_name="config", execution_whitelist=config.trusted()
+    config_path=str(register.folder()), config_name="config", execution_whitelist=trust.trusted()
 )
 def job(cfg: DictConfig) -> float | list[float] | None:
     """One run in Hydra's hands; returns the value of its objective."""
     try:
         environment.prepare(hardware(cfg))
-        from stagesweep.walk import walk
+        from stagesweep.run.runner import walk
 
         return walk(cfg)
     except Interrupted as error:

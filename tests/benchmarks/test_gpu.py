@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagesweep import config
+from stagesweep.config import register, schema
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def test_a_smoke_run_of_the_gpu_benchmark_fills_its_tables(tmp_path: Path) -> No
     page = tmp_path / "page.md"
     assert main(["--device", "cpu", "--small", "--output", str(page)]) == 0
     text = page.read_text()
-    for file in (config.folder() / "experiment").glob("*.yaml"):
+    for file in (register.folder() / "experiment").glob("*.yaml"):
         row = rf"^\| {file.stem}(, \w+ \| \d+( \| [\d,]+)+ \|| \| needs `--data .*)$"
         assert re.search(row, text, re.MULTILINE), file.stem
     assert re.search(r"^\| digits, pretrain \| 128 \| [\d,]+ \| [\d,]+ \|$", text, re.MULTILINE)
@@ -50,7 +50,7 @@ def test_recipes_save_memory_and_leave_the_loss_alone(monkeypatch: pytest.Monkey
 
     recipes = ("plain", "activations recomputed")
     peaks, losses = zip(
-        *(memory.measure(name, config.Device.cpu, 64, 400, rounds=1)[:2] for name in recipes),
+        *(memory.measure(name, schema.Device.cpu, 64, 400, rounds=1)[:2] for name in recipes),
         strict=True,
     )
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)

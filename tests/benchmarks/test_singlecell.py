@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagesweep.loss.zinb import negative_log_likelihood
+from stagesweep.systems.singlecell.likelihood import negative_log_likelihood
 
 ROOT = Path(__file__).parents[2]
 

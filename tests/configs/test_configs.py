@@ -18,16 +18,16 @@ from hydra.utils import execution_whitelist, instantiate
 from omegaconf import DictConfig, OmegaConf
 from optuna.pruners import BasePruner
 
-from stagesweep import config
-from stagesweep.bind import SPECIAL, bind, locate, nodes
-from stagesweep.fingerprint import sources
-from stagesweep.sweep.grammar import parse
-from stagesweep.validate import validate
+from stagesweep.config import register, schema, trust
+from stagesweep.config.signatures import SPECIAL, bind, locate, nodes
+from stagesweep.config.validation import validate
+from stagesweep.store.fingerprint import sources
+from stagesweep.sweep.space.grammar import parse
 
 Compose = Callable[..., DictConfig]
 
-CONF = config.folder()
-SRC = Path(config.__file__).parent
+CONF = register.folder()
+SRC = Path(schema.__file__).parent
 # What is composed but builds nothing.
 NO_COMPONENTS = ("experiment", "search", "hydra")
 # Arguments that the framework supplies.
@@ -163,7 +163,7 @@ def test_every_search_composes(compose: Compose, method: str) -> None:
 def test_every_sampler_is_made(compose: Compose, method: str) -> None:
     cfg = compose("experiment=tiny", f"search={method}")
     node = HydraConfig.get().sweeper.sampler
-    with execution_whitelist((*config.trusted(), "hydra_plugins.*")):
+    with execution_whitelist((*trust.trusted(), "hydra_plugins.*")):
         sampler = instantiate(node)
     sampler = sampler({"k": [1, 2]}) if node.get("_partial_") else sampler
     assert sampler.__class__.__module__.startswith("optuna.samplers")
@@ -182,7 +182,7 @@ def test_every_pruner_is_made_and_lists_every_parameter(compose: Compose, name: 
     assert set(wanted) == set(node) - set(SPECIAL)
     for key, parameter in wanted.items():
         assert parameter.default in (node[key], inspect.Parameter.empty)
-    with execution_whitelist(config.trusted()):
+    with execution_whitelist(trust.trusted()):
         assert isinstance(instantiate(node), BasePruner)
 
 
@@ -247,7 +247,7 @@ def test_a_component_lists_every_parameter(name: str) -> None:
 def test_what_has_a_schema_extends_it(name: str) -> None:
     """Every profile, and the stages whose class inherits one."""
     target = read(name).get("_target_")
-    has = target is None or issubclass(locate(name, target), config.Stage)  # type: ignore[arg-type]
+    has = target is None or issubclass(locate(name, target), schema.Stage)  # type: ignore[arg-type]
     assert (extends(name) in SCHEMAS) == has
 
 
@@ -261,10 +261,10 @@ def test_several_of_a_card_are_that_card_and_a_number(card: str) -> None:
             found: dict[str, Any] = OmegaConf.to_object(hydra_compose(f"hardware/{name}"))  # type: ignore[assignment]
         return vars(found["hardware"])
 
-    config.register()
+    register.register()
     one = composed(card)
     assert one["min_memory_gb"] == int(card.rpartition("_")[2].removesuffix("gb"))
-    assert (one["devices"], one["nodes"], one["precision"]) == (1, 1, config.Precision.bf16)
+    assert (one["devices"], one["nodes"], one["precision"]) == (1, 1, schema.Precision.bf16)
     several = [f"{card}_x{n}" for n in (2, 4, 8)]
     for name in [*several, f"{card}_x4_2nodes", f"{card}_x8_2nodes"]:
         assert len(read(f"hardware/{name}")) == 2, "defaults, and the one thing that differs"
@@ -275,7 +275,7 @@ def test_several_of_a_card_are_that_card_and_a_number(card: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_field_of_a_schema_is_shown_with_its_default(name: str) -> None:
-    config.register()
+    register.register()
     group, _, option = name.partition("/")
     schema = ConfigStore.instance().load(f"{group}/{base(name)}.yaml").node
     kind = OmegaConf.get_type(schema)
@@ -296,7 +296,7 @@ def test_every_module_is_reached_from_a_yaml(group: str) -> None:
     """Directly as a `_target_` of a component or an experiment, or imported by one."""
     every = [node for name in options() for _, node in nodes(read(name))]
     targets = {node["_target_"].rpartition(".")[0] for node in every}
-    reached = sources([*sorted(targets), "stagesweep.run"])
+    reached = sources([*sorted(targets), "stagesweep.run.context"])
     modules = {f"stagesweep.{group}.{file.stem}" for file in (SRC / group).glob("[!_]*.py")}
     assert modules - set(reached) <= FOR_OTHERS
 

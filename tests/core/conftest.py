@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stagesweep import config
-from stagesweep.core.board import Board
-from stagesweep.core.distributed import ALONE, Team
+from stagesweep.base.spec import Features, Spec
+from stagesweep.base.view import Batch, View
+from stagesweep.config import schema
 from stagesweep.core.fit import Loop
-from stagesweep.core.log import MetricLog, Unwritten
-from stagesweep.data.spec import Features, Spec
-from stagesweep.data.view import Batch, View
-from stagesweep.hardware.machine import resolve
+from stagesweep.core.metric_log import MetricLog, Unwritten
+from stagesweep.core.tensorboard import Board
+from stagesweep.hardware.profile import resolve
+from stagesweep.parallel.process_group import ALONE, Team
 
 WIDTH, LATENT, SAMPLES = 6, 3, 44
 
@@ -151,14 +151,14 @@ class Bench:
             torch.manual_seed(1)
             model = Tiny()
         if "loss" not in settings:
-            settings["loss"] = {"error": config.Weight()}
+            settings["loss"] = {"error": schema.Weight()}
         if terms is None:
             terms = {term: TERMS[term]() for term in settings["loss"]}
         defaults = {"epochs": 3, "batch_size": 10, "save_seconds": 0, "histogram_every": 0}
         train = View(columns()) if train is None else train
         val = View(columns(30, seed=1)) if val is None else val
         machine = resolve(
-            config.Hardware(**{"device": config.Device.cpu, "threads": 1, **(hardware or {})})
+            schema.Hardware(**{"device": schema.Device.cpu, "threads": 1, **(hardware or {})})
         )
         folder = self.folder / name
         board = Board(folder / f"tensorboard_{len(self.boards)}")
@@ -167,7 +167,7 @@ class Bench:
         return Loop(
             model=model.to(machine.device),
             terms={key: term.to(machine.device) for key, term in terms.items()},
-            settings=config.Fit(**{**defaults, **settings}),
+            settings=schema.Fit(**{**defaults, **settings}),
             views={
                 "train": train.prepare(machine.device, 0),
                 "val": val.prepare(machine.device, 0),

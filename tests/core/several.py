@@ -27,12 +27,12 @@ from test_step import (
 from test_step import gradients as gradients_of
 from torch import Tensor, nn
 
-from stagesweep import config
-from stagesweep.core import gradients
-from stagesweep.core.distributed import Team, join, team
+from stagesweep.base.errors import Interrupted, Lost
+from stagesweep.base.view import Batch, View
+from stagesweep.config import schema
 from stagesweep.core.predict import predict
-from stagesweep.data.view import Batch, View
-from stagesweep.errors import Interrupted, Lost
+from stagesweep.parallel import gradient_exchange
+from stagesweep.parallel.process_group import Team, join, team
 
 Work = Callable[[Bench, Path], None]
 
@@ -42,19 +42,19 @@ SAMPLES, MICRO = (1, 2, 20, 24), (None, 1, 2, 4, 8)
 EVERYTHING: dict[str, Any] = {
     "epochs": 3,
     "loss": {
-        "error": config.Weight(),
-        "masked": config.Weight(0.5, ramp=2.0),
-        "spread": config.Weight(0.1),
-        "anchored": config.Weight(0.1),
+        "error": schema.Weight(),
+        "masked": schema.Weight(0.5, ramp=2.0),
+        "spread": schema.Weight(0.1),
+        "anchored": schema.Weight(0.1),
     },
     "metrics": {"mean": lambda arrays: {"seen": len(arrays["mean"]), "mean": arrays["mean"].sum()}},
-    "best": {"val_mean": config.Mode.max},
+    "best": {"val_mean": schema.Mode.max},
     "select": "val_mean",
     "ema": 0.9,
-    "schedule": config.Schedule(decay=config.Decay.plateau, warmup=0.5, patience=1),
+    "schedule": schema.Schedule(decay=schema.Decay.plateau, warmup=0.5, patience=1),
 }
 # Neither is whole-batch, so that each process reads its own samples alone.
-OWN_PARTS: dict[str, Any] = {"epochs": 2, "loss": {"error": config.Weight()}, "batch_size": 15}
+OWN_PARTS: dict[str, Any] = {"epochs": 2, "loss": {"error": schema.Weight()}, "batch_size": 15}
 
 
 class Sometimes(Model):
@@ -136,7 +136,7 @@ def out_of_memory_on_one(kind: type[Small]) -> dict[str, Any]:
 class Watched(Team):
     """Notes how many gradients there were when each sum was begun."""
 
-    sums: gradients.Gradients | None = None
+    sums: gradient_exchange.Gradients | None = None
     there: list[int] = field(default_factory=list)
 
     def start_sum(self, value: Tensor) -> Callable[[], object]:
@@ -177,7 +177,7 @@ def fits(bench: Bench) -> dict[str, Any]:
 
 def stopped(bench: Bench) -> dict[str, Any]:
     """One of them is told to stop; then the others go on alone from what was saved."""
-    from stagesweep.core import interrupt
+    from stagesweep.base import signals
 
     loop = bench.loop(name="stopped", team=team(), **EVERYTHING)
     begin = loop.set_rates
@@ -189,7 +189,7 @@ def stopped(bench: Bench) -> dict[str, Any]:
 
     loop.set_rates = tell  # type: ignore[method-assign]
     said = ""
-    with interrupt.handled():
+    with signals.handled():
         try:
             loop.run()
         except Interrupted as error:
@@ -240,7 +240,7 @@ def one_gone() -> str:
 
 
 def of_three(bench: Bench, folder: Path) -> None:
-    gradients.BUCKET = 100  # so that a small model has several
+    gradient_exchange.BUCKET = 100  # so that a small model has several
     found: dict[str, Any] = {
         "gradients": gradients_of_each(),
         "own part": own_part_alone(),

@@ -16,27 +16,28 @@ from several import EVERYTHING, Sometimes, rows, start
 from test_step import WEIGHTS, by_hand, make_batch, make_loss
 from torch import nn
 
-from stagesweep import config
-from stagesweep.core import interrupt, shard
-from stagesweep.core.distributed import ALONE, Team, team
+from stagesweep.base import signals
+from stagesweep.base.errors import Interrupted, UserError
+from stagesweep.config import schema
 from stagesweep.core.fit import Loop
 from stagesweep.core.step import WeightedLoss
-from stagesweep.errors import Interrupted, UserError
+from stagesweep.parallel import fsdp
+from stagesweep.parallel.process_group import ALONE, Team, team
 
 SETTINGS: dict[str, Any] = EVERYTHING | {
     "histogram_every": 2,
     "clip_norm": 0.5,
     "freeze": ["encoder.0.bias"],
-    "optimizer": config.Optimizer(
-        lr=0.01, weight_decay=0.1, groups={"decoder*": config.Group(lr=0.002)}
+    "optimizer": schema.Optimizer(
+        lr=0.01, weight_decay=0.1, groups={"decoder*": schema.Group(lr=0.002)}
     ),
 }
-HARDWARE = {"parallel": config.Parallel.shard, "micro_batch": 2}
+HARDWARE = {"parallel": schema.Parallel.shard, "micro_batch": 2}
 
 
 def divided(names: list[str], model: nn.Module, micro_batch: int | None = None) -> WeightedLoss:
     """A loss whose model is divided."""
-    shards = shard.Shards(team(), torch.device("cpu"))
+    shards = fsdp.Shards(team(), torch.device("cpu"))
     loss = make_loss(names, model=shards.divide(model), micro_batch=micro_batch)
     loss.team, loss.shards = team(), shards
     return loss
@@ -53,7 +54,7 @@ def gradients_of_each() -> dict[str, float]:
         for micro_batch in (None, 3):
             loss = divided(names, make_loss(names).model, micro_batch)
             values = loss.backward(batch, 0.0)
-            grads = [shard.Shards.whole(p.grad).flatten() for p in loss.model.parameters()]
+            grads = [fsdp.Shards.whole(p.grad).flatten() for p in loss.model.parameters()]
             differences = torch.cat(grads) - expected, (values - pairs) / pairs
             worst = max(difference.abs().max() for difference in differences)
             found[f"{n} samples, micro-batch {micro_batch}"] = worst.item()
@@ -108,7 +109,7 @@ def stopped(bench: Bench, folder: Path, hardware: dict[str, Any], team: Team) ->
             os.kill(os.getpid(), signal.SIGTERM)
 
     loop.set_rates = tell  # type: ignore[method-assign]
-    with interrupt.handled(), suppress(Interrupted):
+    with signals.handled(), suppress(Interrupted):
         loop.run()
 
 
@@ -167,6 +168,6 @@ def of_three(bench: Bench, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    shard.UNIT = 40  # so that layers of a small model are units
+    fsdp.UNIT = 40  # so that layers of a small model are units
     for size, work in ((2, of_two), (3, of_three)):
         start(size, work, Path(sys.argv[1]))

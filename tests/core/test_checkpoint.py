@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stagesweep.base.errors import UserError
 from stagesweep.core.checkpoint import load, load_newest, save, save_numbered
-from stagesweep.errors import UserError
 
 
 def state(value: float, size: int = 4) -> dict[str, Any]:

@@ -20,18 +20,19 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 from torch import Tensor, nn
 
-from stagesweep import config
-from stagesweep.config import Decay, EarlyStop, Mode, Precision, Schedule, Weight
-from stagesweep.core import checkpoint, interrupt
-from stagesweep.core.board import read_rows
+from stagesweep.base import signals
+from stagesweep.base.errors import Interrupted, UserError
+from stagesweep.base.spec import Spec
+from stagesweep.base.view import Batch, View
+from stagesweep.config import schema
+from stagesweep.config.schema import Decay, EarlyStop, Mode, Precision, Schedule, Weight
+from stagesweep.core import checkpoint
 from stagesweep.core.fit import Loop
-from stagesweep.core.log import MetricLog
-from stagesweep.core.meter import SPEED
+from stagesweep.core.metric_log import MetricLog
 from stagesweep.core.optim import learning_rate
+from stagesweep.core.tensorboard import read_rows
 from stagesweep.data.loader import LoaderView
-from stagesweep.data.spec import Spec
-from stagesweep.data.view import Batch, View
-from stagesweep.errors import Interrupted, UserError
+from stagesweep.hardware.throughput import SPEED
 from stagesweep.stage.fit import Fit
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ Columns = Callable[..., Batch]
 Make = Callable[..., nn.Module]
 Augment = Callable[[Batch, Spec, torch.Generator], Batch]
 
-SGD = config.Optimizer(_target_="torch.optim.SGD", lr=0.05, weight_decay=0.0)
+SGD = schema.Optimizer(_target_="torch.optim.SGD", lr=0.05, weight_decay=0.0)
 CONSTANT = Schedule(decay=Decay.constant)
 
 
@@ -206,7 +207,7 @@ class TestTraining:
     def test_frozen_parts_stay_and_groups_have_their_rates(
         self, bench: "Bench", tiny: Make
     ) -> None:
-        settings = config.Optimizer(lr=0.01, groups={"decoder.*": config.Group(lr=0.02)})
+        settings = schema.Optimizer(lr=0.01, groups={"decoder.*": schema.Group(lr=0.02)})
         loop = bench.loop(
             model=tiny(norm=True, dropout=0.5),
             freeze=["encoder.*", "norm.*"],
@@ -298,7 +299,7 @@ class TestNaN:
             epochs=200,
             clip_norm=None,
             schedule=CONSTANT,
-            optimizer=config.Optimizer(_target_="torch.optim.SGD", lr=1e4),
+            optimizer=schema.Optimizer(_target_="torch.optim.SGD", lr=1e4),
         )
         with pytest.raises(UserError, match=r"became (nan|inf|-inf) in epoch \d+, step \d+; lower"):
             loop.run()
@@ -410,7 +411,7 @@ class TestPlateau:
         loop = bench.loop(
             epochs=9,
             schedule=schedule,
-            optimizer=config.Optimizer(lr=0.08),
+            optimizer=schema.Optimizer(lr=0.08),
             metrics={"score": Scripted("score", [5, 4, 4, 4, 4, 4, 3, 3, 3])},
         )
         loop.run()
@@ -767,7 +768,7 @@ class TestResuming:
         done = 0
         for steps in pieces:
             loop = everything.loop("stopped", At(steps, do=terminate), **settings)
-            with pytest.raises(Interrupted), interrupt.handled():
+            with pytest.raises(Interrupted), signals.handled():
                 loop.run()
             done += steps
             assert loop.step == done
@@ -823,7 +824,7 @@ class TestResuming:
             return evaluate()
 
         loop.evaluate = interrupted  # type: ignore[method-assign]
-        with pytest.raises(Interrupted), interrupt.handled():
+        with pytest.raises(Interrupted), signals.handled():
             loop.run()
         again = everything.loop("late", At(1, do=lambda: pytest.fail("trained again")))
         assert identical(everything.outcome(again, again.run()), undisturbed)
@@ -831,7 +832,7 @@ class TestResuming:
     def test_what_was_interrupted_is_said(
         self, everything: Everything, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with pytest.raises(Interrupted) as caught, interrupt.handled():
+        with pytest.raises(Interrupted) as caught, signals.handled():
             everything.loop("said", At(7, do=terminate)).run()
         assert caught.value.exit_code == 143
         everything.loop("said").run()
@@ -872,7 +873,7 @@ class TestLogs:
         assert [e.step for e in events.Histograms("fit/decoder.bias.grad")] == [10, 20]
 
     def test_a_resumed_fit_has_its_whole_curve_there(self, bench: "Bench") -> None:
-        with pytest.raises(Interrupted), interrupt.handled():
+        with pytest.raises(Interrupted), signals.handled():
             bench.loop(epochs=4, augment=At(13, do=terminate)).run()
         bench.loop(epochs=4, augment=At()).run()
         events = self.events(bench)
@@ -907,7 +908,7 @@ class TestLogs:
                 log_every=2,
                 augment=pause,
                 schedule=CONSTANT,
-                optimizer=config.Optimizer(lr=2e-3),
+                optimizer=schema.Optimizer(lr=2e-3),
             )
             loop.run()
             monkeypatch.undo()
@@ -950,11 +951,11 @@ class TestGPU:
     ) -> None:
         loss = {name: Weight(0.5) for name in ("error", "masked", "spread", "anchored")}
         hardware = {
-            "device": config.Device.cuda,
+            "device": schema.Device.cuda,
             "precision": Precision(precision),
             "micro_batch": micro_batch,
         }
-        fp32 = {"device": config.Device.cuda, "precision": Precision.fp32}
+        fp32 = {"device": schema.Device.cuda, "precision": Precision.fp32}
         expected = bench.loop(name="fp32", loss=loss, hardware=fp32, ema=0.9).run()
         loop = bench.loop(name="other", loss=loss, hardware=hardware, ema=0.9)
         assert loop.run()["val_loss"] == pytest.approx(expected["val_loss"], rel=0.03)
@@ -962,7 +963,7 @@ class TestGPU:
         assert loop.measured()["speed"]["peak_mib"] > 0
 
     def test_an_overflow_of_fp16_skips_the_step_and_goes_on(self, bench: "Bench") -> None:
-        hardware = {"device": config.Device.cuda, "precision": Precision.fp16}
+        hardware = {"device": schema.Device.cuda, "precision": Precision.fp16}
         loop = bench.loop(hardware=hardware, epochs=4, log_every=1)
         loop.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
         loop.loss.scaler = loop.scaler
@@ -972,9 +973,9 @@ class TestGPU:
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_resumed_it_goes_on_close_by(self, bench: "Bench", tiny: Make, precision: str) -> None:
         everything = Everything(bench, tiny)
-        hardware = {"device": config.Device.cuda, "precision": Precision(precision)}
+        hardware = {"device": schema.Device.cuda, "precision": Precision(precision)}
         expected = everything.loop("whole", hardware=hardware).run()
-        with pytest.raises(Interrupted), interrupt.handled():
+        with pytest.raises(Interrupted), signals.handled():
             everything.loop("parts", At(7, do=terminate), hardware=hardware).run()
         found = everything.loop("parts", hardware=hardware).run()
         assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)

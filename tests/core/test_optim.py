@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
-from stagesweep import config
+from stagesweep.base.errors import UserError
+from stagesweep.config import schema
 from stagesweep.core.optim import (
     build_optimizer,
     freeze,
@@ -17,7 +18,6 @@ from stagesweep.core.optim import (
     matching,
     train_mode,
 )
-from stagesweep.errors import UserError
 
 Make = Callable[..., nn.Module]
 
@@ -102,17 +102,17 @@ class TestOptimizer:
     def test_frozen_parameters_are_left_out(self, tiny: Make) -> None:
         model = tiny()
         freeze(model, ["*"], ["encoder.*"])
-        optimizer = build_optimizer(model, config.Optimizer())
+        optimizer = build_optimizer(model, schema.Optimizer())
         assert groups(model, optimizer) == {"default": trained(model)}
 
     def test_groups_have_rates_of_their_own_and_the_last_glob_decides(self, tiny: Make) -> None:
         model = tiny()
-        settings = config.Optimizer(
+        settings = schema.Optimizer(
             lr=1e-3,
             weight_decay=0.1,
             groups={
-                "encoder.*": config.Group(lr=1e-4),
-                "*.bias": config.Group(weight_decay=0.0),
+                "encoder.*": schema.Group(lr=1e-4),
+                "*.bias": schema.Group(weight_decay=0.0),
             },
         )
         optimizer = build_optimizer(model, settings)
@@ -132,11 +132,11 @@ class TestOptimizer:
 
     def test_groups_train_at_their_rates(self, tiny: Make) -> None:
         model = tiny()
-        settings = config.Optimizer(
+        settings = schema.Optimizer(
             _target_="torch.optim.SGD",
             lr=1.0,
             weight_decay=0.0,
-            groups={"decoder.*": config.Group(lr=0.25)},
+            groups={"decoder.*": schema.Group(lr=0.25)},
         )
         optimizer = build_optimizer(model, settings)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -148,20 +148,20 @@ class TestOptimizer:
             torch.testing.assert_close(parameter.detach(), before[name] - rate)
 
     def test_an_unknown_group(self, tiny: Make) -> None:
-        settings = config.Optimizer(groups={"haed.*": config.Group(lr=1e-4)})
+        settings = schema.Optimizer(groups={"haed.*": schema.Group(lr=1e-4)})
         with pytest.raises(UserError, match=r"^optimizer.groups: 'haed.\*' matches no parameter"):
             build_optimizer(tiny(), settings)
 
     def test_a_group_of_frozen_parameters_only(self, tiny: Make) -> None:
         model = tiny()
         freeze(model, ["*"], ["encoder.*"])
-        settings = config.Optimizer(groups={"encoder.*": config.Group(lr=1e-4)})
+        settings = schema.Optimizer(groups={"encoder.*": schema.Group(lr=1e-4)})
         with pytest.raises(UserError, match=r"the model's parts are decoder, latent$"):
             build_optimizer(model, settings)
 
     @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "RMSprop", "NAdam", "Adagrad"])
     def test_any_optimizer_of_torch_takes_what_it_knows(self, tiny: Make, name: str) -> None:
-        settings = config.Optimizer(_target_=f"torch.optim.{name}", betas=(0.8, 0.9))
+        settings = schema.Optimizer(_target_=f"torch.optim.{name}", betas=(0.8, 0.9))
         optimizer = build_optimizer(tiny(), settings)
         defaults = optimizer.defaults
         assert defaults.get("betas", (0.8, 0.9)) == (0.8, 0.9)
@@ -184,7 +184,7 @@ def by_torch(schedule: Any, base: float, steps: int) -> list[float]:
 class TestLearningRate:
     EPOCHS, STEPS = 10, 7
 
-    def ours(self, settings: config.Schedule, base: float = 0.3) -> list[float]:
+    def ours(self, settings: schema.Schedule, base: float = 0.3) -> list[float]:
         positions = (step / self.STEPS for step in range(self.EPOCHS * self.STEPS))
         return [learning_rate(base, position, self.EPOCHS, settings) for position in positions]
 
@@ -193,14 +193,14 @@ class TestLearningRate:
         expected = by_torch(
             lambda o: lr_scheduler.CosineAnnealingLR(o, total, eta_min=0.01), 0.3, total
         )
-        assert self.ours(config.Schedule(min_lr=0.01)) == pytest.approx(expected, abs=1e-12)
+        assert self.ours(schema.Schedule(min_lr=0.01)) == pytest.approx(expected, abs=1e-12)
 
     def test_warmup_is_that_of_torch(self) -> None:
         warm, total = 2 * self.STEPS, self.EPOCHS * self.STEPS
         expected = by_torch(
             lambda o: lr_scheduler.LinearLR(o, start_factor=1e-12, total_iters=warm), 0.3, total
         )
-        schedule = config.Schedule(decay=config.Decay.constant, warmup=2)
+        schedule = schema.Schedule(decay=schema.Decay.constant, warmup=2)
         assert self.ours(schedule) == pytest.approx(expected, abs=1e-9)
 
     def test_warmup_then_cosine_is_that_of_torch(self) -> None:
@@ -217,11 +217,11 @@ class TestLearningRate:
             0.3,
             total,
         )
-        schedule = config.Schedule(warmup=2, min_lr=0.01)
+        schedule = schema.Schedule(warmup=2, min_lr=0.01)
         assert self.ours(schedule) == pytest.approx(expected, abs=1e-9)
 
     def test_plateau_is_constant_until_it_is_told(self) -> None:
-        assert set(self.ours(config.Schedule(decay=config.Decay.plateau))) == {0.3}
+        assert set(self.ours(schema.Schedule(decay=schema.Decay.plateau))) == {0.3}
 
     rates = st.floats(1e-6, 10)
     epochs = st.integers(1, 500)
@@ -232,19 +232,19 @@ class TestLearningRate:
         epochs,
         st.floats(0, 100),
         st.floats(0, 1),
-        st.sampled_from(config.Decay),
+        st.sampled_from(schema.Decay),
     )
     def test_it_stays_between_zero_and_the_base(
-        self, base: float, at: float, epochs: int, warmup: float, floor: float, decay: config.Decay
+        self, base: float, at: float, epochs: int, warmup: float, floor: float, decay: schema.Decay
     ) -> None:
-        settings = config.Schedule(decay=decay, warmup=warmup, min_lr=floor)
+        settings = schema.Schedule(decay=decay, warmup=warmup, min_lr=floor)
         assert 0 <= learning_rate(base, at * epochs, epochs, settings) <= base * (1 + 1e-9)
 
     @given(rates, epochs, st.floats(0, 0.9), st.floats(0, 1))
     def test_cosine_ends_at_the_least_rate(
         self, base: float, epochs: int, warmup: float, floor: float
     ) -> None:
-        settings = config.Schedule(warmup=warmup * epochs, min_lr=floor)
+        settings = schema.Schedule(warmup=warmup * epochs, min_lr=floor)
         end = learning_rate(base, epochs, epochs, settings)
         assert end == pytest.approx(min(floor, base), rel=1e-9, abs=1e-12)
 
@@ -252,7 +252,7 @@ class TestLearningRate:
     def test_it_rises_and_then_falls(
         self, base: float, epochs: int, warmup: float, at: list[float]
     ) -> None:
-        settings = config.Schedule(warmup=warmup * epochs, min_lr=0)
+        settings = schema.Schedule(warmup=warmup * epochs, min_lr=0)
         low, high = sorted(at)
         rising = [learning_rate(base, x * warmup * epochs, epochs, settings) for x in (low, high)]
         falling = [

@@ -3,8 +3,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from stagesweep.base.errors import UserError
 from stagesweep.core.predict import predict
-from stagesweep.errors import UserError
 
 if TYPE_CHECKING:
     from conftest import Bench

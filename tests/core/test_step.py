@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stagesweep import config
-from stagesweep.core.distributed import ALONE, Team
+from stagesweep.base.view import Batch
+from stagesweep.config import schema
 from stagesweep.core.step import WeightedLoss, split
-from stagesweep.data.view import Batch
-from stagesweep.hardware.machine import Machine, resolve
+from stagesweep.hardware.profile import Machine, resolve
 from stagesweep.loss.consistency import Consistency
 from stagesweep.loss.contrastive import Contrastive
+from stagesweep.parallel.process_group import ALONE, Team
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-CPU = resolve(config.Hardware(device=config.Device.cpu, precision=config.Precision.fp32))
+CPU = resolve(schema.Hardware(device=schema.Device.cpu, precision=schema.Precision.fp32))
 
 D = 5
 
@@ -99,7 +99,7 @@ def make_loss(
     dropout: float = 0.0,
     machine: Machine = CPU,
     dtype: torch.dtype = torch.float64,
-    weights: Mapping[str, config.Weight] | None = None,
+    weights: Mapping[str, schema.Weight] | None = None,
     model: nn.Module | None = None,
     team: Team = ALONE,
 ) -> WeightedLoss:
@@ -108,10 +108,10 @@ def make_loss(
     return WeightedLoss(
         model,
         TERMS,
-        weights or {name: config.Weight(WEIGHTS[name]) for name in names},
+        weights or {name: schema.Weight(WEIGHTS[name]) for name in names},
         replace(machine, micro_batch=micro_batch),
         torch.amp.GradScaler(
-            machine.device.type, enabled=machine.precision is config.Precision.fp16
+            machine.device.type, enabled=machine.precision is schema.Precision.fp16
         ),
         team,
     )
@@ -218,7 +218,7 @@ def test_nothing_observed_gives_no_gradient_and_no_nan() -> None:
 
 
 def test_terms_of_weight_zero_are_not_computed() -> None:
-    weights = {"square": config.Weight(1.0), "contrastive": config.Weight(0.0)}
+    weights = {"square": schema.Weight(1.0), "contrastive": schema.Weight(0.0)}
     assert list(make_loss([], weights=weights).terms) == ["square"]
 
 
@@ -226,14 +226,14 @@ def test_terms_of_weight_zero_are_not_computed() -> None:
     ("position", "expected"), [(0.0, [0.0, 0.5]), (1.0, [0.75, 0.5]), (4, [3, 0.5]), (9, [3, 0.5])]
 )
 def test_ramps_rise_from_zero(position: float, expected: list[float]) -> None:
-    weights = {"square": config.Weight(3.0, ramp=4.0), "masked": config.Weight(0.5)}
+    weights = {"square": schema.Weight(3.0, ramp=4.0), "masked": schema.Weight(0.5)}
     loss = make_loss([], weights=weights)
     assert loss.factors(position).tolist() == pytest.approx(expected)
     batch = make_batch(8)
     loss.backward(batch, position)
     full = make_loss(
         [],
-        weights={n: config.Weight(w) for n, w in zip(weights, expected, strict=True) if w},
+        weights={n: schema.Weight(w) for n, w in zip(weights, expected, strict=True) if w},
     )
     full.backward(batch, 0.0)
     torch.testing.assert_close(gradients(loss.model), gradients(full.model))
@@ -291,7 +291,7 @@ def test_bf16_reaches_the_model_and_the_terms_get_fp32() -> None:
             seen.update({name: value.dtype for name, value in outputs.items()})
             return outputs
 
-    machine = replace(CPU, precision=config.Precision.bf16, autocast=torch.bfloat16)
+    machine = replace(CPU, precision=schema.Precision.bf16, autocast=torch.bfloat16)
     torch.manual_seed(0)
     loss = make_loss(["square"], machine=machine, model=Looks(0.0))
     outputs = loss.forward(loss.model, make_batch(4, torch.float32))
@@ -324,7 +324,7 @@ def test_terms_are_computed_without_tf32(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_on_a_gpu_every_precision_gives_about_the_same_gradient(precision: str) -> None:
     machine = resolve(
-        config.Hardware(device=config.Device.cuda, precision=config.Precision(precision))
+        schema.Hardware(device=schema.Device.cuda, precision=schema.Precision(precision))
     )
     batch = make_batch(32, torch.float32, "cuda")
     reference = make_loss(WEIGHTS, dtype=torch.float32)
@@ -341,7 +341,7 @@ def test_on_a_gpu_every_precision_gives_about_the_same_gradient(precision: str) 
 @pytest.mark.gpu
 @GPU
 def test_on_a_gpu_both_passes_drop_the_same() -> None:
-    machine = resolve(config.Hardware(device=config.Device.cuda, precision=config.Precision.fp32))
+    machine = resolve(schema.Hardware(device=schema.Device.cuda, precision=schema.Precision.fp32))
     loss = make_loss(["square", "pairs"], machine=machine, micro_batch=4, dropout=0.5)
     batch = make_batch(10, device="cuda")
     torch.manual_seed(3)
@@ -366,7 +366,7 @@ class Hungry(Model):
 @pytest.mark.gpu
 @GPU
 def test_on_a_gpu_that_is_full_the_step_is_taken_in_parts() -> None:
-    machine = resolve(config.Hardware(device=config.Device.cuda, precision=config.Precision.fp32))
+    machine = resolve(schema.Hardware(device=schema.Device.cuda, precision=schema.Precision.fp32))
     loss = make_loss(["square"], machine=machine, model=Hungry(0.0).cuda().double())
     loss.backward(make_batch(16, device="cuda"), 0.0)
     assert loss.micro_batch in (2, 4)

@@ -2,11 +2,11 @@ import pytest
 import torch
 from scipy.ndimage import affine_transform
 
+from stagesweep.base.errors import UserError
+from stagesweep.base.spec import Features, Spec
+from stagesweep.base.view import Batch
 from stagesweep.data.augment import AugmentImages, AugmentTable
-from stagesweep.data.digits import Digits
-from stagesweep.data.spec import Features, Spec
-from stagesweep.data.view import Batch
-from stagesweep.errors import UserError
+from stagesweep.systems.audiogram.digits import Digits
 
 IMAGES = Spec({"image": Features(tuple(map(str, range(63))), low=0.0, high=1.0, grid=(7, 9))})
 STILL = {"shift": 0.0, "rotate": 0.0, "noise": 0.0}

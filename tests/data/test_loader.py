@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import Batch, View
 from stagesweep.data.loader import LoaderView
-from stagesweep.data.view import Batch, View
-from stagesweep.errors import UserError
 
 N = 23
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import View
 from stagesweep.data.sampler import PairSampler
-from stagesweep.data.view import View
-from stagesweep.errors import UserError
 
 label_lists = st.lists(st.integers(-1, 8), min_size=1, max_size=120)
 

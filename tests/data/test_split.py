@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from stagesweep.base.errors import UserError
 from stagesweep.data.split import split_groups, tied
-from stagesweep.errors import UserError
 
 FRACTIONS = {"train": 0.7, "val": 0.15, "test": 0.15}
 codes = arrays(np.int64, 60, elements=st.integers(-1, 40))

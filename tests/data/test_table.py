@@ -5,8 +5,8 @@ import gzip
 import numpy as np
 import pytest
 
+from stagesweep.base.errors import UserError
 from stagesweep.data.table import numbers, read_table, require
-from stagesweep.errors import UserError
 
 TEXT = "animal,abr_6khz,litter\na,35.0,001\nb,,002\nc,4e1,\n"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from stagesweep.core.meter import SPEED
+from stagesweep.hardware.throughput import SPEED
 
 if TYPE_CHECKING:
     from conftest import Warm

@@ -10,7 +10,7 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 SMALL = """
 import torch
-from stagesweep.model.vae import ClusteringVAE
+from stagesweep.systems.audiogram.model.vae import ClusteringVAE
 
 
 class Small(ClusteringVAE):

@@ -18,8 +18,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import
     HParamsPluginData,
 )
 
-from stagesweep import walk
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
+from stagesweep.run import runner
 
 if TYPE_CHECKING:
     from conftest import Warm
@@ -162,11 +162,11 @@ def stored(finished: Path, compose: Any, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Whether the finished run, changed by an override, needs no validation."""
     monkeypatch.setenv("STAGESWEEP_STORE", str(finished / "store"))
     validated: list[Any] = []
-    monkeypatch.setattr(walk, "contents", validated.append)
+    monkeypatch.setattr(runner, "contents", validated.append)
 
     def stored(override: str) -> bool:
         with suppress(UserError):
-            walk.checked(compose(*QUICK, override))
+            runner.checked(compose(*QUICK, override))
             return not validated
         return False
 
@@ -197,7 +197,7 @@ def test_what_changes_no_result_needs_no_validation(
         "model._target_=nowhere.Model",
         "init_from=nowhere.pt",
         "~stage.joint",
-        "+stage.more={_target_: stagesweep.stage.figures.Figures}",
+        "+stage.more={_target_: stagesweep.stage.clustering.figures.Figures}",
     ],
 )
 def test_anything_else_is_validated_in_full(stored: Callable[[str], bool], override: str) -> None:

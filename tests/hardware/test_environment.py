@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from stagesweep.config import Hardware
+from stagesweep.config.schema import Hardware
 from stagesweep.hardware.environment import prepare
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -31,7 +31,7 @@ def test_what_it_says_is_set() -> None:
 def test_it_is_set_before_torch_starts(needs_torch: Callable[[str], bool]) -> None:
     assert not needs_torch(
         "from stagesweep import cli\n"
-        "from stagesweep.config import Hardware\n"
+        "from stagesweep.config.schema import Hardware\n"
         "cli.environment.prepare(Hardware(threads=1))"
     )
 

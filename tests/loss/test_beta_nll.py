@@ -5,8 +5,8 @@ import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
 from stagesweep.loss.beta_nll import BetaNLL
-from stagesweep.loss.composition import Composition
 from stagesweep.loss.info_nce import InfoNCE
+from stagesweep.systems.singlecell.loss.composition import Composition
 
 
 def outputs(n: int = 6, width: int = 4) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
 from stagesweep.loss.contrastive import Contrastive
 
 

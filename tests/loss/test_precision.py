@@ -10,14 +10,14 @@ from hydra.utils import execution_whitelist, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from stagesweep import config
+from stagesweep.base.terms import reads
+from stagesweep.config import register, trust
 from stagesweep.core.seeding import seed_everything
-from stagesweep.core.terms import reads
 
 Compose = Callable[..., DictConfig]
 
-LOSSES = sorted(file.stem for file in (config.folder() / "loss").glob("*.yaml"))
-EXPERIMENTS = sorted(file.stem for file in (config.folder() / "experiment").glob("*.yaml"))
+LOSSES = sorted(file.stem for file in (register.folder() / "loss").glob("*.yaml"))
+EXPERIMENTS = sorted(file.stem for file in (register.folder() / "experiment").glob("*.yaml"))
 # Where a loss is tried that no experiment uses without a file.
 OTHERWISE = "audiogram_simulated"
 
@@ -33,7 +33,7 @@ def experiments(compose: Compose) -> dict[str, DictConfig]:
 
 def used(experiments: dict[str, DictConfig], loss: str) -> tuple[DictConfig, Any]:
     """An experiment that uses a loss on its own data, and the loss as it is there."""
-    node = OmegaConf.load(config.folder() / "loss" / f"{loss}.yaml")
+    node = OmegaConf.load(register.folder() / "loss" / f"{loss}.yaml")
     for cfg in experiments.values():
         for name, own in cfg.loss.items():
             by = [s for s in cfg.stage.values() if "loss" in s and name in s.loss]
@@ -63,7 +63,7 @@ def batch_and_outputs(text: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     cfg = OmegaConf.create(text)
     assert isinstance(cfg, DictConfig)
     seed_everything(0)
-    with execution_whitelist(config.trusted()):
+    with execution_whitelist(trust.trusted()):
         data: Any = instantiate(cfg.data, _convert_="all")
         # Of a model of parts, the first one works on the data of the run.
         node = cfg.model if "_target_" in cfg.model else next(iter(cfg.model.values()))
@@ -87,7 +87,7 @@ def test_a_term_is_computed_in_fp32_under_bf16(
     cfg, node = used(experiments, loss)
     parts = OmegaConf.masked_copy(cfg, ["seed", "data", "model", "stage"])
     batch, outputs = batch_and_outputs(OmegaConf.to_yaml(parts, resolve=True))
-    with execution_whitelist(config.trusted()):
+    with execution_whitelist(trust.trusted()):
         term: Any = instantiate(node, _convert_="all")
     made_batch, made = drawn()
     batch, outputs = made_batch | batch, made | outputs

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagesweep.data.view import Batch
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import Batch
 from stagesweep.loss.reconstruction import Reconstruction
 
 Given = tuple[dict[str, Tensor], Batch]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stagesweep.data.spec import Features, Spec
-from stagesweep.data.view import Batch
+from stagesweep.base.spec import Features, Spec
+from stagesweep.base.view import Batch
 
 FREQUENCIES = ("6 kHz", "12 kHz", "18 kHz", "24 kHz", "30 kHz", "click")
 

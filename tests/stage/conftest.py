@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from sklearn.datasets import make_blobs
 from torch import Tensor, nn
 
-from stagesweep import config
-from stagesweep.core.board import Board
-from stagesweep.data.spec import Features, Spec
-from stagesweep.data.view import View
+from stagesweep.base.spec import Features, Spec
+from stagesweep.base.view import View
+from stagesweep.config import schema, trust
+from stagesweep.core.tensorboard import Board
 from stagesweep.model.clusters import Clusters
-from stagesweep.run import Run
-from stagesweep.store import Store
+from stagesweep.run.context import Run
+from stagesweep.store.store import Store
 
 
 class Blobs:
@@ -83,7 +83,7 @@ def make_run(tmp_path: Path) -> Iterator[MakeRun]:
         cfg = OmegaConf.create(
             {
                 "seed": 0,
-                "hardware": OmegaConf.structured(config.Hardware(device=config.Device.cpu)),
+                "hardware": OmegaConf.structured(schema.Hardware(device=schema.Device.cpu)),
                 "loss": {
                     "reconstruction": {"_target_": "stagesweep.loss.reconstruction.Reconstruction"}
                 },
@@ -99,7 +99,7 @@ def make_run(tmp_path: Path) -> Iterator[MakeRun]:
         run._entry.begin(fresh=True)
         return run
 
-    with execution_whitelist(config.trusted()), ExitStack() as boards:
+    with execution_whitelist(trust.trusted()), ExitStack() as boards:
         yield make
 
 

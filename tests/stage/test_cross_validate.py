@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 import torch
 
-from stagesweep import config
-from stagesweep.data.view import View
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import View
+from stagesweep.config import schema
 from stagesweep.metric.classification import Classification
 from stagesweep.metric.interval import mean_interval
-from stagesweep.run import Run
+from stagesweep.run.context import Run
 from stagesweep.stage.cross_validate import CrossValidate, vote
-from stagesweep.stage.fold_baselines import Logistic, Ridge
+from stagesweep.stage.linear_baselines import Logistic, Ridge
 
 MakeRun = Callable[..., Run]
 
@@ -43,7 +43,7 @@ def test_a_group_is_in_one_fold_and_never_steers_what_it_is_scored_by(
     run, fits = watched
     metrics = {"m": Classification("sick")}
     stage = CrossValidate(
-        fit=config.Fit(epochs=1), group="litter", stratify="sick", metrics=metrics
+        fit=schema.Fit(epochs=1), group="litter", stratify="sick", metrics=metrics
     )
     found = stage(run)
     out = run.load("out_of_fold.npz")
@@ -76,7 +76,7 @@ def test_baselines_see_all_but_the_fold_and_share_the_table(
         return {"assignment": np.eye(2)[test["sick"]]}
 
     stage = CrossValidate(
-        fit=config.Fit(epochs=1), group="litter", folds=4, metrics={"m": Classification("sick")},
+        fit=schema.Fit(epochs=1), group="litter", folds=4, metrics={"m": Classification("sick")},
         vote="litter", voted={"v": Classification("sick")}, baselines={"oracle": told},
     )  # fmt: skip
     found = stage(run)
@@ -87,11 +87,11 @@ def test_baselines_see_all_but_the_fold_and_share_the_table(
 
 def test_too_few_groups_are_a_clear_error(watched: tuple[Run, list[Any]]) -> None:
     stage = CrossValidate(
-        fit=config.Fit(epochs=1), group="sick", metrics={"m": Classification("sick")}
+        fit=schema.Fit(epochs=1), group="sick", metrics={"m": Classification("sick")}
     )
     with pytest.raises(UserError, match=r"2 groups \(sick\) make no 5 parts"):
         stage(watched[0])
-    stage = CrossValidate(fit=config.Fit(epochs=1), group="sik", metrics={})
+    stage = CrossValidate(fit=schema.Fit(epochs=1), group="sik", metrics={})
     with pytest.raises(UserError, match="no column 'sik'; there are blob"):
         stage(watched[0])
 

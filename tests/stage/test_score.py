@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from torch import Tensor, nn
 
-from stagesweep.data.cohort import simulated_cohort
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
 from stagesweep.metric.classification import Classification, LatentClusters
-from stagesweep.run import Run
+from stagesweep.run.context import Run
 from stagesweep.stage.score import Score
+from stagesweep.systems.singlecell.simulate import simulated_cohort
 
 MakeRun = Callable[..., Run]
 METRICS = {"types": Classification("label"), "clusters": LatentClusters("label")}

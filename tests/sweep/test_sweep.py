@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig
 
-from stagesweep.errors import UserError
-from stagesweep.validate import validate
+from stagesweep.base.errors import UserError
+from stagesweep.config.validation import validate
 
 if TYPE_CHECKING:
     from conftest import Warm

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagesweep.sweep import trial
+from stagesweep.base import trial
 
 
 class Nothing:
@@ -47,7 +47,7 @@ class Toy:
             trial.current().report("toy", {"score": self.x * step}, step)
             time.sleep(self.pause)
             if trial.current().should_stop():
-                from stagesweep.errors import Pruned
+                from stagesweep.base.errors import Pruned
 
                 raise Pruned(f"pruned at {step}")
         time.sleep(self.seconds)

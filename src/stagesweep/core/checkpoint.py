@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from stagesweep.errors import UserError
-from stagesweep.files import atomic_write, link
+from stagesweep.base.errors import UserError
+from stagesweep.base.files import atomic_write, link
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,9 @@ def load(path: Path, own: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(action="ignore"):
             if path.is_dir():
-                from stagesweep.core import shard
+                from stagesweep.parallel import fsdp
 
-                state = shard.read(path, own)
+                state = fsdp.read(path, own)
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader trip over anything

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stagesweep import config
-from stagesweep.core import checkpoint, interrupt, probe
-from stagesweep.core.distributed import ALONE, Team
-from stagesweep.core.log import MetricLog, progress_bar
-from stagesweep.core.memory import Room
-from stagesweep.core.meter import Meter
+from stagesweep.base import signals
+from stagesweep.base.errors import NotFinite, Pruned, UserError
+from stagesweep.base.spec import Spec
+from stagesweep.base.terms import metric_names, reports, silent
+from stagesweep.base.trial import Trial
+from stagesweep.base.view import Batch, View
+from stagesweep.config import schema
+from stagesweep.core import checkpoint
+from stagesweep.core.metric_log import MetricLog, progress_bar
 from stagesweep.core.optim import (
     build_optimizer,
     freeze,
@@ -28,16 +31,15 @@ from stagesweep.core.optim import (
 from stagesweep.core.predict import joined, named, pick, predict, read_by, share_of, to_device
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.step import WeightedLoss, add_up
-from stagesweep.core.terms import metric_names, reports, silent
-from stagesweep.core.trial import Trial
-from stagesweep.core.watch import Watch
-from stagesweep.data.spec import Spec
-from stagesweep.data.view import Batch, View
-from stagesweep.errors import NotFinite, Pruned, UserError
-from stagesweep.hardware.machine import Machine
+from stagesweep.core.stopping import Watch
+from stagesweep.hardware import micro_batch
+from stagesweep.hardware.out_of_memory import Room
+from stagesweep.hardware.profile import Machine
+from stagesweep.hardware.throughput import Meter
+from stagesweep.parallel.process_group import ALONE, Team
 
 if TYPE_CHECKING:
-    from stagesweep.core.shard import Shards
+    from stagesweep.parallel.fsdp import Shards
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Loop:
         self,
         model: nn.Module,
         terms: Mapping[str, nn.Module],
-        settings: config.Fit,
+        settings: schema.Fit,
         views: Mapping[str, View],
         spec: Spec,
         machine: Machine,
@@ -77,7 +79,7 @@ class Loop:
         self.model = model
         self.frozen = frozen_modules(model)
         self.optimizer = build_optimizer(model, settings.optimizer)
-        fp16 = machine.precision is config.Precision.fp16
+        fp16 = machine.precision is schema.Precision.fp16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=fp16)
         self.loss = WeightedLoss(
             model, terms, settings.loss, machine, self.scaler, team, self.shards
@@ -97,7 +99,7 @@ class Loop:
 
     def divide(self) -> nn.Module:
         """Divide the model and its running average among the processes."""
-        from stagesweep.core.shard import Shards
+        from stagesweep.parallel.fsdp import Shards
 
         self.shards = Shards(self.team, self.machine.device)
         if self.ema is not None:
@@ -134,7 +136,7 @@ class Loop:
         self.restore()
         s = self.settings
         hidden = None if self.team.main else True
-        with interrupt.deferred(), progress_bar(self.rows.stage, self.step, hidden) as bar:
+        with signals.deferred(), progress_bar(self.rows.stage, self.step, hidden) as bar:
             while self.epoch < s.epochs and not self.finished:
                 if self.batch == 0:
                     self.row = self.refresh()
@@ -169,12 +171,12 @@ class Loop:
 
     def stop_if_told(self) -> None:
         """Save and raise when a signal has come to this process or another."""
-        (signum,) = self.team.most(interrupt.told())
+        (signum,) = self.team.most(signals.told())
         if signum:
             self.check()
             self.team.average_buffers(self.model, self.ema)
             self.save()
-            raise interrupt.stop(signum)
+            raise signals.stop(signum)
 
     def stop_if_pruned(self) -> None:
         """Tell the sweep how far this is; save and raise when it has no more use for it."""
@@ -216,7 +218,7 @@ class Loop:
             batch = self.prepare(to_device(batch, self.machine.device), size)
             self.loss.room.step = self.step + 1
             if self.loss.room.unknown:
-                probe.find(self.loss, batch)
+                micro_batch.find(self.loss, batch)
             position = self.epoch + self.batch / len(order)
             self.set_rates(position)
             for parameter in self.parameters:

@@ -11,8 +11,8 @@ from hydra.utils import get_class
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from stagesweep import config
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
+from stagesweep.config import schema
 
 
 def matching(names: Iterable[str], globs: Iterable[str], key: str) -> set[str]:
@@ -64,7 +64,7 @@ def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.grad", parameter.grad
 
 
-def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings: schema.Optimizer) -> torch.optim.Optimizer:
     """The optimizer over all trainable parameters.
 
     The last glob of ``settings.groups`` that matches a parameter decides its group; the base
@@ -76,7 +76,7 @@ def build_optimizer(model: nn.Module, settings: config.Optimizer) -> torch.optim
         group_of |= dict.fromkeys(matching(trained, [glob], "optimizer.groups"), glob)
     groups: list[dict[str, Any]] = []
     for name in ["default", *settings.groups]:
-        own = settings.groups.get(name, config.Group())
+        own = settings.groups.get(name, schema.Group())
         lr = settings.lr if own.lr is None else own.lr
         decay = settings.weight_decay if own.weight_decay is None else own.weight_decay
         members = [p for key, p in trained.items() if group_of[key] == name]
@@ -100,7 +100,7 @@ def running_average(model: nn.Module, decay: float | None) -> AveragedModel | No
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def learning_rate(base: float, position: float, epochs: float, settings: config.Schedule) -> float:
+def learning_rate(base: float, position: float, epochs: float, settings: schema.Schedule) -> float:
     """Learning rate `position` epochs into a fit of `epochs`.
 
     Linear warmup, then constant or a cosine to ``min_lr`` (Loshchilov & Hutter 2017, eq. 5, one
@@ -108,7 +108,7 @@ def learning_rate(base: float, position: float, epochs: float, settings: config.
     """
     if position < settings.warmup:
         return base * position / settings.warmup
-    if settings.decay is not config.Decay.cosine:
+    if settings.decay is not schema.Decay.cosine:
         return base
     done = min(1.0, (position - settings.warmup) / max(epochs - settings.warmup, 1e-12))
     floor = min(settings.min_lr, base)

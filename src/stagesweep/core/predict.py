@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagesweep.core.distributed import ALONE, Team
-from stagesweep.core.memory import Room
-from stagesweep.data.view import Batch, View
-from stagesweep.errors import UserError
-from stagesweep.hardware.machine import Machine
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import Batch, View
+from stagesweep.hardware.out_of_memory import Room
+from stagesweep.hardware.profile import Machine
+from stagesweep.parallel.process_group import ALONE, Team
 
 Value = TypeVar("Value")
 

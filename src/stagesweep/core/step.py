@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stagesweep import config
-from stagesweep.core.distributed import ALONE, Team
-from stagesweep.core.gradients import Gradients
-from stagesweep.core.memory import Room, out_of_memory
+from stagesweep.base.terms import per_sample, reads
+from stagesweep.base.view import Batch
+from stagesweep.config import schema
 from stagesweep.core.seeding import set_torch_state, torch_state
-from stagesweep.core.terms import per_sample, reads
-from stagesweep.data.view import Batch
-from stagesweep.hardware.machine import Machine
+from stagesweep.hardware.out_of_memory import Room, out_of_memory
+from stagesweep.hardware.profile import Machine
+from stagesweep.parallel.gradient_exchange import Gradients
+from stagesweep.parallel.process_group import ALONE, Team
 
 if TYPE_CHECKING:
-    from stagesweep.core.shard import Shards
+    from stagesweep.parallel.fsdp import Shards
 
 Terms = Mapping[str, nn.Module]
 Value = TypeVar("Value")
@@ -72,7 +72,7 @@ class WeightedLoss:
         self,
         model: nn.Module,
         terms: Terms,
-        weights: Mapping[str, config.Weight],
+        weights: Mapping[str, schema.Weight],
         machine: Machine,
         scaler: torch.amp.GradScaler,
         team: Team = ALONE,

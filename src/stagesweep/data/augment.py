@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from stagesweep.data.spec import Features, Spec
-from stagesweep.data.view import Batch
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
+from stagesweep.base.spec import Features, Spec
+from stagesweep.base.view import Batch
 
 
 def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:

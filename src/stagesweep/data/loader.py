@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stagesweep.data.view import Batch, View
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import Batch, View
 
 
 class Samples(Protocol):

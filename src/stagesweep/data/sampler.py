@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagesweep.data.view import View
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import View
 
 
 class PairSampler:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
 
 Codes = NDArray[np.int64]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
 
 
 def read_table(path: str | Path) -> pd.DataFrame:

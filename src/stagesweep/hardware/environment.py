@@ -2,7 +2,7 @@
 
 import os
 
-from stagesweep.config import Hardware
+from stagesweep.config.schema import Hardware
 
 # The second name is that of torch before 2.9, which newer ones still read first.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

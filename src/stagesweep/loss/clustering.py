@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stagesweep.data.view import Batch
+from stagesweep.base.view import Batch
 
 
 def sharpen(assignment: Tensor) -> Tensor:

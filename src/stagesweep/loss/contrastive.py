@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from stagesweep.data.view import Batch
+from stagesweep.base.view import Batch
 from stagesweep.loss.pairs import same_label
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
-from stagesweep.data.view import Batch
+from stagesweep.base.view import Batch
 
 
 class CrossEntropy(nn.Module):

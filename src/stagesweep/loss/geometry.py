@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from stagesweep.data.view import Batch
+from stagesweep.base.view import Batch
 
 # A batch is shuffled, so pairs within a block are a sample of all pairs; 512 samples in blocks of
 # 128 cost a sixth of all their pairs, which took longer than the model.

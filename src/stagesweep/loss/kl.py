@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from stagesweep.data.view import Batch
+from stagesweep.base.view import Batch
 
 
 class KL(nn.Module):

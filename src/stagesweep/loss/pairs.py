@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from stagesweep.data.view import Batch
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import Batch
 
 
 def same_label(batch: Batch, term: str, label: str) -> Tensor:

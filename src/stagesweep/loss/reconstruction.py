@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stagesweep.data.view import Batch
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import Batch
 
 
 def standardised(native: Tensor, batch: Batch, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from threadpoolctl import threadpool_limits
 
 from stagesweep.metric import clustering
-from stagesweep.stage.choose_clusters import k_means
+from stagesweep.metric.clustering import k_means
 
 Arrays = Mapping[str, NDArray[Any]]
 BINS = 15

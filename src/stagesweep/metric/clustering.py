@@ -4,6 +4,7 @@ Labels and clusters are integer arrays (n,); a label below 0 means none, and tha
 out. Whatever is undefined (no label, one cluster) is NaN, never 0.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,6 +13,8 @@ from math import nan
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import (
     adjusted_rand_score,
     calinski_harabasz_score,
@@ -136,3 +139,12 @@ def _share(count: int, table: NDArray[np.int64]) -> float:
 def _partitioned(clusters: Labels) -> bool:
     """Whether the geometric scores are defined: at least two clusters, and not all singletons."""
     return 2 <= len(np.unique(clusters)) < len(clusters)
+
+
+def k_means(points: Points, k: int, seed: int, n_init: int = 10, max_iter: int = 300) -> KMeans:
+    """Best of `n_init` k-means fits to points (n, d)."""
+    with warnings.catch_warnings():
+        # Fewer distinct points than clusters: some clusters stay empty, and the scores show it.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fit = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed % 2**32)
+        return fit.fit(points.astype(np.float64))

@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
-from stagesweep import config
+from stagesweep.base.errors import UserError
+from stagesweep.base.view import View
+from stagesweep.config import schema
 from stagesweep.core.predict import predict, read_by
-from stagesweep.data.view import View
-from stagesweep.errors import UserError
 from stagesweep.metric.interval import mean_interval
 
 if TYPE_CHECKING:
-    from stagesweep.run import Run
+    from stagesweep.run.context import Run
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -26,7 +26,7 @@ Codes = NDArray[np.int64]
 
 
 @dataclass
-class CrossValidate(config.CrossValidate):
+class CrossValidate(schema.CrossValidate):
     """Train a new model for each fold of the pooled `splits` and score it on that fold.
 
     All samples of a `group` are in one fold, and folds have about equal shares of `stratify`

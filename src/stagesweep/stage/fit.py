@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stagesweep import config
-from stagesweep.core.terms import metric_names
+from stagesweep.base.terms import metric_names
+from stagesweep.config import schema
 
 if TYPE_CHECKING:
-    from stagesweep.run import Run
+    from stagesweep.run.context import Run
 
 
 @dataclass
-class Fit(config.Fit):
+class Fit(schema.Fit):
     """Train the run's model by gradient descent and leave its weights."""
 
     def __call__(self, run: "Run") -> dict[str, float]:

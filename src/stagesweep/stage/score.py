@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from stagesweep.base.errors import UserError
 from stagesweep.core.predict import read_by
-from stagesweep.errors import UserError
-from stagesweep.stage.evaluate import label_names
+from stagesweep.data.labels import label_names
 
 if TYPE_CHECKING:
-    from stagesweep.run import Run
+    from stagesweep.run.context import Run
 
 Arrays = dict[str, NDArray[Any]]
 SPLITS = ("train", "val", "test")

@@ -13,10 +13,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from stagesweep.errors import UserError
+from stagesweep.base.errors import UserError
 
 if TYPE_CHECKING:
-    from stagesweep.sweep.slots import Slots
+    from stagesweep.sweep.engine.slots import Slots
 
 
 class StudySweeper(Sweeper):
@@ -42,7 +42,7 @@ class StudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the sweep to its end."""
-        from stagesweep.sweep.controller import sweep
+        from stagesweep.sweep.engine.controller import sweep
 
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise UserError("a sweep is not for torchrun: set hardware.devices, and leave it out")
@@ -65,9 +65,9 @@ class SlotsLauncher(Launcher):
 
     def open(self) -> "Slots":
         """The slots, for a sweeper that fills each as soon as it is free."""
+        from stagesweep.config.access import hardware
         from stagesweep.hardware import environment
-        from stagesweep.inputs import hardware
-        from stagesweep.sweep.slots import Slots, leases
+        from stagesweep.sweep.engine.slots import Slots, leases
 
         settings = hardware(self.config)
         environment.prepare(settings)  # of the server that trials are forked from
@@ -78,7 +78,7 @@ class SlotsLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run all and wait, for any other sweeper."""
-        from stagesweep.sweep.slots import Ended, Job
+        from stagesweep.sweep.engine.slots import Ended, Job
 
         slots = self.open()
         numbered = enumerate(job_overrides, initial_job_idx)

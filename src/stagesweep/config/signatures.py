@@ -1,0 +1,128 @@
+"""Config nodes against the signature of what their ``_target_`` names, before it is called."""
+
+import inspect
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from enum import Enum
+from pkgutil import resolve_name
+from typing import Any, Literal, Union, get_args, get_origin
+
+from stagesweep.base.errors import UserError
+from stagesweep.config import trust
+from stagesweep.config.messages import nearest
+
+Node = dict[str, Any]
+# What Hydra's instantiate keeps for itself.
+SPECIAL = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_", "_execution_whitelist_")
+
+
+def nodes(value: Any, path: str = "") -> Iterator[tuple[str, Node]]:
+    """Every node with a ``_target_`` in plain nested values, outermost first, by dotted path."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield path, value
+        for key, child in value.items():
+            yield from nodes(child, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for number, child in enumerate(value):
+            yield from nodes(child, f"{path}[{number}]")
+
+
+def locate(path: str, name: Any) -> Callable[..., Any]:
+    """Import what a ``_target_`` names; UserError when it may not be, or is not there."""
+    if not isinstance(name, str):
+        raise UserError(f"{path}._target_ must be the dotted name of a class or function")
+    if not name.startswith(tuple(pattern.removesuffix("*") for pattern in trust.trusted())):
+        raise UserError(
+            f"{path}._target_: '{name}' is not trusted; if it is yours, "
+            f"export STAGESWEEP_TRUST={name.partition('.')[0]}"
+        )
+    try:
+        found = resolve_name(name)
+    except Exception as error:
+        raise UserError(f"{path}._target_: cannot load '{name}': {_why(name, error)}") from error
+    if not callable(found):
+        raise UserError(f"{path}._target_: '{name}' is no class or function")
+    return found  # type: ignore[no-any-return]
+
+
+def _why(name: str, error: Exception) -> str:
+    module, _, attribute = name.rpartition(".")
+    try:
+        known = [key for key in vars(resolve_name(module)) if not key.startswith("_")]
+    except Exception:
+        return str(error)
+    return f"no '{attribute}' in {module}; {nearest(attribute, known)}"
+
+
+def bind(path: str, node: Node, supplied: Collection[str] = ()) -> None:
+    """Check that a node's keys are arguments of its target, complete and of the right type.
+
+    `supplied` names the arguments that the framework adds. Raises UserError naming the key.
+    """
+    target = locate(path, node["_target_"])
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except (ValueError, TypeError, NameError):
+        return  # written in C, or annotated with names that only exist for type checkers
+    name = node["_target_"].rpartition(".")[2]
+    parameters = {n: p for n, p in signature.parameters.items() if p.kind not in (_ARGS, _KWARGS)}
+    open_ended = len(parameters) < len(signature.parameters)
+    for key in node:
+        if key not in SPECIAL and not open_ended and (key not in parameters or key in supplied):
+            known = [n for n in parameters if n not in supplied]
+            raise UserError(f"{path}.{key}: {name} takes no such argument; {nearest(key, known)}")
+    if not (node.get("_partial_") or "_args_" in node):
+        for key, parameter in parameters.items():
+            if parameter.default is _EMPTY and key not in node and key not in supplied:
+                raise UserError(f"{path}: {name} needs '{key}'; add {path}.{key}=<value>")
+    for key, value in node.items():
+        if key in parameters and not fits(value, parameters[key].annotation):
+            wanted = _shown(parameters[key].annotation)
+            raise UserError(f"{path}.{key}={value}: {name} wants {wanted}")
+
+
+_EMPTY = inspect.Parameter.empty
+_ARGS, _KWARGS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value can be what an annotation says; True when that cannot be told."""
+    if isinstance(value, dict) and "_target_" in value:
+        return True  # an object by then
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if hint is None or hint is type(None):
+        return value is None
+    kind = origin or hint
+    if not isinstance(kind, type):
+        return True
+    if issubclass(kind, Enum):
+        return isinstance(value, kind) or value in kind.__members__
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (str, bool):
+        return isinstance(value, kind)
+    if issubclass(kind, Mapping):
+        return isinstance(value, dict) and all(fits(v, args[1]) for v in value.values() if args)
+    return _fits_collection(value, kind, args)
+
+
+def _fits_collection(value: Any, kind: type, args: tuple[Any, ...]) -> bool:
+    if kind is tuple and args and args[-1] is not Ellipsis:
+        right = isinstance(value, list) and len(value) == len(args)
+        return right and all(fits(v, arg) for v, arg in zip(value, args, strict=True))
+    if kind in (list, tuple, set, frozenset, Sequence, Collection):
+        return isinstance(value, list) and all(fits(v, args[0]) for v in value if args)
+    return True
+
+
+def _shown(hint: Any) -> str:
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    return str(hint).replace("collections.abc.", "").replace("typing.", "")

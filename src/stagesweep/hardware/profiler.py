@@ -1,0 +1,188 @@
+"""``hardware.profile=true``: a trace of some steps of a fit, and where their time went."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from stagesweep.base.files import atomic_text, atomic_write
+from stagesweep.hardware.profile import Machine
+from stagesweep.hardware.throughput import Meter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+# Steps that are left out, as they are slower, and steps that are traced; operators that are shown.
+WARMUP, STEPS, SHOWN = 3, 5, 14
+# The profiler's name of a whole step, whose own time is what is spent between operators.
+STEP = "ProfilerStep*"
+
+
+@contextmanager
+def tracing(machine: Machine, meter: Meter, folder: Path, name: str) -> Iterator[None]:
+    """Trace the fit that `meter` is the clock of, where the profile says ``profile: true``.
+
+    Leaves in `folder`: ``<name>.json.gz`` (for chrome://tracing or ui.perfetto.dev),
+    ``<name>.md`` and ``<name>.png``.
+    """
+    if not machine.profile:
+        yield
+        return
+    # Time, and seconds waited for data, when the steps began and after the latest.
+    ticks: list[tuple[float, float]] = []
+
+    def write(profiler: profile) -> None:
+        if len(ticks) <= WARMUP:
+            return
+        (began, before), (ended, waited) = ticks[WARMUP - 1], ticks[-1]
+        shares = Shares.of(profiler, len(ticks) - WARMUP, ended - began, waited - before)
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
+        atomic_text(folder / f"{name}.md", shares.page(name))
+        atomic_write(folder / f"{name}.png", lambda stream: shares.picture(name).savefig(stream))
+        log.info("%s: %s; see profile/%s.md of the stage", name, shares.sentence(), name)
+
+    activities = [ProfilerActivity.CPU]
+    if machine.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    steps = schedule(wait=0, warmup=WARMUP, active=STEPS, repeat=1)
+    with profile(activities=activities, schedule=steps, on_trace_ready=write) as profiler:
+
+        def step() -> None:
+            if len(ticks) < WARMUP + STEPS:
+                ticks.append((perf_counter(), meter.total.waited + meter.epoch.waited))
+                profiler.step()
+
+        meter.after_step = step
+        yield
+    if len(ticks) <= WARMUP:
+        log.warning("%s: no trace, it had %d steps and takes %d", name, len(ticks), WARMUP + 1)
+
+
+@dataclass
+class Shares:
+    """Of how many steps, the seconds they took, those waited for data, those between operators,
+    those that a GPU was busy (None: there is none), and (calls, seconds) of each operator.
+    """
+
+    steps: int
+    seconds: float
+    waited: float
+    between: float
+    gpu: float | None
+    operators: dict[str, tuple[int, float]]
+
+    @classmethod
+    def of(cls, profiler: profile, steps: int, seconds: float, waited: float) -> "Shares":
+        """Where the time of a trace went; operators by the device that does the work."""
+        found = profiler.key_averages()
+        there = torch.cuda.is_available() and any(each.self_device_time_total for each in found)
+        own = {
+            each.key: (
+                each.count,
+                (each.self_device_time_total if there else each.self_cpu_time_total) / 1e6,
+            )
+            for each in found
+            if not each.key.startswith("ProfilerStep")
+        }
+        ordered = sorted(own.items(), key=lambda pair: -pair[1][1])
+        return cls(
+            steps=steps,
+            seconds=seconds,
+            waited=waited,
+            between=sum(e.self_cpu_time_total for e in found if e.key == STEP) / 1e6,
+            gpu=sum(spent for _, spent in own.values()) if there else None,
+            operators={name: pair for name, pair in ordered if pair[1] > 0},
+        )
+
+    def bars(self) -> dict[str, dict[str, float]]:
+        """Shares of the time, partitioned in up to three ways."""
+        wait, between = self.waited / self.seconds, min(self.between / self.seconds, 1.0)
+        bars = {
+            "loop": {"waiting for data": wait, "steps": 1 - wait},
+            "CPU": {"operators": 1 - between, "between them (Python)": between},
+        }
+        if self.gpu is not None:
+            busy = min(self.gpu / self.seconds, 1.0)
+            bars["GPU"] = {"busy": busy, "idle": 1 - busy}
+        return bars
+
+    def sentence(self) -> str:
+        """The shares in one line."""
+        each = 1e3 * self.seconds / self.steps
+        parts = (
+            f"{part} {share:.0%}" for bar in self.bars().values() for part, share in bar.items()
+        )
+        return f"{each:.1f} ms a step: {', '.join(parts)}"
+
+    def page(self, name: str) -> str:
+        """The summary, in Markdown."""
+        rows = [
+            f"| `{operator}` | {calls / self.steps:.0f} | {1e3 * spent / self.steps:.3f} | "
+            f"{spent / self.seconds:.1%} |"
+            for operator, (calls, spent) in list(self.operators.items())[:SHOWN]
+        ]
+        bars = [
+            f"* {bar}: " + ", ".join(f"{part} {share:.1%}" for part, share in parts.items())
+            for bar, parts in self.bars().items()
+        ]
+        lines = [
+            f"# Where the time of `{name}` goes",
+            "",
+            f"{self.steps} steps after {WARMUP} that warmed up, "
+            f"{1e3 * self.seconds / self.steps:.2f} ms each; being traced, they are slower than "
+            "others.",
+            "",
+            *bars,
+            "",
+            f"Operators by their own time on the {'CPU' if self.gpu is None else 'GPU'}; the whole "
+            f"trace is in `{name}.json.gz` (chrome://tracing, ui.perfetto.dev).",
+            "",
+            "| operator | calls a step | ms a step | share |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+        return "\n".join(lines) + "\n"
+
+    def picture(self, name: str) -> "Figure":
+        """The same, drawn."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 6), layout="constrained", dpi=120)
+        upper, lower = figure.subplots(2, 1, height_ratios=[1, 3.2])
+        bars, colours = self.bars(), ("#4269d0", "#c9d3ee")
+        for row, parts in enumerate(bars.values()):
+            left = 0.0
+            for colour, share in zip(colours, parts.values(), strict=True):
+                upper.barh(row, share, left=left, color=colour, height=0.7)
+                left += share
+            upper.text(0.99, row, said(parts, -1), ha="right", va="center")
+        upper.set_yticks(
+            range(len(bars)), [f"{bar}: {said(parts, 0)}" for bar, parts in bars.items()]
+        )
+        upper.set(xlim=(0, 1), xticks=[], title=f"{name}: {self.steps} steps of "
+                  f"{1e3 * self.seconds / self.steps:.1f} ms")  # fmt: skip
+        upper.invert_yaxis()
+        top = list(self.operators.items())[:SHOWN]
+        names = [operator[:60] for operator, _ in top]
+        lower.barh(names, [100 * spent / self.seconds for _, (_, spent) in top], color=colours[0])
+        lower.invert_yaxis()
+        where = "CPU" if self.gpu is None else "GPU"
+        lower.set_xlabel(f"% of the time: operator's own time on the {where}")
+        for axes in (upper, lower):
+            axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+
+def said(parts: dict[str, float], place: int) -> str:
+    """The name and the share of one of them."""
+    part, share = list(parts.items())[place]
+    return f"{part} {share:.0%}"

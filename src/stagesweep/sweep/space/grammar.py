@@ -1,0 +1,246 @@
+"""How a space is written, and the reading of it.
+
+Values are written in the grammar of Hydra's Optuna sweeper, which also reads them here: a space in
+YAML and a key swept on the command line are the same thing.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
+from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
+from optuna.distributions import CategoricalDistribution
+
+from stagesweep.base.errors import UserError
+from stagesweep.config.messages import nearest
+from stagesweep.sweep.space.space import (
+    Condition,
+    Parameter,
+    Space,
+    as_text,
+    read_overrides,
+    value_of,
+)
+
+# The parameter of an ablation, and its value where nothing is left out.
+ABLATION = "ablation"
+FULL = "full"
+
+
+def parse(
+    space: Mapping[str, str],
+    arguments: Sequence[str],
+    *,
+    together: Sequence[Sequence[str]] = (),
+    when: Mapping[str, str] | None = None,
+    variants: Mapping[str, Sequence[str]] | None = None,
+    leave_one_out: Sequence[str] = (),
+) -> Space:
+    """Read a space (``search.space``) and what the command line sweeps or fixes, which wins.
+
+    Args:
+        space: key -> what it may be.
+        arguments: overrides as typed.
+        together: groups of keys whose lists of values are zipped (``search.zip``).
+        when: key -> the condition ``parent=value[,value]`` under which it exists.
+        variants: name -> overrides of a variant of an ablation.
+        leave_one_out: overrides, each a variant by itself.
+
+    Raises:
+        UserError: in one line that names the key and the remedy.
+
+    """
+    overrides = read_overrides([f"{key}={text}" for key, text in space.items()])
+    typed = read_overrides(arguments)
+    last = {_key(override): override for override in (*overrides, *typed)}
+    swept = {key: override for key, override in last.items() if override.is_sweep_override()}
+    fixed = {key: value_of(override) for key, override in last.items() if key not in swept}
+    parameters = [_plain(override) for override in swept.values()]
+    parameters = _zipped(parameters, together, fixed)
+    if variants or leave_one_out:
+        parameters.insert(0, _ablation(variants or {}, leave_one_out, swept))
+    for each in parameters:
+        _refuse_duplicates(each)
+    parameters = _conditional(parameters, when or {}, fixed)
+    lines = [each for each in overrides if last[_key(each)] is each] + typed
+    return Space(tuple(parameters), [str(each.input_line) for each in lines if _key(each) in fixed])
+
+
+def _key(override: Override) -> str:
+    """What an override is about, however it does it (``+`` adds, ``~`` takes out)."""
+    return override.get_key_element().lstrip("+~")
+
+
+def _values(override: Override) -> tuple[str, ...]:
+    """The values of a plain list or of one value, as override text."""
+    if not override.is_choice_sweep():
+        return (value_of(override),)
+    return tuple(map(as_text, override.sweep_iterator(transformer=Transformer.encode)))
+
+
+def _plain(override: Override) -> Parameter:
+    """The parameter of one key."""
+    line, value = override.input_line, override.value()
+    if getattr(value, "shuffle", False):
+        raise UserError(f"{line}: leave shuffle(…) out; the order of the points is the sampler's")
+    if isinstance(value, IntervalSweep):
+        _check_interval(str(line), value)
+    try:
+        distribution = create_optuna_distribution_from_override(override)
+    except (AssertionError, NotImplementedError) as error:
+        raise UserError(f"{line}: cannot be searched; list the values with choice(…)") from error
+    except ValueError as error:
+        raise UserError(f"{line}: {error}") from error
+    if isinstance(distribution, CategoricalDistribution):
+        distribution = _choices(distribution.choices)
+    return Parameter((override.get_key_element(),), distribution)
+
+
+def _check_interval(line: str, value: IntervalSweep) -> None:
+    """Refuse bounds that mean nothing, and tags that would be passed over."""
+    start, end = float(value.start or 0), float(value.end or 0)
+    if unknown := sorted(set(value.tags) - {"log"}):
+        raise UserError(f"{line}: unknown tag '{unknown[0]}': {nearest(unknown[0], ['log'])}")
+    if not (math.isfinite(start) and math.isfinite(end)):
+        raise UserError(f"{line}: the ends of an interval must be finite")
+    if start > end:
+        raise UserError(f"{line}: the interval starts above its end; swap them")
+    if "log" in value.tags and start <= 0:
+        raise UserError(f"{line}: a log scale has no zero; start the interval above it")
+
+
+def _choices(values: Sequence[Any]) -> CategoricalDistribution:
+    """Choices that Optuna can tell apart (it finds a value by ==) and store: else their texts."""
+    finite = not any(isinstance(v, float) and not math.isfinite(v) for v in values)
+    apart = len(set(values)) == len(values)
+    return CategoricalDistribution(values if finite and apart else list(map(as_text, values)))
+
+
+def _refuse_duplicates(parameter: Parameter) -> None:
+    if isinstance(parameter.distribution, CategoricalDistribution):
+        texts = [as_text(choice) for choice in parameter.distribution.choices]
+        if twice := [text for i, text in enumerate(texts) if text in texts[:i]]:
+            raise UserError(f"{parameter.name} lists {twice[0]} twice; name every value once")
+
+
+def _zipped(
+    parameters: list[Parameter], groups: Sequence[Sequence[str]], fixed: Mapping[str, str]
+) -> list[Parameter]:
+    """Put the keys of each group into one parameter, where the first of them is."""
+    for group in groups:
+        if all(key in fixed for key in group):
+            continue
+        own = {each.name: each for each in parameters}
+        for key in group:
+            if key not in own:
+                raise UserError(f"search.zip: {key} is not swept by itself: {nearest(key, own)}")
+        if len(set(group)) < 2:
+            raise UserError(f"search.zip: {group[0]} is alone; a group names two or more keys")
+        members = [own[key] for key in group]
+        first = parameters.index(members[0])
+        parameters = [
+            _together(members) if i == first else each
+            for i, each in enumerate(parameters)
+            if i == first or each not in members
+        ]
+    return parameters
+
+
+def _together(members: Sequence[Parameter]) -> Parameter:
+    """One parameter whose choices are the first values of all, the second values of all ..."""
+    columns = [[as_text(each.exact(v)) for v in each.values()] for each in members]
+    for (one, a), (two, b) in pairwise(zip(members, columns, strict=True)):
+        if len(a) != len(b):
+            raise UserError(
+                f"search.zip: {one.name} has {len(a)} values and {two.name} {len(b)}; "
+                "keys that move together need equally many"
+            )
+    rows = list(zip(*columns, strict=True))
+    names = [",".join(row) for row in rows]
+    keys = tuple(each.name for each in members)
+    distribution = CategoricalDistribution(names)
+    return Parameter(keys, distribution, rows=dict(zip(names, rows, strict=True)))
+
+
+def _ablation(
+    variants: Mapping[str, Sequence[str]], leave_one_out: Sequence[str], swept: Iterable[str]
+) -> Parameter:
+    """The full model first, then each variant; what is left out one at a time names itself."""
+    lines: dict[str, tuple[str, ...]] = {FULL: ()}
+    for name, own in (*variants.items(), *((line, [line]) for line in leave_one_out)):
+        place = f"search.ablation: {name}"
+        if name in lines:
+            raise UserError(f"{place} is there already; give every variant a name of its own")
+        if not own:
+            raise UserError(f"{place} changes nothing; that is '{FULL}', which is always there")
+        if same := [other for other in lines if lines[other] == tuple(own)]:
+            raise UserError(f"{place} changes the same as {same[0]}; keep one of them")
+        for override in read_overrides(own):
+            if override.is_sweep_override():
+                raise UserError(f"{place}: {override.input_line}: a variant has one value a key")
+            if _key(override) in swept:
+                raise UserError(f"{place} sets {_key(override)}, which is swept; do one of the two")
+        lines[name] = tuple(own)
+    return Parameter((ABLATION,), CategoricalDistribution(list(lines)), lines=lines)
+
+
+def _conditional(
+    parameters: Sequence[Parameter], when: Mapping[str, str], fixed: Mapping[str, str]
+) -> list[Parameter]:
+    """Give parameters their conditions, and put each after the one that it depends on."""
+    known = {key: each for each in parameters for key in each.keys}
+    for key in when:
+        if key not in known and key not in fixed:
+            raise UserError(f"search.when: {key} is not swept: {nearest(key, known)}")
+    pending = [replace(each, when=_condition(each, when, known, fixed)) for each in parameters]
+    ordered: list[Parameter] = []
+    there, settled = dict(fixed), set(fixed)
+    while pending:
+        ready = (each for each in pending if each.when is None or each.when.key in settled)
+        if (each := next(ready, None)) is None:
+            names = " and ".join(each.name for each in pending)
+            raise UserError(f"search.when: {names} wait for each other; free one of them")
+        pending.remove(each)
+        settled |= set(each.keys)
+        if each.when is None or each.when.holds(there):
+            ordered.append(replace(each, when=None))
+        elif any(each.when.key in other.keys for other in ordered):
+            ordered.append(each)
+        # Else what it depends on is fixed to another value: it exists nowhere.
+    return ordered
+
+
+def _condition(
+    parameter: Parameter,
+    when: Mapping[str, str],
+    known: Mapping[str, Parameter],
+    fixed: Mapping[str, str],
+) -> Condition | None:
+    """The condition of a parameter, on a key that is fixed or can have the values it names."""
+    said = {when.get(key) for key in parameter.keys}
+    if len(said) > 1:
+        raise UserError(f"search.when: {parameter.name} move together; give all one condition")
+    if (text := said.pop()) is None:
+        return None
+    place = f"search.when: {parameter.name} where {text}"
+    if "=" not in text:
+        raise UserError(f"{place}: write it as key=value, or key=value,value")
+    (override,) = read_overrides([text])
+    condition = Condition(_key(override), _values(override))
+    if condition.key in fixed:
+        return condition
+    if (parent := known.get(condition.key)) is None:
+        others = [key for key in (*known, *fixed) if key not in parameter.keys]
+        hint = nearest(condition.key, others)
+        raise UserError(f"{place}: {condition.key} is neither swept nor set: {hint}")
+    if parent.continuous:
+        raise UserError(f"{place}: {condition.key} is continuous; a condition needs a choice(…)")
+    can_be = [parent.settings(value)[condition.key] for value in parent.values()]
+    for value in condition.values:
+        if value not in can_be:
+            hint = nearest(value, can_be)
+            raise UserError(f"{place}: {condition.key} is never {value}: {hint}")
+    return condition

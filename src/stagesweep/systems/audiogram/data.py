@@ -1,0 +1,253 @@
+"""Mouse audiograms (auditory brainstem response thresholds) from a CSV file with a column map.
+
+Hearing is measured as the sound level in dB SPL, from 0 to 100, at which the brainstem first
+responds: at several frequencies, and to a click. Laboratories differ in their equipment, and so in
+their thresholds, by more than most genes make a difference.
+"""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from stagesweep.base.errors import UserError
+from stagesweep.base.spec import Features, Spec
+from stagesweep.base.view import View
+from stagesweep.data.split import split_groups, tied
+from stagesweep.data.table import numbers, read_table, require
+
+LOWEST, HIGHEST = 0.0, 100.0
+SPLITS = ("train", "val", "test")
+Values = NDArray[np.float64]
+Codes = NDArray[np.int64]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of the file is what: a name of ours -> a column of the file.
+
+    A null column is as good as absent. `thresholds` are in order of frequency, in dB SPL;
+    `metadata` are numbers; `categories` are inputs of the model; `labels` are not: they pair,
+    split and score. The values of all `equipment` columns together make the label `equipment`.
+    """
+
+    thresholds: Mapping[str, str | None]
+    metadata: Mapping[str, str | None] = field(default_factory=dict)
+    categories: Mapping[str, str | None] = field(default_factory=dict)
+    labels: Mapping[str, str | None] = field(default_factory=dict)
+    equipment: Sequence[str] = ()
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        """Drop what is null; raises UserError for a name used twice or for no thresholds."""
+        for each in fields(self):
+            mapping = getattr(self, each.name)
+            if isinstance(mapping, Mapping):
+                object.__setattr__(self, each.name, {k: v for k, v in mapping.items() if v})
+        taken = ["thresholds", "metadata", "pca", "index"] + ["equipment"] * bool(self.equipment)
+        for name in (*self.categories, *self.labels):
+            if name in taken:
+                raise UserError(f"data.columns uses the name {name!r} twice; rename one of them")
+            taken.append(name)
+        if not self.thresholds:
+            raise UserError("data.columns.thresholds is empty; name at least one frequency")
+
+    def used(self) -> list[str]:
+        """Return the columns of the file that must be there."""
+        maps = (self.thresholds, self.metadata, self.categories, self.labels)
+        named = [column for mapping in maps for column in mapping.values() if column]
+        return [*named, *self.equipment, *([self.id] if self.id else [])]
+
+
+class Audiogram:
+    """Audiograms of many animals, split, scaled and ready for a model.
+
+    Columns of a split of n animals: `thresholds` (n, w) as z-scores with `thresholds/mask`,
+    `thresholds/shift` and `thresholds/scale` (dB = z * scale + shift); `metadata` (n, m) as
+    z-scores with `metadata/mask`; `pca` (n, p), whitened principal components of the thresholds;
+    one column for each category (0 = unknown) and each label (-1 = none).
+
+    Scalers, components and categories are fitted on the training split only. A missing value is
+    0 with mask False: masked, never filled.
+    """
+
+    spec: Spec
+    # Label -> the names its codes stand for, over all splits.
+    label_names: dict[str, list[str]]
+
+    def __init__(
+        self,
+        path: str | pd.DataFrame,
+        columns: Columns,
+        standardise: Literal["equipment", "global"] = "equipment",
+        min_group: int = 20,
+        pca: int = 2,
+        fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
+        split_by: Sequence[str] = ("gene", "litter"),
+        split_seed: int = 0,
+        clip: bool = False,
+        tile: int = 1,
+    ) -> None:
+        """Prepare the animals of a CSV file, or of a table in memory, one row each.
+
+        `standardise` by the training animals of the same equipment, or of all; an equipment with
+        fewer than `min_group` of them falls back to all. `pca` is how many components to add.
+        `fractions` are those of train, val and test; animals that share a value of a `split_by`
+        label (labels that are not mapped do not count) are never in two of them. Thresholds outside
+        0 to 100 dB are an error unless `clip` cuts them off there. `tile` repeats every row of
+        every split, to measure speed on a larger cohort. Raises UserError naming what is wrong.
+        """
+        if tile < 1:
+            raise UserError(f"data.tile={tile} must be at least 1")
+        source = path if isinstance(path, str) else "the table"
+        table = read_table(path) if isinstance(path, str) else path
+        require(table, columns.used(), source)
+        decibels = _decibels(table, columns.thresholds, source, clip)
+        metadata = numbers(table, [c for c in columns.metadata.values() if c], source)
+        heard = ~np.isnan(decibels).all(axis=1)
+        if not heard.all():
+            log.warning("%s: left out %d animals without any threshold", source, (~heard).sum())
+            table, decibels, metadata = table[heard], decibels[heard], metadata[heard]
+        self.label_names, labels = _labels(table, columns)
+        ties = tied([labels[name] for name in split_by if name in labels], len(table))
+        rows = split_groups(ties, dict(zip(SPLITS, fractions, strict=True)), split_seed)
+        groups, train = _scaling_groups(standardise, labels, len(table)), rows["train"]
+
+        self._columns = {name: torch.from_numpy(codes) for name, codes in labels.items()}
+        tones = tuple(columns.thresholds)
+        features = {"thresholds": Features(tones, LOWEST, HIGHEST, ordered=True, unit="dB SPL")}
+        for name, column in _scaled(decibels, groups, train, min_group, columns.thresholds).items():
+            self._columns["thresholds" + name] = column
+        if pca:
+            self._columns["pca"] = _components(self._columns["thresholds"], train, pca)
+            features["pca"] = Features(tuple(f"pc{number + 1}" for number in range(pca)))
+        if columns.metadata:
+            scaled = _scaled(metadata, np.zeros_like(groups), train, 1, columns.metadata)
+            self._columns |= {"metadata": scaled[""], "metadata/mask": scaled["/mask"]}
+            features["metadata"] = Features(tuple(columns.metadata), unit="z-score")
+        sizes = {}
+        for name, theirs in columns.categories.items():
+            self._columns[name], sizes[name] = _category(table[theirs], train)
+
+        counts = {name: len(names) for name, names in self.label_names.items()}
+        self.spec = Spec(features, sizes, counts)
+        self._rows = {name: np.tile(members, tile) for name, members in rows.items()}
+        self._names = _names(table, columns.id)
+
+    def split(self, name: str) -> View:
+        """Return the named split; raises UserError naming the splits there are."""
+        rows = torch.from_numpy(self._members(name))
+        return View({key: column[rows] for key, column in self._columns.items()})
+
+    def ids(self, split: str) -> NDArray[np.str_]:
+        """Return what each animal of a split is called, (n,): its id, or else its row number."""
+        return self._names[self._members(split)]
+
+    def _members(self, split: str) -> Codes:
+        if split not in self._rows:
+            raise UserError(f"no split {split!r}; there are {', '.join(self._rows)}")
+        return self._rows[split]
+
+
+def _decibels(
+    table: pd.DataFrame, columns: Mapping[str, str | None], source: str, clip: bool
+) -> Values:
+    """Return the thresholds in dB SPL, (n, w), NaN where missing."""
+    names = [column for column in columns.values() if column]
+    decibels = numbers(table, names, source)
+    if np.isnan(decibels).all():
+        raise UserError(f"{source} holds no thresholds")
+    if clip:
+        return decibels.clip(LOWEST, HIGHEST)
+    for row, column in np.argwhere((decibels < LOWEST) | (decibels > HIGHEST))[:1]:
+        raise UserError(
+            f"{decibels[row, column]:g} dB is outside {LOWEST:g} to {HIGHEST:g}: column "
+            f"{names[column]!r}, line {row + 2} of {source}; mend it, or set data.clip=true"
+        )
+    return decibels
+
+
+def _names(table: pd.DataFrame, column: str | None) -> NDArray[np.str_]:
+    """Return what each animal is called: its id, or where it has none its row number."""
+    numbered = pd.Series([str(number) for number in range(len(table))], table.index)
+    named = numbered if column is None else table[column].fillna(numbered)
+    names: NDArray[np.str_] = named.to_numpy(str)
+    return names
+
+
+def _labels(table: pd.DataFrame, columns: Columns) -> tuple[dict[str, list[str]], dict[str, Codes]]:
+    """Return the sorted names of each label, and its codes (n,) with -1 for none."""
+    texts = {name: table[column] for name, column in columns.labels.items()}
+    if columns.equipment:
+        parts = [table[column].astype(str) for column in columns.equipment]
+        texts["equipment"] = parts[0].str.cat(parts[1:], sep=" / ")
+    names, codes = {}, {}
+    for label, text in texts.items():
+        found = text.astype("string").astype("category").cat
+        names[label] = found.categories.tolist()
+        codes[label] = found.codes.to_numpy(np.int64, copy=True)
+    return names, codes
+
+
+def _scaling_groups(standardise: str, labels: Mapping[str, Codes], rows: int) -> Codes:
+    """Return which animals are scaled together, (n,)."""
+    if standardise == "global":
+        return np.zeros(rows, dtype=np.int64)
+    if standardise != "equipment":
+        raise UserError(f"data.standardise is equipment or global, not {standardise!r}")
+    if "equipment" not in labels:
+        raise UserError("data.standardise=equipment needs data.columns.equipment; or use global")
+    return labels["equipment"]
+
+
+def _scaled(
+    values: Values, groups: Codes, train: Codes, min_group: int, names: Collection[str]
+) -> dict[str, Tensor]:
+    """Return z-scores within each group, their /mask, and the /shift and /scale back, (n, w) each.
+
+    A feature of which a group has fewer than `min_group` training values, or always the same one,
+    is scaled by all training animals.
+    """
+    training = pd.DataFrame(values[train], columns=list(names))
+    mean, spread = training.mean(), training.std(ddof=0)
+    for name in mean.index[mean.isna()]:
+        raise UserError(f"{name!r} has no value in the training split; set it null in data.columns")
+    grouped = training.groupby(groups[train])
+    own_spread = grouped.std(ddof=0)
+    usable = (grouped.count() >= min_group) & (own_spread > 0)
+    shift = grouped.mean().where(usable).reindex(groups).fillna(mean).to_numpy(copy=True)
+    spread = spread.where(spread > 0, 1)
+    scale = own_spread.where(usable).reindex(groups).fillna(spread).to_numpy(copy=True)
+    known = ~np.isnan(values)
+    scores = np.where(known, (values - shift) / scale, 0.0)
+    return {
+        "": torch.from_numpy(scores).float(),
+        "/mask": torch.from_numpy(known),
+        "/shift": torch.from_numpy(shift).float(),
+        "/scale": torch.from_numpy(scale).float(),
+    }
+
+
+def _components(scores: Tensor, train: Codes, number: int) -> Tensor:
+    """Return whitened principal components (n, number) of z-scores, in which 0 is the mean."""
+    if number > min(len(train), scores.shape[1]):
+        raise UserError(
+            f"data.pca={number} is more than the {scores.shape[1]} thresholds there are"
+        )
+    fitted = PCA(number, whiten=True, svd_solver="covariance_eigh").fit(scores[train].numpy())
+    return torch.from_numpy(fitted.transform(scores.numpy())).float()
+
+
+def _category(text: pd.Series, train: Codes) -> tuple[Tensor, int]:
+    """Return codes (n,) of the values the training split has, 0 for any other, and their number."""
+    values = sorted(text.iloc[train].dropna().unique())
+    codes = pd.Index(values).get_indexer(text) + 1
+    return torch.from_numpy(codes.astype(np.int64)), len(values) + 1

@@ -1,0 +1,216 @@
+"""The stage that draws the figures of cells and of patients."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.metrics import auc, roc_curve
+
+from stagesweep.data.labels import label_names
+from stagesweep.metric.classification import BINS, calibration_error
+from stagesweep.stage.drawing import (
+    BLUE,
+    COLOURS,
+    GREY,
+    MARKERS,
+    MAX_KINDS,
+    MAX_POINTS,
+    ORANGE,
+    heatmap,
+    leave,
+    neighbours,
+    principal,
+    scatter,
+    tidy,
+)
+from stagesweep.systems.singlecell.metric import concordance
+
+if TYPE_CHECKING:
+    from stagesweep.run.context import Run
+
+Array = NDArray[Any]
+
+
+@dataclass
+class CellFigures:
+    """Draw what earlier stages left; a figure whose numbers are not there is left out.
+
+    Of the cells: a map coloured by type, donor and condition, and who was taken for whom. Of the
+    patients, by what was said of them when they were held out: proportions, calibration of `label`
+    and a ROC curve of each fold.
+    """
+
+    label: str = "condition"
+    umap: bool = True
+    dpi: int = 120
+
+    def __call__(self, run: "Run") -> dict[str, float]:
+        """Return how many figures there are."""
+        return leave(run, self.draw(run), self.dpi)
+
+    def metric_names(self) -> set[str] | None:
+        """Metrics this stage gives."""
+        return {"figures"}
+
+    def draw(self, run: "Run") -> Iterator[tuple[str, Figure]]:
+        """Draw every figure there are numbers for, and name it."""
+        if run.has("embeddings.npz") and run.has("cells.csv"):
+            means, cells = run.load("embeddings.npz"), run.load("cells.csv")
+            ordered = np.concatenate([means[f"{s}/mean"] for s in cells["split"].unique()])
+            yield "cells", cell_map(ordered, cells, run.seed if self.umap else None)
+        if run.has("predictions.csv"):
+            told = run.load("predictions.csv")
+            yield "confusion", confusion(told[told["split"] == "test"].dropna())
+        if not run.has("out_of_fold.npz"):
+            return
+        found = run.load("out_of_fold.npz")
+        if "model/input/proportions" in found:
+            names = run.load("pseudobulk.json")["spec"]["features"]["proportions"]["names"]
+            yield "proportions", proportions(found, names)
+        if f"model/{self.label}" in found:
+            yield "calibration", calibration(found, self.label)
+            names = label_names(run.data, self.label)
+            yield "roc", roc(found, self.label, names)
+
+
+def cell_map(means: Array, cells: pd.DataFrame, seed: int | None) -> Figure:
+    """Latent means in two dimensions, by PCA and UMAP (not without a seed), in colours of type,
+    donor and condition; of more than twenty kinds none is named.
+    """
+    rows = np.random.default_rng(0).permutation(len(means))[:MAX_POINTS]
+    shown = cells.iloc[rows]
+    maps = [principal(means[rows])]
+    if seed is not None and len(rows) > 3:
+        maps.append((neighbours(means[rows], maps[0][0], seed), "UMAP 1", "UMAP 2"))
+    labels = [each for each in ("label", "donor", "condition") if each in cells]
+    figure = Figure((1 + 5.2 * len(maps), 0.6 + 4.2 * len(labels)), layout="constrained")
+    grid = figure.subplots(len(labels), len(maps), squeeze=False)
+    for axes, label in zip(grid, labels, strict=True):
+        for ax, (points, *names) in zip(axes, maps, strict=True):
+            scatter(ax, points, shown[label], numbered=False)
+            ax.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
+            ax.set_title(f"by {'cell type' if label == 'label' else label}")
+            tidy(ax, grid=False)
+        if shown[label].nunique() <= MAX_KINDS:
+            place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+            legend = axes[-1].legend(frameon=False, markerscale=2, **place)
+            for handle in legend.legend_handles:
+                handle.set_alpha(1)
+    some = f"{len(rows):,} of " if len(rows) < len(means) else ""
+    figure.suptitle(f"Latent means of cells (n = {some}{len(means):,})")
+    return figure
+
+
+def confusion(told: pd.DataFrame) -> Figure:
+    """How many cells of each type were taken for each: counts, in colours of a type's shares."""
+    label = next(name for name in told if name not in ("id", "split", "predicted", "confidence"))
+    kinds = sorted(set(told[label]) | set(told["predicted"]))
+    counts = pd.crosstab(told[label], told["predicted"]).reindex(kinds, fill_value=0)
+    counts = counts.reindex(columns=kinds, fill_value=0)
+    shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+    size = 0.62 * len(kinds)
+    figure = Figure((4.5 + size, 2.5 + size), layout="constrained")
+    ax = figure.subplots()
+    heatmap(figure, ax, shares, "share of the true type", vmax=1)
+    for (row, column), count in np.ndenumerate(counts.to_numpy()):
+        if count:
+            colour = "white" if shares.iat[row, column] > 0.6 else "black"
+            ax.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    ax.tick_params("x", rotation=60)
+    ax.set(xlabel="told", ylabel="true")
+    right = float((told[label] == told["predicted"]).mean())
+    ax.set_title(f"Cell types, held out (n = {len(told):,}, accuracy {right:.3f})")
+    return figure
+
+
+def proportions(found: dict[str, Array], names: list[str]) -> Figure:
+    """Told against true proportions of held-out donors, for the model and every baseline."""
+    true = found["model/input/proportions"]
+    methods = [key.partition("/")[0] for key in found if key.endswith("/proportions")]
+    methods = [m for m in dict.fromkeys(methods) if f"{m}/proportions" in found]
+    figure = Figure((2 + 4.4 * len(methods), 4.8), layout="constrained")
+    grid = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+    for ax, method in zip(grid, methods, strict=True):
+        told = found[f"{method}/proportions"]
+        ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--")
+        for kind, name in enumerate(names):
+            colour, marker = COLOURS[kind % len(COLOURS)], MARKERS[kind // len(COLOURS) % 4]
+            ax.scatter(true[:, kind], told[:, kind], 9, colour, marker, alpha=0.5, lw=0, label=name)
+        ax.set(xlabel="true proportion", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        ax.set_title(f"{method}: CCC {concordance(true.ravel(), told.ravel()):.3f}")
+        tidy(ax)
+    grid[0].set_ylabel("told proportion")
+    grid[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+    figure.suptitle(f"Proportions of cell types, donors held out (n = {len(true):,})")
+    return figure
+
+
+def calibration(found: dict[str, Array], label: str) -> Figure:
+    """How often what is told is right, by how sure a method is, and how many are that sure."""
+    methods = [m for m in ("model", *others(found)) if f"{m}/assignment" in found]
+    figure = Figure((5.6, 6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--")
+    for number, method in enumerate(methods):
+        labels, shares = found[f"{method}/{label}"], found[f"{method}/assignment"]
+        labels, shares = labels[labels >= 0], shares[labels >= 0]
+        sure, right = shares.max(1), shares.argmax(1) == labels
+        bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+        there, count = np.unique(bins, return_counts=True)
+        x, y = ([values[bins == b].mean() for b in there] for values in (sure, right))
+        colour = (ORANGE, BLUE, *COLOURS)[number]
+        error = calibration_error(labels, shares)
+        top.plot(x, y, "o-", ms=4, color=colour, label=f"{method} (ECE {error:.3f})")
+        bottom.step((there + 0.5) / BINS, count, where="mid", color=colour)
+    least = 1 / found["model/assignment"].shape[1]
+    top.set(ylabel="share that is right", xlim=(0.9 * least, 1.02), ylim=(-0.02, 1.02))
+    top.legend(frameon=False, loc="lower right")
+    bottom.set(xlabel="confidence", ylabel="pseudobulks", ylim=(0, None))
+    for ax in (top, bottom):
+        tidy(ax)
+    top.set_title(f"Calibration of {label}, donors held out")
+    return figure
+
+
+def others(found: dict[str, Array]) -> list[str]:
+    """The methods beside the model."""
+    names = dict.fromkeys(key.partition("/")[0] for key in found if "/" in key)
+    return [name for name in names if name != "model"]
+
+
+def roc(found: dict[str, Array], label: str, names: list[str]) -> Figure:
+    """The ROC curve of each fold and of all; of more than two labels, each against all others,
+    counted together.
+    """
+    figure = Figure((5.6, 5.6), layout="constrained")
+    ax = figure.subplots()
+    ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--")
+    labels, shares = found[f"model/{label}"], found["model/assignment"]
+    known = labels >= 0
+    for number, fold in enumerate(np.unique(found["fold"])):
+        own = known & (found["fold"] == fold)
+        curve(ax, labels[own], shares[own], f"fold {fold}", COLOURS[number % len(COLOURS)], 1.2)
+    curve(ax, labels[known], shares[known], "all folds", "black", 2.5)
+    ax.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    ax.legend(frameon=False, loc="lower right", fontsize=9)
+    of = names[1] if len(names) == 2 else f"{label}, each against all others"
+    ax.set_title(f"ROC of {of}: pseudobulks, donors held out")
+    tidy(ax)
+    return figure
+
+
+def curve(ax: Axes, labels: Array, shares: Array, name: str, colour: str, width: float) -> None:
+    """One curve; none of a fold with one label only, where it is not defined."""
+    if len(np.unique(labels)) < 2:
+        return
+    true = np.eye(shares.shape[1])[labels]
+    if shares.shape[1] == 2:
+        true, shares = true[:, 1], shares[:, 1]
+    false_rate, true_rate, _ = roc_curve(true.ravel(), shares.ravel())
+    area = auc(false_rate, true_rate)
+    ax.plot(false_rate, true_rate, color=colour, lw=width, label=f"{name} ({area:.2f})")

@@ -1,0 +1,162 @@
+"""The stage that mixes the cells of a donor into pseudobulks of known composition."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from stagesweep.base.errors import UserError
+from stagesweep.base.spec import Features, Spec
+from stagesweep.data.derived import Columns, Made
+from stagesweep.data.labels import label_names
+
+if TYPE_CHECKING:
+    from stagesweep.run.context import Run
+
+Array = NDArray[Any]
+BATCH = 4096
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Pseudobulk:
+    """Mix `n_cells` cells of a donor `n_samples` times, as TAPE (Chen et al. 2022).
+
+    Proportions of the types that the donor has are Dirichlet(1); of a share `sparse` of the
+    mixtures each type is missing with probability one half, but one. Cells are drawn with
+    replacement from one donor (and condition) of one split.
+
+    Leaves the data ``pseudobulk``. Columns: `counts` (n, g), their sum; `expression` (n, g), log1p
+    of counts per million; `proportions` (n, k) of types among the cells that were drawn; `types`
+    (n, k), the types that there are; `states` (n, k, d), the mean latent of the cells of each type;
+    `communication` (n, k (k-1) / 2), for each pair of types the product of their proportions times
+    the cosine of their states: large where both are common and alike; `pairs`, the pairs of types
+    that the donor has. What is of absent types is 0, and masked by `types` and `pairs`. `donor`,
+    `patient` (a donor in one condition) and `condition` are codes.
+    """
+
+    part: str | None = None
+    label: str = "label"
+    n_samples: int = 10
+    n_cells: int = 500
+    sparse: float = 0.5
+
+    def __call__(self, run: "Run") -> dict[str, float]:
+        """Return how many pseudobulks of each split there are."""
+        names = label_names(run.data, self.label)
+        missing = {"donor", "condition"} - set(run.data.spec.labels)
+        if missing:
+            raise UserError(
+                f"stage.{run.stage} mixes cells by donor and condition, and the data has no "
+                f"{missing.pop()}; name its column: data.columns"
+            )
+        random = np.random.default_rng(run.seed)
+        made = {split: self.mix(run, split, len(names), random) for split in SPLITS}
+        genes = run.data.spec.features["counts"].names
+        width = made["train"]["states"].shape[2]
+        pairs = tuple(f"{a} + {b}" for a, b in combinations(names, 2))
+        states = tuple(f"{name} {number}" for name in names for number in range(width))
+        features = {
+            "counts": Features(genes, low=0.0, unit="count"),
+            "expression": Features(genes, low=0.0, unit="log1p CPM"),
+            "proportions": Features(tuple(names), low=0.0, high=1.0),
+            "states": Features(states),
+            "communication": Features(pairs),
+        }
+        labels = {"condition": run.data.spec.labels["condition"]}
+        known = {"condition": label_names(run.data, "condition")}
+        run.save_data("pseudobulk", Made(Spec(features, labels=labels), made, known))
+        return {f"{split}_pseudobulks": float(len(own["donor"])) for split, own in made.items()}
+
+    def mix(self, run: "Run", split: str, types: int, random: np.random.Generator) -> Columns:
+        """The pseudobulks of a split."""
+        cells = run.predict(split, ["mean", self.label, "donor", "condition"])
+        keys = np.stack([cells["donor"], cells["condition"]], 1)
+        patients, patient = np.unique(keys, axis=0, return_inverse=True)
+        drawn: list[Array] = []
+        own: list[int] = []
+        for number in range(len(patients)):
+            members = [
+                np.flatnonzero((patient == number) & (cells[self.label] == kind))
+                for kind in range(types)
+            ]
+            if any(map(len, members)):
+                drawn += [self.draw(members, random) for _ in range(self.n_samples)]
+                own += [number] * self.n_samples
+        rows = np.repeat(np.arange(len(drawn)), self.n_cells)
+        shape = (len(drawn), len(patient))
+        weights = csr_matrix((np.ones(len(rows)), (rows, np.concatenate(drawn))), shape)
+        donor, condition = patients[own].T
+        kinds = run.data.spec.labels["condition"] + 1
+        names = [f"{split}-{run.data.label_names['donor'][d]}-{n:05d}" for n, d in enumerate(donor)]
+        there = np.zeros((len(patients), types), bool)
+        there[patient[cells[self.label] >= 0], cells[self.label][cells[self.label] >= 0]] = True
+        return {
+            **self.expression(run, split, weights),
+            **composition(weights, cells[self.label], cells["mean"], there[own]),
+            "donor": donor,
+            "condition": condition,
+            "patient": kinds * donor + condition + 1,
+            "id": np.array(names),
+        }
+
+    def draw(self, members: list[Array], random: np.random.Generator) -> Array:
+        """The rows (n_cells,) of one mixture; `members` are the rows of each type."""
+        there = np.flatnonzero([len(rows) for rows in members])
+        if random.random() < self.sparse:
+            kept = random.random(len(there)) < 0.5
+            kept[random.integers(len(there))] = True
+            there = there[kept]
+        counts = random.multinomial(self.n_cells, random.dirichlet(np.ones(len(there))))
+        chosen = [random.choice(members[k], n) for k, n in zip(there, counts, strict=True)]
+        return np.concatenate(chosen)
+
+    def expression(self, run: "Run", split: str, weights: csr_matrix) -> Columns:
+        """Summed counts of the mixtures `weights` (n, cells), batch by batch of cells."""
+        genes = len(run.data.spec.features["counts"].names)
+        counts, start = np.zeros((weights.shape[0], genes)), 0
+        columns = weights.tocsc()
+        for batch in self.batches(run, split):
+            size = len(batch)
+            counts += columns[:, start : start + size] @ batch
+            start += size
+        expression = np.log1p(counts * (1e6 / np.maximum(counts.sum(1, keepdims=True), 1)))
+        return {"counts": counts.astype(np.float32), "expression": expression.astype(np.float32)}
+
+    def batches(self, run: "Run", split: str) -> Iterator[Array]:
+        """The counts (B, g) of a split, in order."""
+        for batch in run.view(split).batches(BATCH):
+            yield batch["counts"].cpu().numpy()
+
+    def metric_names(self) -> set[str] | None:
+        """Metrics this stage gives."""
+        return {f"{split}_pseudobulks" for split in SPLITS}
+
+
+def composition(weights: csr_matrix, label: Array, mean: Array, there: Array) -> Columns:
+    """Proportions, states and communication of mixtures `weights` (n, cells) of cells with a
+    `label` (cells,) and a latent `mean` (cells, d); `there` (n, k) are the types of the donors.
+    """
+    n, types = there.shape
+    counts, states = np.zeros((n, types)), np.zeros((n, types, mean.shape[1]))
+    for kind in range(types):
+        own = weights[:, label == kind]
+        counts[:, kind] = np.asarray(own.sum(1)).ravel()
+        states[:, kind] = own @ mean[label == kind] / np.maximum(counts[:, [kind]], 1)
+    proportions = counts / counts.sum(1, keepdims=True)
+    first, second = np.array(list(combinations(range(types), 2)), int).reshape(-1, 2).T
+    lengths = np.linalg.norm(states, axis=2)
+    cosine = (states[:, first] * states[:, second]).sum(2)
+    cosine /= np.maximum(lengths[:, first] * lengths[:, second], 1e-12)
+    communication = proportions[:, first] * proportions[:, second] * cosine
+    return {
+        "proportions": proportions.astype(np.float32),
+        "types": counts > 0,
+        "states": states.astype(np.float32),
+        "communication": communication.astype(np.float32),
+        "pairs": there[:, first] & there[:, second],
+    }

@@ -1,0 +1,144 @@
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+
+from stagesweep.base.errors import Interrupted
+from stagesweep.base.signals import deferred, handled, pending
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+
+
+Work = Callable[[], None]
+
+
+def stopped(work: Work) -> Interrupted:
+    """What stops `work`, done inside a run."""
+    with pytest.raises(Interrupted) as caught, handled():
+        work()
+    return caught.value
+
+
+@pytest.mark.parametrize(("signum", "code"), SIGNALS)
+def test_at_once_where_there_is_nothing_to_save(signum: signal.Signals, code: int) -> None:
+    done = []
+
+    def work() -> None:
+        signal.raise_signal(signum)
+        done.append("more")
+
+    stop = stopped(work)
+    assert done == []
+    assert stop.exit_code == code
+    assert str(stop) == f"stopped by {signum.name}; the same command goes on from here"
+
+
+@pytest.mark.parametrize(("signum", "code"), SIGNALS)
+def test_held_back_until_asked(signum: signal.Signals, code: int) -> None:
+    done = []
+
+    def work() -> None:
+        with deferred():
+            assert pending() is None
+            signal.raise_signal(signum)
+            done.append("step")
+            if (stop := pending()) is not None:
+                done.append("save")
+                raise stop
+
+    assert stopped(work).exit_code == code
+    assert done == ["step", "save"]
+
+
+def test_one_that_comes_too_late_for_a_step_is_raised_at_the_end() -> None:
+    done = []
+
+    def work() -> None:
+        with deferred():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("the last save")
+        done.append("the next stage")
+
+    stopped(work)
+    assert done == ["the last save"]
+
+
+def test_a_second_one_does_not_wait() -> None:
+    done = []
+
+    def work() -> None:
+        with deferred():
+            signal.raise_signal(signal.SIGINT)
+            done.append("first")
+            signal.raise_signal(signal.SIGINT)
+            done.append("second")
+
+    stopped(work)
+    assert done == ["first"]
+
+
+def test_an_error_inside_is_not_covered_up() -> None:
+    def work() -> None:
+        with handled(), deferred():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        work()
+
+
+def test_afterwards_all_is_as_before() -> None:
+    def held_back() -> None:
+        with deferred():
+            signal.raise_signal(signal.SIGTERM)
+
+    before = [signal.getsignal(s) for s, _ in SIGNALS]
+    stopped(held_back)
+    assert [signal.getsignal(s) for s, _ in SIGNALS] == before
+    with deferred():
+        assert pending() is None
+    stopped(lambda: signal.raise_signal(signal.SIGTERM))
+
+
+PROGRAM = textwrap.dedent(
+    """
+    import sys, time
+    from stagesweep.base.signals import deferred, handled, pending
+    from stagesweep.base.errors import Interrupted
+
+    try:
+        with handled():
+            if sys.argv[1] == "waiting":
+                print("ready", flush=True)
+                time.sleep(60)
+            with deferred():
+                print("ready", flush=True)
+                while pending() is None:
+                    time.sleep(0.001)
+                print("saved", flush=True)
+                raise pending()
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    """
+)
+
+
+@pytest.mark.parametrize(("signum", "code"), SIGNALS)
+@pytest.mark.parametrize(("where", "left"), [("waiting", ""), ("fitting", "saved\n")])
+def test_a_real_process(signum: signal.Signals, code: int, where: str, left: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, where],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signum)
+    out, errors = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, left)
+    assert errors == f"stopped by {signum.name}; the same command goes on from here\n"

@@ -1,0 +1,110 @@
+"""Every error of composition becomes one line that names the key and the remedy."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from stagesweep.base.errors import UserError
+from stagesweep.config.messages import explain, nearest
+
+Compose = Callable[..., DictConfig]
+
+LINES = {
+    "stage.joint.epoch=3": "unknown key 'stage.joint.epoch': did you mean 'epochs'?",
+    "stage.jont.epochs=3": "unknown key 'stage.jont': did you mean 'joint'?",
+    "modle=vae_base": "unknown key 'modle': did you mean 'model'?",
+    "hydra.run.dri=x": "unknown key 'hydra.run.dri': did you mean 'dir'?",
+    "stage.joint.zzz=3": "unknown key 'stage.joint.zzz': there are _target_, ",
+    "stage.joint.epochs=many": "stage.joint.epochs: Value 'many' of type 'str' could not be "
+    "converted to Integer",
+    "seed=null": "seed must not be null",
+    "hardware.device=gpu": "hardware.device: Invalid value 'gpu', expected one of "
+    "[auto, cpu, cuda]",
+    "model=vae_bse": "no 'vae_bse' in group 'model': did you mean 'vae_base'? there are ",
+    "experiment=tinny": "no 'tinny' in group 'experiment': did you mean 'tiny'? there are ",
+    "hardware=zzz": "no 'zzz' in group 'hardware': there are a100_40gb, ",
+    "search/space=zzz": "no 'zzz' in group 'search/space': there are ",
+    "seed=[1": "cannot read 'seed=[1': no viable alternative at input '[1'",
+    "seed": "cannot read 'seed': missing EQUAL at '<EOF>'",
+    "seed=1,2": "Ambiguous value for argument 'seed=1,2'; 1. To use it as a list",
+    "seed=interval(1,2)": "Sweep parameters 'seed=interval(1,2)' requires --multirun",
+    "~stage.zzz": "Could not delete from config. 'stage.zzz' does not exist",
+    "stage=fit": "Could not override 'stage'; Did you mean to override one of ",
+    "stage.joint.loss.zzz.weight=1": "unknown key 'stage.joint.loss.zzz': there are "
+    "reconstruction, kl, clustering; add it with '+stage.joint.loss={zzz: …}'",
+    "+stage.joint.loss.kll={weight: 1}": "cannot add 'stage.joint.loss.kll' like this; use "
+    "'+stage.joint.loss={kll: {weight: 1}}'",
+    "model=???": "In 'config': You must specify 'model', e.g, model=<OPTION>; Available options: ",
+    "=3": "Config group override must be a string or a list. Got int",
+}
+
+
+@pytest.mark.parametrize("override", LINES)
+def test_composition(compose: Compose, override: str) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        compose("experiment=tiny", override)
+    line = explain(caught.value)
+    assert line is not None
+    assert line.startswith(LINES[override])
+    assert "\n" not in line
+
+
+def test_a_fault_in_yaml_names_the_file(compose: Compose, tmp_path: Path) -> None:
+    (tmp_path / "hardware").mkdir()
+    (tmp_path / "hardware" / "mine.yaml").write_text("defaults: [base_hardware]\nthreads: many\n")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        compose("experiment=tiny", "hardware=mine", folders=[tmp_path])
+    assert explain(caught.value) == (
+        "hardware/mine.yaml: hardware.threads: Value 'many' of type 'str' could not be converted "
+        "to Integer"
+    )
+
+
+def fail(message: str) -> None:
+    raise UserError(message)
+
+
+def divide(by: int) -> float:
+    return 1 / by
+
+
+def test_a_constructors_own_line_is_kept() -> None:
+    node = OmegaConf.create({"data": {"_target_": f"{__name__}.fail", "message": "no column x"}})
+    with pytest.raises(UserError) as caught:
+        instantiate(node.data, _execution_whitelist_=f"{__name__}.*")
+    assert explain(caught.value) == "no column x"
+
+
+def test_a_constructors_fault_names_the_node() -> None:
+    node = OmegaConf.create({"data": {"_target_": f"{__name__}.divide", "by": 0}})
+    with pytest.raises(ZeroDivisionError) as caught:
+        instantiate(node.data, _execution_whitelist_=f"{__name__}.*")
+    assert explain(caught.value) == (
+        "data: ZeroDivisionError: division by zero (HYDRA_FULL_ERROR=1 shows where)"
+    )
+
+
+def test_files_are_explained() -> None:
+    assert explain(PermissionError(13, "Permission denied", "/x/y")) is not None
+    assert explain(FileNotFoundError(2, "No such file", "/x/y")) is not None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), KeyError("k")])
+def test_a_fault_of_the_program_is_not_explained_away(error: Exception) -> None:
+    assert explain(error) is None
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, unique=True), st.data())
+def test_the_nearest_of_names_is_one_of_them(names: list[str], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(names))
+    assert nearest(name, names) == f"did you mean '{name}'?"
+
+
+def test_without_a_near_name_all_are_listed() -> None:
+    assert nearest("zzz", ["a", "b"]) == "there are a, b"
+    assert nearest("zzz", []) == "there are none"

@@ -1,0 +1,105 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stagesweep.base.view import Batch
+from stagesweep.config import schema
+from stagesweep.core.fit import Loop
+from stagesweep.hardware import micro_batch
+from stagesweep.store.store import Store
+
+if TYPE_CHECKING:
+    from conftest import Bench
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 8, 9, 100, 513])
+@pytest.mark.parametrize("room", [0, 1, 3, 8, 15, 16, 60, 99, 10_000])
+def test_the_largest_that_fits_is_found_in_few_tries(room: int, limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= room
+
+    found = micro_batch.largest(fits, limit)
+    best = min(room, limit)
+    assert best - best // 16 <= found <= best
+    assert max(tried) <= limit
+    assert len(tried) == len(set(tried)) <= 13
+
+
+class Small(nn.Module):
+    """Has room for so many samples in training; counts the calls, and has a norm and dropout."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.sizes: list[int] = []
+        self.layer = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+        self.out = nn.Linear(3, 6)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        if self.training:
+            self.sizes.append(len(batch["x"]))
+            if len(batch["x"]) > self.room:
+                raise torch.OutOfMemoryError
+        mean = self.layer(batch["x"])
+        return {"mean": mean, "x": self.out(mean)}
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
+    yield tmp_path / "store" / "micro_batches"
+    assert Store.default().entries() == []  # what lies there is no entry
+
+
+def fit(bench: "Bench", name: str, room: int = 12, **given: Any) -> tuple[Loop, dict[str, float]]:
+    torch.manual_seed(1)
+    loss = {term: schema.Weight() for term in ("error", "spread")}
+    given = {"batch_size": 22, "epochs": 2, "loss": loss} | given
+    loop = bench.loop(name=name, model=Small(room), **given)
+    return loop, loop.run()
+
+
+def test_it_is_found_by_trying_and_remembered(bench: "Bench", store: Path) -> None:
+    loop, found = fit(bench, "first", hardware={"micro_batch": "auto"})
+    assert loop.loss.micro_batch == 12
+    assert loop.measured()["oom"] == []
+    (file,) = store.iterdir()
+    said = json.loads(file.read_text())
+    assert (said["micro_batch"], said["batch"], said["device"]) == (12, 22, "cpu")
+    # The fit is that of the same micro-batch given by hand: the tries have left nothing behind.
+    _, given = fit(bench, "by hand", hardware={"micro_batch": 12})
+    assert found == given
+    again, _ = fit(bench, "again", hardware={"micro_batch": "auto"})
+    assert again.loss.micro_batch == 12
+    assert max(again.model.sizes) <= 12, "nothing was tried"  # type: ignore[type-var,arg-type]
+
+
+def test_what_takes_other_memory_is_tried_anew(bench: "Bench", store: Path) -> None:
+    fit(bench, "first", hardware={"micro_batch": "auto"})
+    fit(bench, "loss", hardware={"micro_batch": "auto"}, loss={"error": schema.Weight()})
+    bf16 = {"micro_batch": "auto", "precision": schema.Precision.bf16}
+    fit(bench, "precision", hardware=bf16)
+    fit(bench, "batch", hardware={"micro_batch": "auto"}, batch_size=44)
+    assert len(list(store.iterdir())) == 4
+
+
+def test_a_batch_that_fits_is_taken_whole(bench: "Bench") -> None:
+    loop, _ = fit(bench, "fit", room=100, hardware={"micro_batch": "auto"})
+    assert loop.loss.micro_batch == 22
+
+
+def test_a_file_that_cannot_be_read_is_written_again(bench: "Bench", store: Path) -> None:
+    fit(bench, "first", hardware={"micro_batch": "auto"})
+    (file,) = store.iterdir()
+    file.write_text("{")
+    loop, _ = fit(bench, "again", hardware={"micro_batch": "auto"})
+    assert loop.loss.micro_batch == 12
+    assert json.loads(file.read_text())["micro_batch"] == 12

@@ -1,0 +1,111 @@
+"""Three processes learn what one does. They start once, for all tests here: see several.py."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stagesweep.hardware.throughput import SPEED
+from stagesweep.parallel.process_group import ALONE, Team
+
+Found = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def found(left_by: Callable[[str], Path]) -> Found:
+    """What each of three processes found."""
+    folder = left_by("several")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
+
+
+def test_every_division_of_a_batch_gives_its_gradient(found: Found) -> None:
+    for each in found:
+        assert len(each["gradients"]) == 20
+        for division, worst in each["gradients"].items():
+            assert worst < 1e-6, division
+        assert each["own part"] < 1e-6
+
+
+def test_a_parameter_that_some_processes_use_gets_its_gradient_on_all(found: Found) -> None:
+    assert {each["some"]["on this process"] for each in found} == {True, False}
+    for each in found:
+        assert each["some"]["there"] == each["some"]["expected"]
+        assert "rare.weight" in each["some"]["there"]
+        assert "unused.weight" not in each["some"]["there"]
+        assert each["some"]["worst"] < 1e-6
+
+
+@pytest.mark.parametrize("when", ["Small", "SmallAtTheEnd"])
+def test_out_of_memory_on_one_is_half_the_micro_batch_on_all(found: Found, when: str) -> None:
+    for each in found:
+        assert each["memory"][when]["micro_batch"] == 2
+        assert each["memory"][when]["worst"] < 1e-6
+
+
+def test_gradients_travel_while_the_backward_pass_goes_on(found: Found) -> None:
+    for each in found:
+        *when_sent, there = each["overlap"]
+        assert len(when_sent) > 1
+        assert 0 < when_sent[0] < there
+        assert when_sent == sorted(when_sent)
+
+
+@pytest.mark.parametrize(("name", "undivided"), [("everything", True), ("own parts", False)])
+def test_a_fit_of_three_is_that_of_one(found: Found, name: str, undivided: bool) -> None:
+    assert {each["fits"][name]["undivided"] for each in found} == {undivided}
+    # The best weights are the main process's alone, which goes on with them.
+    assert all(each["fits"][name]["same weights"] for each in found) == (name == "own parts")
+    main = found[0]["fits"][name]
+    assert len(main["rows"]) == len(main["expected rows"]) > 6
+    for row, expected in zip(main["rows"], main["expected rows"], strict=True):
+        assert row.keys() == expected.keys()
+        assert (row["kind"], row["step"]) == (expected["kind"], expected["step"])
+        for key in row.keys() - {*SPEED, "stage", "kind"}:
+            assert row[key] == pytest.approx(expected[key], rel=1e-5), key
+    assert main["metrics"].keys() == main["expected metrics"].keys()
+    for key, value in main["expected metrics"].items():
+        assert main["metrics"][key] == pytest.approx(value, rel=1e-5, nan_ok=True), key
+    if name == "everything":
+        assert main["metrics"]["val_seen"] == 30
+
+
+def test_a_signal_to_one_stops_all_and_one_goes_on_from_there(found: Found) -> None:
+    assert [each["stopped"]["step"] for each in found] == [7, 7, 7]
+    for each in found:
+        assert each["stopped"]["said"].startswith("stopped by SIGTERM")
+    expected = found[0]["fits"]["everything"]["expected metrics"]
+    for key, value in found[0]["stopped"]["metrics"].items():
+        assert value == pytest.approx(expected[key], rel=1e-5, nan_ok=True), key
+
+
+def test_statistics_of_a_norm_are_the_same_on_all(found: Found) -> None:
+    assert all(each["norm"]["same"] and each["norm"]["norm"] > 0.01 for each in found)
+
+
+def test_a_split_is_gathered_in_order_without_doubles(found: Found) -> None:
+    assert [each["split"] for each in found] == [{"44": True, "2": True}] * 3
+
+
+def test_the_others_say_that_one_has_ended(found: Found) -> None:
+    for each in found[:2]:
+        assert each["gone"].startswith("another process of this run has ended")
+
+
+@pytest.mark.parametrize(("n", "size"), [(0, 3), (1, 3), (2, 3), (20, 3), (24, 4), (5, 1)])
+def test_parts_cover_all_and_differ_by_one_at_most(n: int, size: int) -> None:
+    teams = [Team(rank, size) for rank in range(size)]
+    rows = [row for each in teams for row in range(n)[each.part(n)]]
+    assert rows == list(range(n))
+    sizes = [len(range(n)[each.part(n)]) for each in teams]
+    assert max(sizes) == teams[0].largest(n) == math.ceil(n / size)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_alone_nothing_is_copied() -> None:
+    value = torch.ones(3)
+    assert ALONE.sum(value) is value
+    assert ALONE.gather(value, 3) is value
+    assert ALONE.share(value) is value

@@ -1,0 +1,241 @@
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from stagesweep.base.spec import Features
+from stagesweep.run.runner import StageResult
+from stagesweep.stage.clustering.baselines import Baselines
+from stagesweep.stage.clustering.choose_clusters import ChooseClusters
+from stagesweep.stage.clustering.evaluate import Evaluate
+from stagesweep.stage.clustering.figures import (
+    Figures,
+    cluster_profiles,
+    comparison,
+    confusion,
+    embedding,
+    enrichment,
+    few_valued,
+    k_selection,
+    training,
+    weighted_mean,
+)
+
+
+def picture(figure: Figure) -> None:
+    """Draw it, so that what only fails in drawing fails here."""
+    figure.canvas.draw()
+
+
+def texts(figure: Figure) -> str:
+    found = [text.get_text() for ax in figure.axes for text in (ax.title, *ax.texts)]
+    return "\n".join([figure.get_suptitle(), *found])
+
+
+def history(epochs: int = 5) -> pd.DataFrame:
+    epoch = np.arange(1, epochs + 1)
+    return pd.DataFrame(
+        {"epoch": epoch, "train_loss": 9 / epoch, "val_loss": 10 / epoch, "lr": 0.01 / epoch}
+    )
+
+
+def profile_table(names: tuple[str, ...], clusters: int = 3) -> pd.DataFrame:
+    rows = [
+        {"cluster": c, "feature": name, "count": 10 * (c + 1), "mean": 10.0 * c, "std": 5.0}
+        for c in range(clusters)
+        for name in names
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_everything_there_is_gets_drawn(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(names=("6kHz", "12kHz", "18kHz", "click"), low=0.0, high=100.0, ordered=True)
+    ChooseClusters(k_range=(3, 5), resamples=3)(run)
+    Baselines(column="points", methods=["kmeans"])(run)
+    Evaluate(column="points", label="blob", enrichment="blob", leakage="site")(run)
+    run.stages.append(StageResult("pretrain", "ran", 1.0, ""))
+    monkeypatch.setattr(run, "history", lambda stage: history())
+    expected = {
+        "training", "k_selection", "embedding", "confusion_blob", "confusion_site", "profiles",
+        "enrichment", "comparison",
+    }  # fmt: skip
+    assert Figures(umap=False, dpi=60)(run) == {"figures": len(expected)}
+    paths = list((run._entry.path / "figures").iterdir())
+    assert {path.stem for path in paths} == expected
+    for path in paths:
+        pixels = imread(path)
+        assert min(pixels.shape[:2]) > 100, path
+        assert pixels.std() > 0.05, path
+
+
+def test_what_is_not_there_is_left_out(make_run: Any) -> None:
+    run = make_run()
+    assert Figures(umap=False)(run) == {"figures": 0}
+
+
+class FakeUMAP:
+    """UMAP itself takes half a minute to compile."""
+
+    def __init__(self, n_neighbors: int, random_state: int, **settings: Any) -> None:
+        assert 0 <= random_state < 2**32
+        self.near = n_neighbors
+
+    def fit_transform(self, means: Any) -> Any:
+        assert self.near < len(means)
+        return means[:, :2] * 1000
+
+
+def test_maps_by_pca_and_umap_for_cluster_and_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=FakeUMAP))
+    cluster = np.arange(12) % 3
+    means = np.random.default_rng(0).normal(size=(12, 5))
+    samples = pd.DataFrame({"cluster": cluster, "site": np.where(cluster == 0, "a", "b")})
+    figure = embedding(means, samples, seed=2**40)
+    picture(figure)
+    assert [ax.get_title() for ax in figure.axes] == ["by cluster"] * 2 + ["by site"] * 2
+    assert [ax.get_xlabel()[:4] for ax in figure.axes] == ["PC 1", "UMAP"] * 2
+    assert "n = 12" in texts(figure)
+    drawn = np.concatenate([c.get_offsets() for c in figure.axes[3].collections])
+    assert sorted(drawn[:, 0]) == pytest.approx(sorted(means[:, 0] * 1000))
+    assert {text.get_text() for text in figure.axes[1].texts} == {"0", "1", "2"}
+
+
+def test_a_map_of_many_points_is_of_a_sample() -> None:
+    samples = pd.DataFrame({"cluster": np.arange(4000) % 2})
+    figure = embedding(np.random.default_rng(0).normal(size=(4000, 3)), samples, seed=None)
+    assert "n = 3,000 of 4,000" in texts(figure)
+    assert len(figure.axes) == 1
+
+
+def test_audiograms_are_drawn_with_soft_sounds_on_top() -> None:
+    names = ("6kHz", "12kHz", "18kHz", "click")
+    features = Features(names, low=0.0, high=100.0, ordered=True, unit="dB SPL")
+    figure = cluster_profiles(profile_table(names), "thresholds", features)
+    picture(figure)
+    ax = figure.axes[0]
+    assert ax.get_ylim() == (100, 0)
+    assert ax.get_ylabel() == "thresholds (dB SPL)"
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == list(names)
+    # No line leads from the highest tone to the click.
+    assert [len(line.get_xdata()) for line in ax.lines if line.get_linestyle() == "-"][:2] == [3, 3]
+    assert "1 (n = 20)" in texts(figure)
+
+
+def test_images_are_drawn_as_images() -> None:
+    names = tuple(f"pixel_{i}" for i in range(6))
+    features = Features(names, 0.0, 1.0, grid=(2, 3), unit="intensity")
+    figure = cluster_profiles(profile_table(names), "image", features)
+    picture(figure)
+    assert [ax.images[0].get_array().shape for ax in figure.axes[:3]] == [(2, 3)] * 3  # type: ignore[union-attr]
+    assert figure.axes[-1].get_ylabel() == "image (intensity)"
+
+
+def test_images_without_a_range_share_their_scale() -> None:
+    names = ("a", "b", "c", "d")
+    figure = cluster_profiles(profile_table(names), "image", Features(names, grid=(2, 2)))
+    assert [ax.images[0].get_clim() for ax in figure.axes[:3]] == [(0, 20)] * 3
+
+
+def test_what_is_ordered_need_not_be_in_decibels() -> None:
+    names = ("500 nm", "600 nm")
+    features = Features(names, low=0.0, high=2.0, ordered=True, unit="V")
+    figure = cluster_profiles(profile_table(names), "spectrum", features)
+    assert figure.axes[0].get_ylabel() == "spectrum (V)"
+    assert figure.axes[0].get_ylim() == (0, 2)
+
+
+def test_features_without_order_range_or_unit_are_drawn_too() -> None:
+    names = ("age", "weight")
+    figure = cluster_profiles(profile_table(names, clusters=1), "body", Features(names))
+    picture(figure)
+    assert figure.axes[0].get_ylabel() == "body"
+
+
+def test_the_mean_of_all_weighs_clusters_by_their_size() -> None:
+    mean = weighted_mean(profile_table(("a",), clusters=3))
+    assert mean["a"] == pytest.approx((0 * 10 + 10 * 20 + 20 * 30) / 60)
+
+
+def test_clusters_are_put_beside_their_labels() -> None:
+    labels = pd.Series(["a", "b", "c"] * 10, name="kind")
+    figure = confusion(labels, pd.Series([2, 0, 1] * 10))
+    picture(figure)
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    assert np.array_equal(shown, np.eye(3))
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["2", "0", "1"]
+
+
+@pytest.mark.parametrize("clusters", [2, 5])
+def test_more_or_fewer_clusters_than_labels_can_be_shown(clusters: int) -> None:
+    labels = pd.Series(["a", "b", "c"] * 10, name="kind")
+    figure = confusion(labels, pd.Series(np.arange(30) % clusters))
+    picture(figure)
+    assert len(figure.axes[0].get_xticklabels()) == clusters
+
+
+def test_the_surest_labels_are_in_the_heatmap() -> None:
+    rng = np.random.default_rng(0)
+    rows = [(c, f"gene{g}", rng.uniform()) for c in range(3) for g in range(50)]
+    table = pd.DataFrame(rows, columns=["cluster", "label", "p"]).assign(kind="gene")
+    table.loc[table["label"] == "gene7", "p"] = [0.0, 1.0, 1.0]
+    table["q"] = (table["p"] * 10).clip(upper=1)
+    figure = enrichment(table)
+    picture(figure)
+    shown = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert len(shown) == 30
+    assert shown[0] == "gene7"
+    found = (table.groupby("label")["q"].min() < 0.05).sum()
+    assert f"Enrichment of gene in clusters: {found} of 50 at q < 0.05" in texts(figure)
+
+
+def test_the_chosen_k_is_marked() -> None:
+    indices = ("stability", "stability_se", "silhouette", "davies_bouldin", "calinski_harabasz")
+    table = pd.DataFrame({"k": [3, 4, 5], "inertia": [3.0, 2.0, 1.0]})
+    table[[*indices]] = 0.5
+    figure = k_selection(table, 4)
+    picture(figure)
+    assert all(ax.lines[0].get_xdata()[0] == 4 for ax in figure.axes)  # type: ignore[index]
+    assert "k = 4" in texts(figure)
+
+
+def test_every_fit_has_a_column_of_curves() -> None:
+    second = history().assign(train_kl=0.5, val_kl=[np.nan, 0.4, np.nan, 0.3, np.nan])
+    figure = training({"pretrain": history(), "joint": second})
+    picture(figure)
+    assert len(figure.axes) == 6
+    assert "joint (5 epochs)" in texts(figure)
+    assert figure.axes[1].get_title() == "joint (5 epochs)"
+    # A term of one fit alone is named beside its curve.
+    assert [ax.get_ylabel() for ax in figure.axes] == [
+        "total loss",
+        "",
+        "",
+        "kl",
+        "learning rate",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_methods_are_compared_by_labels_or_else_by_geometry(labelled: bool) -> None:
+    scores = dict.fromkeys(["acc", "nmi", "ari"], 0.8 if labelled else np.nan)
+    geometry = {"silhouette": 0.2, "silhouette_input": -0.1, "stability": np.nan}
+    rows = [
+        {"method": m, "split": "train", "n": 9, **scores, **geometry} for m in ("model", "kmeans")
+    ]
+    figure = comparison(pd.DataFrame(rows))
+    picture(figure)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert ("accuracy" in titles) == labelled
+    assert ("silhouette (latent)" in titles) != labelled
+
+
+def test_labels_with_a_value_or_with_many_get_no_colours() -> None:
+    samples = pd.DataFrame({"id": range(30), "cluster": 0, "gene": range(30), "site": 1, "ok": 2})
+    samples.loc[0, "ok"] = 3
+    assert few_valued(samples) == ["ok"]

@@ -1,0 +1,109 @@
+"""What a sweep was begun with is kept, and what has changed since is said line by line."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stagesweep.sweep.space.grammar import parse
+from stagesweep.sweep.study import manifest
+
+if TYPE_CHECKING:
+    from conftest import Compose
+
+SPACE = parse({"lr": "tag(log, interval(1e-4, 1e-2))", "n": "1,2"}, [])
+KEYS = st.text("abc", min_size=1, max_size=2)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers()),
+    lambda inner: st.dictionaries(KEYS, inner, max_size=3),
+)
+TREES = st.dictionaries(KEYS, PLAIN, max_size=4)
+
+
+def about(config: dict[str, Any]) -> dict[str, Any]:
+    identity = {"code": {"toy": "1", "torch": "2"}, "files": {"data.csv": "3"}}
+    return {"space": SPACE.fingerprint(), "config": config, **identity}
+
+
+def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert manifest.read(tmp_path) is None
+    given_ = {"command": "stagesweep -m n=1,2", **about({"seed": 0, "model": {"a": [1, None]}})}
+    manifest.write(tmp_path, given_)
+    assert manifest.read(tmp_path) == given_
+
+
+@given(TREES)
+def test_the_same_config_has_no_changes(tree: dict[str, Any]) -> None:
+    assert manifest.changes(SPACE, about(tree), about(tree)) == []
+
+
+@given(TREES, TREES)
+def test_any_other_config_has_a_line_for_each_key(
+    now: dict[str, Any], before: dict[str, Any]
+) -> None:
+    lines = manifest.changes(SPACE, about(now), about(before))
+    flat_now, flat_before = manifest.flat(now), manifest.flat(before)
+    keys = flat_now.keys() | flat_before.keys()
+    differing = {key for key in keys if flat_now.get(key) != flat_before.get(key)}
+    assert {line.partition(": was ")[0] for line in lines} == differing
+
+
+def test_lines_name_key_and_values() -> None:
+    now, before = {"seed": 1, "model": {"a": 2}}, {"seed": 0, "model": {"a": 2}, "loss": {"b": 3}}
+    other = parse({"lr": "tag(log, interval(1e-5, 1e-2))"}, [])
+    lines = manifest.changes(other, about(now), about(before))
+    assert lines[-2:] == ["loss.b: was 3, is absent", "seed: was 0, is 1"]
+    assert [line for line in lines if line.startswith("space n: ")] != []
+    assert [line for line in lines if line.startswith("space lr: was ")] != []
+
+
+def test_modules_whose_code_has_changed_are_named() -> None:
+    before = about({})
+    now = before | {"code": {"toy": "2", "torch": "2"}}
+    assert manifest.changes(SPACE, now, before) == ["code of toy"]
+    now["code"] = dict.fromkeys("abcde", "")
+    assert manifest.changes(SPACE, now, before) == ["code of a, b, c and 4 more"]
+    del before["code"]
+    assert manifest.changes(SPACE, now, before) == []
+
+
+def test_code_is_that_of_all_that_trials_run(compose: "Compose") -> None:
+    found = manifest.about(SPACE, compose("experiment=tiny"))["code"]
+    assert {
+        "stagesweep.core.fit",
+        "stagesweep.systems.audiogram.model.vae",
+        "torch",
+    } <= found.keys()
+    assert found["torch"].startswith("torch==")
+    lost = compose("experiment=tiny", "model._target_=no.such.Thing")
+    assert manifest.about(SPACE, lost)["code"] == {}
+
+
+def test_a_file_counts_by_its_content(compose: "Compose", tmp_path: Path) -> None:
+    table = tmp_path / "data.csv"
+    table.write_text("a")
+    given_ = compose("experiment=audiogram", f"data.path={table}")
+    before = manifest.about(SPACE, given_)
+    table.touch()
+    assert manifest.changes(SPACE, manifest.about(SPACE, given_), before) == []
+    table.write_text("b")
+    now = manifest.about(SPACE, given_)
+    assert manifest.changes(SPACE, now, before) == [f"content of {table}"]
+
+
+def test_what_changes_no_result_is_no_change(compose: "Compose") -> None:
+    """How often something is written, and threads, may differ between two starts."""
+    plain = manifest.plain(compose("experiment=tiny"))
+    same = ("stage.joint.save_every=7", "hardware.threads=2")
+    assert manifest.plain(compose("experiment=tiny", *same)) == plain
+    assert manifest.plain(compose("experiment=tiny", "stage.joint.epochs=7")) != plain
+
+
+def test_the_refusal_says_what_to_do() -> None:
+    said = str(manifest.refuse_changed(Path("multirun/x"), ["seed: was 0, is 1"]))
+    assert said == (
+        "multirun/x was begun with other settings, code or data: seed: was 0, is 1; put them "
+        "back, name another sweep with search.study=<name>, or set sweep.on_change=continue or "
+        "sweep.on_change=new"
+    )

@@ -1,0 +1,82 @@
+"""How a trial ended follows from its repeats, and from what its run has left."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stagesweep.sweep.study.states import Outcome, on_disk, together, valid
+
+NUMBERS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5)
+
+
+@given(NUMBERS)
+def test_repeats_have_their_mean(values: list[float]) -> None:
+    ended = together([Outcome("complete", value) for value in values])
+    assert ended.state == "complete"
+    assert min(values) <= ended.value <= max(values) or len(set(values)) == 1
+    assert ended.value == pytest.approx(math.fsum(values) / len(values))
+
+
+def test_of_several_objectives_each_has_its_mean() -> None:
+    ended = together([Outcome("complete", [1.0, 10.0]), Outcome("complete", (3.0, 20.0))])
+    assert ended == Outcome("complete", [2.0, 15.0])
+
+
+@pytest.mark.parametrize("bad", ["pruned", "failed"])
+def test_one_that_did_not_complete_is_the_end_of_all(bad: str) -> None:
+    other = Outcome(bad, None, "oom", "too large")
+    assert together([Outcome("complete", 1.0), other, Outcome("complete", 2.0)]) == other
+
+
+@pytest.mark.parametrize(
+    ("value", "reason", "message"),
+    [
+        (None, "error", "the run returned None as its objective"),
+        ("0.5", "error", "the run returned '0.5' as its objective"),
+        ([0.5, None], "error", "the run returned [0.5, None] as its objective"),
+        (math.nan, "nan", "its objective is nan"),
+        ([0.5, math.nan], "nan", "its objective is [0.5, nan]"),
+    ],
+)
+def test_what_is_no_number_is_a_failure(value: Any, reason: str, message: str) -> None:
+    assert valid(Outcome("complete", value)) == Outcome("failed", None, reason, message)
+    assert together([Outcome("complete", 1.0), Outcome("complete", value)]).reason == reason
+
+
+def test_a_run_that_was_told_to_end_stays_so() -> None:
+    assert valid(Outcome("interrupted")) == Outcome("interrupted")
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ({"status": "complete", "objective": {"value": 0.5}}, Outcome("complete", 0.5)),
+        (
+            {"status": "complete", "objective": [{"value": 0.5}, {"value": 2}]},
+            Outcome("complete", [0.5, 2]),
+        ),
+        ({"status": "pruned"}, Outcome("pruned")),
+        ({"status": "running"}, None),
+    ],
+)
+def test_a_folder_says_how_its_run_ended(
+    tmp_path: Path, result: dict[str, Any], expected: Outcome | None
+) -> None:
+    assert on_disk(tmp_path) is None, "not begun"
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert on_disk(tmp_path) == expected
+    (tmp_path / "result.json").write_text(json.dumps(result)[:-3])
+    assert on_disk(tmp_path) is None, "a file that was cut off says nothing"
+
+
+def test_an_objective_that_was_no_number_is_nan_on_disk(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"status": "complete", "objective": {"value": null}}')
+    found = on_disk(tmp_path)
+    assert found is not None
+    assert math.isnan(found.value)
+    assert valid(found).reason == "nan"

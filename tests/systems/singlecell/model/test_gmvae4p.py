@@ -1,0 +1,94 @@
+"""The classifier of patients: what it looks at, and what it does not."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from stagesweep.base.spec import Features, Spec
+from stagesweep.base.view import Batch, View
+from stagesweep.systems.singlecell.model.gmvae4p import GMVAE4P
+
+GENES, TYPES, WIDTH = 12, 3, 2
+
+
+def names(n: int) -> Features:
+    return Features(tuple(map(str, range(n))))
+
+
+SPEC = Spec(
+    {
+        "expression": names(GENES),
+        "proportions": names(TYPES),
+        "states": names(TYPES * WIDTH),
+        "communication": names(3),
+    },
+    labels={"condition": 2},
+)
+
+
+def batch(n: int = 10) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+    expression = 5 + torch.randn(n, GENES, generator=draw) * torch.arange(1, GENES + 1)
+    return {
+        "expression": expression,
+        "proportions": torch.rand(n, TYPES, generator=draw).softmax(1),
+        "types": torch.rand(n, TYPES, generator=draw) > 0.3,
+        "states": torch.randn(n, TYPES, WIDTH, generator=draw),
+        "communication": torch.randn(n, 3, generator=draw),
+        "pairs": torch.ones(n, 3, dtype=torch.bool),
+    }
+
+
+def made(**settings: Any) -> GMVAE4P:
+    torch.manual_seed(0)
+    model = GMVAE4P(SPEC, hidden=(16, 8), width=6, **settings).eval()
+    model.look_at(View(batch()))
+    return model
+
+
+def test_scales_and_genes_are_those_of_what_it_is_fitted_to() -> None:
+    model, seen = made(genes=5), batch()
+    assert model.chosen.tolist() == seen["expression"].std(0).topk(5).indices.sort().values.tolist()
+    outputs = model(seen)
+    mask = outputs["states/observed"].bool()
+    target = outputs["states/target"]
+    for column in range(TYPES * WIDTH):
+        own = target[:, column][mask[:, column]]
+        assert own.mean().item() == pytest.approx(0, abs=1e-5)
+        assert own.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(mask.view(-1, TYPES, WIDTH)[..., 0], seen["types"])
+
+
+def test_trust_is_inverse_variance_and_proportions_add_up() -> None:
+    model, seen = made(attention=False), batch()
+    outputs = model(seen)
+    precision = []
+    for name in ("proportions", "states", "communication"):
+        variance = outputs[f"{name}/logvar"].exp()
+        if name == "states":
+            share = outputs["proportions"].unsqueeze(2)
+            variance = (variance.view(-1, TYPES, WIDTH) * share / WIDTH).sum(1, keepdim=True)
+            precision.append(1 / variance.sum((1, 2)))
+        else:
+            precision.append(1 / variance.mean(1))
+    wanted = torch.stack(precision, 1)
+    torch.testing.assert_close(outputs["weights"], wanted / wanted.sum(1, keepdim=True))
+    torch.testing.assert_close(outputs["proportions"].sum(1), torch.ones(10))
+    equal = made(uncertainty=False)(seen)["weights"]
+    torch.testing.assert_close(equal, torch.full((10, 3), 1 / 3))
+
+
+def test_what_is_to_be_told_is_not_looked_at() -> None:
+    """Only expression decides: not the true proportions, nor which types a donor has."""
+    model, seen = made(), batch()
+    blind = {"expression": seen["expression"]}
+    torch.testing.assert_close(model(blind)["assignment"], model(seen)["assignment"])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"standardise": False}, {"attention": False}, {"modalities": ["proportions"]}]
+)
+def test_what_an_ablation_takes_out_changes_what_is_told(setting: dict[str, Any]) -> None:
+    told, without = made()(batch()), made(**setting)(batch())
+    assert not torch.allclose(told["assignment"], without["assignment"])
