@@ -8,13 +8,13 @@ import signal
 import sys
 
 from hydra import compose, initialize_config_dir
-from hydra._internal import logging_config  # noqa: F401  Hydra imports it in each trial
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf, open_dict
 
+from stagesweep.base.compat import preload_hydra_logging
 from stagesweep.config import register, validation
 from stagesweep.store import fingerprint, stage_inputs
 
@@ -42,6 +42,7 @@ def rehearse() -> None:
 
 Plugins.instance()
 setup_globals()
+preload_hydra_logging()
 # Slurm sends it to every process of a job; the controller says who is to save and end.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 # What is swept has brought what a rehearsal imports; if not, it has no use for that.
