@@ -16,6 +16,8 @@ from omegaconf import OmegaConf, open_dict
 
 from stagesweep.base.compat import preload_hydra_logging
 from stagesweep.config import register, validation
+from stagesweep.config.nodes import hardware_settings
+from stagesweep.hardware.numerics import numerics
 from stagesweep.store import fingerprint, stage_inputs
 
 # What the values of a sweep look like.
@@ -35,7 +37,7 @@ def rehearse() -> None:
         OmegaConf.to_container(made.hydra.job_logging, resolve=True)
         del made["hydra"]
     validation.validate(made)
-    stage_inputs.fingerprints(made)
+    stage_inputs.fingerprints(made, numerics(hardware_settings(made)))
     HydraConfig.instance().cfg = None
     OverridesParser.create().parse_overrides([f"a.b_1={value}" for value in VALUES])
 
@@ -49,7 +51,7 @@ signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 if "sklearn" in sys.modules:
     rehearse()
 # It is read once for all trials, which run it as it is now.
-fingerprint.keep(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
+fingerprint.freeze(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
 # A collection in a trial leaves all this alone: it would copy the memory that they share.
 gc.collect()
 gc.freeze()

@@ -306,9 +306,9 @@ def _modules(master: DictConfig) -> list[str]:
     what the first optimizer of a process brings.
     """
     from stagesweep.base.compat import OPTIMIZER_IMPORTS
-    from stagesweep.config.access import targets
+    from stagesweep.config.nodes import target_names
 
     parts = OmegaConf.masked_copy(master, ["model", "data", "loss", "stage"])
-    found = targets(OmegaConf.to_container(parts, resolve=False))
+    found = target_names(OmegaConf.to_container(parts, resolve=False))
     own = {t.rpartition(".")[0] for t in found if t.startswith("stagesweep.")}
     return sorted(own | ({OPTIMIZER_IMPORTS} if "stagesweep.stage.fit" in own else set()))
