@@ -18,9 +18,8 @@ from hydra.utils import execution_whitelist, instantiate
 from omegaconf import DictConfig, OmegaConf
 from optuna.pruners import BasePruner
 
-import stagesweep
 from stagesweep.config import register, schema, trust
-from stagesweep.config.nodes import target_nodes
+from stagesweep.config.nodes import target_nodes as nodes
 from stagesweep.config.signatures import SPECIAL, bind, locate
 from stagesweep.config.validation import validate
 from stagesweep.store.fingerprint import sources
@@ -29,7 +28,7 @@ from stagesweep.sweep.space.grammar import parse
 Compose = Callable[..., DictConfig]
 
 CONF = register.folder()
-SRC = Path(stagesweep.__file__).parent
+SRC = Path(schema.__file__).parent
 # What is composed but builds nothing.
 NO_COMPONENTS = ("experiment", "search", "hydra")
 # Arguments that the framework supplies.
@@ -54,9 +53,7 @@ def read(name: str) -> dict[str, Any]:
 
 def components() -> dict[str, dict[str, Any]]:
     """Every `_target_` node that a YAML of a component spells out."""
-    found = (
-        (name, path, node) for name in options(*groups()) for path, node in target_nodes(read(name))
-    )
+    found = ((name, path, node) for name in options(*groups()) for path, node in nodes(read(name)))
     return {f"{name}:{path}".rstrip(":"): node for name, path, node in found}
 
 
@@ -131,7 +128,7 @@ def test_every_data_set_and_loss_binds(compose: Compose, tmp_path: Path, name: s
     choice = f"data={option}" if group == "data" else f"+loss@loss.this={option}"
     cfg = given(compose("experiment=tiny", choice), tmp_path)
     plain = OmegaConf.to_container(cfg.data if group == "data" else cfg.loss.this)
-    bound = list(target_nodes(plain, group))
+    bound = list(nodes(plain, group))
     assert bound
     for path, node in bound:
         bind(path, node)
@@ -298,7 +295,7 @@ FOR_OTHERS = {"stagesweep.data.loader"}
 @pytest.mark.parametrize("group", ["model", "data", "loss", "stage"])
 def test_every_module_is_reached_from_a_yaml(group: str) -> None:
     """Directly as a `_target_` of a component or an experiment, or imported by one."""
-    every = [node for name in options() for _, node in target_nodes(read(name))]
+    every = [node for name in options() for _, node in nodes(read(name))]
     targets = {node["_target_"].rpartition(".")[0] for node in every}
     reached = sources([*sorted(targets), "stagesweep.run.context"])
     modules = {f"stagesweep.{group}.{file.stem}" for file in (SRC / group).glob("[!_]*.py")}
@@ -337,4 +334,4 @@ def test_the_other_names_that_people_rely_on(compose: Compose) -> None:
     root = Path(__file__).parents[2]
     scripts = re.findall(r'^(stagesweep\S*) = "', (root / "pyproject.toml").read_text(), re.M)
     assert {"stagesweep", "stagesweep-store"} <= set(scripts)
-    assert "STAGESWEEP_STORE" in (SRC / "store" / "store.py").read_text()
+    assert "STAGESWEEP_STORE" in (SRC / "store.py").read_text()
