@@ -1,4 +1,4 @@
-"""Nodes are held against the signature of what they name."""
+"""Nodes are bound to the signature of their target."""
 
 import sys
 from collections.abc import Mapping, Sequence

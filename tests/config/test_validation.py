@@ -1,4 +1,4 @@
-"""What can be known to be wrong is said before a run starts: one line, its text asserted."""
+"""Each fault of a config is reported before a run starts, in one line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ Compose = Callable[..., DictConfig]
 
 @pytest.fixture(scope="module")
 def tiny(compose: Compose) -> Compose:
-    """A config with overrides of keys; composed once, since that takes time."""
+    """Apply overrides to a config that is composed once, which takes time."""
     base = compose("experiment=tiny")
 
     def overridden(*overrides: str) -> DictConfig:

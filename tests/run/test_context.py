@@ -18,7 +18,7 @@ from stagesweep.store.store import Store
 
 @pytest.fixture
 def run(compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run of digits that has not walked its stages; its first stage's entry is open."""
+    """The context of a run of digits, within its first stage."""
     monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
     board = Board(tmp_path / "run" / "tensorboard")
     made = Context(compose("experiment=digits"), tmp_path / "run", [], board)

@@ -28,7 +28,7 @@ Command = Callable[..., tuple[int, list[str]]]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process; gives the status and the lines it printed."""
+    """Run the command in this process; return its status and the lines it printed."""
 
     def command(*arguments: str) -> tuple[int, list[str]]:
         status = main(arguments)

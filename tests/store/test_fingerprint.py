@@ -32,7 +32,7 @@ def of(value: object) -> str:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values must have the same fingerprint, decided another way."""
+    """Whether two values must have the same fingerprint: an independent reference."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):

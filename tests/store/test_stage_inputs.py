@@ -52,7 +52,7 @@ def test_a_stage_reads_what_can_change_it_and_no_more(
 
 
 def test_how_a_machine_is_used_is_no_input_of_a_stage(compose: Any) -> None:
-    """All that a profile may say but precision and tf32; and this is no GPU, so tf32 is nothing."""
+    """Only precision and tf32 count, and tf32 does nothing on a CPU."""
     plain = compose("experiment=digits", "hardware=cpu", "hardware.precision=bf16")
     card = compose("experiment=digits", "hardware=h200_141gb_x4_2nodes", "hardware.device=cpu")
     assert card.hardware != plain.hardware

@@ -67,7 +67,7 @@ def _check_fit(path: str, settings: schema.Fit, cfg: DictConfig) -> None:
 def _watched(path: str, settings: schema.Fit, cfg: DictConfig) -> dict[str, str]:
     """The metrics that a fit watches, by the key that names them."""
     watched = {f"{path}.best.{metric}": metric for metric in settings.best}
-    # A rule on a term that is turned off does nothing; see `silent`.
+    # A rule on the loss of a term with weight 0 is ignored, not refused; see `silent`.
     off = silent(_loss_classes(settings, cfg), settings.loss)
     watched |= {
         f"{path}.early_stop.{name}": name for name in settings.early_stop if name not in off
