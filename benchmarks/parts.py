@@ -20,7 +20,7 @@ from stagesweep.core.metric_log import MetricLog
 from stagesweep.core.seeding import seed_everything
 from stagesweep.core.tensorboard import Board
 from stagesweep.hardware.profile import Machine
-from stagesweep.run.build import build_stage, built
+from stagesweep.run.build import build, build_stage
 
 
 @cache
@@ -46,11 +46,11 @@ class Part:
         self.stage, self.machine = stage, machine
         seed_everything(0)
         with execution_whitelist(trust.trusted()):
-            self.data: Any = built(cfg.data)
+            self.data: Any = build(cfg.data)
             self.settings: schema.Fit = build_stage(cfg.stage[stage])
             part = self.settings.part
-            model: Any = built(cfg.model if part is None else cfg.model[part], spec=self.data.spec)
-            terms = {t: built(cfg.loss[t]) for t in self.settings.loss}
+            model: Any = build(cfg.model if part is None else cfg.model[part], spec=self.data.spec)
+            terms = {t: build(cfg.loss[t]) for t in self.settings.loss}
         if hasattr(model, "checkpointed"):
             model.checkpointed = machine.activation_checkpointing
         self.model: nn.Module = model.to(machine.device)

@@ -1,4 +1,4 @@
-"""What all tests share: real data where there is some, the real command, composed configs."""
+"""Fixtures of all tests: real data, the real command, composed configs."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, open_dict
 from stagesweep.config import register
 from stagesweep.core.seeding import seed_everything
 
-# A shell that starts a job in the background has it ignore Ctrl-C, and all processes it starts.
+# A background job of a shell ignores Ctrl-C, and so do the processes that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
@@ -30,13 +30,13 @@ Compose = Callable[..., DictConfig]
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
-    """Every test draws the same numbers, whatever ran before it in its process."""
+    """Seed every test, so that the order of tests does not matter."""
     seed_everything(0)
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data; tests that need it are skipped, by name, without it."""
+    """The folder of real data; tests that use it are skipped without it."""
     folder = os.environ.get("STAGESWEEP_TEST_DATA")
     if not folder:
         pytest.skip("needs real data: set STAGESWEEP_TEST_DATA to its folder")
@@ -44,7 +44,7 @@ def real_data() -> Path:
 
 
 class Process:
-    """A command that was started, as subprocess.Popen has it."""
+    """A command that was started, with methods as in subprocess.Popen."""
 
     def __init__(self, arguments: Sequence[str], pid: int, files: Mapping[str, str]) -> None:
         self.args, self.pid = list(arguments), pid
@@ -52,43 +52,43 @@ class Process:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit status, None as long as it runs."""
+        """The exit status, None while it runs."""
         if self.returncode is None and self.files["status"].exists():
             self.returncode = int(self.files["status"].read_text())
         return self.returncode
 
     def wait(self, timeout: float) -> int:
-        """Its exit status; TimeoutExpired, and its end, if it takes longer."""
+        """Wait for the exit status; after the timeout, kill it and raise TimeoutExpired."""
         until = time.monotonic() + timeout
         while (status := self.poll()) is None:
             if time.monotonic() > until:
                 with suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(self.args, timeout, *self.said())
+                raise subprocess.TimeoutExpired(self.args, timeout, *self.output())
             time.sleep(0.01)
         return status
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
-        """What it said until its end."""
+        """Wait for its end; return stdout and stderr."""
         self.wait(timeout)
-        return self.said()
+        return self.output()
 
     def said(self) -> tuple[str, str]:
-        """What it has said so far."""
+        """What it has written to stdout and stderr so far."""
         return self.files["stdout"].read_text(), self.files["stderr"].read_text()
 
     def send_signal(self, signum: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal, unless it has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signum)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 
 class Warm:
-    """The command in processes that are forked from one: see warm.py."""
+    """Runs the command in forked processes: see warm.py."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
@@ -103,7 +103,7 @@ class Warm:
     def start(
         self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
     ) -> Process:
-        """Start it in a folder, with this environment beside that of the tests."""
+        """Start the command in a folder; ``environment`` is added to that of the tests."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.count += 1
@@ -127,15 +127,15 @@ class Warm:
         environment: Mapping[str, str],
         timeout: float = 300,
     ) -> "subprocess.CompletedProcess[str]":
-        """Run it to its end."""
+        """Run the command to its end."""
         process = self.start(arguments, folder, environment)
         status = process.wait(timeout)
-        return subprocess.CompletedProcess(process.args, status, *process.said())
+        return subprocess.CompletedProcess(process.args, status, *process.output())
 
 
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    """The command, without the seconds that its imports take."""
+    """The command, without the seconds that its imports take; see warm.py."""
     warm = Warm(tmp_path_factory.mktemp("warm"))
     yield warm
     warm.server.communicate()  # it ends with its stdin
@@ -172,7 +172,7 @@ def stagesweep(tmp_path: Path, warm: Warm) -> Command:
 
 @pytest.fixture
 def cold(tmp_path: Path) -> Command:
-    """As `stagesweep`, in a new interpreter as a person starts it."""
+    """As `stagesweep`, but in a new interpreter, as a user starts it."""
 
     def start(
         arguments: Sequence[str], folder: Path, environment: dict[str, str], timeout: float
@@ -192,7 +192,7 @@ def cold(tmp_path: Path) -> Command:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
+    """The folder of a file system of one megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
@@ -208,7 +208,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def needs_torch() -> Callable[[str], bool]:
-    """Whether a fresh interpreter that runs this code imports torch."""
+    """Whether a new interpreter that runs this code imports torch."""
 
     def run(code: str) -> bool:
         lines = f"import sys\n{code}\nprint('torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""The command as a person meets it: help, completion, errors, exit status."""
+"""The command: help, completion, errors, exit status."""
 
 import os
 import re

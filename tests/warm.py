@@ -1,7 +1,7 @@
-"""Runs the command in processes forked from this one, which has imported what it may need.
+"""Runs the command in processes forked from this one, which has imported all modules.
 
-A line of JSON on stdin asks for one, its process id on stdout is the answer; its exit status is
-left in a file. A new interpreter takes seconds more, which is most of what a small run takes.
+A line of JSON on stdin starts a process; its process id is written to stdout, its exit status to
+a file. A new interpreter would need seconds for its imports, which is most of a small run.
 """
 
 import fcntl
@@ -19,19 +19,20 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What looks at the environment or changes the process when it is imported.
-EACH = ("stagesweep.__main__", "stagesweep.cli", "stagesweep.sweep.engine.fork_server")
+# Modules that read the environment, or change the process, when they are imported.
+NOT_SHARED = ("stagesweep.__main__", "stagesweep.cli", "stagesweep.sweep.engine.fork_server")
 
 
 def main() -> None:
-    """Import, then fork until nothing more is asked."""
+    """Import all modules, then fork one process for each line on stdin."""
     import stagesweep
+    from stagesweep.base.compat import OPTIMIZER_IMPORTS
 
     for module in pkgutil.walk_packages(stagesweep.__path__, "stagesweep."):
-        if module.name not in EACH:
+        if module.name not in NOT_SHARED:
             import_module(module.name)
     assert "stagesweep.cli" not in sys.modules
-    import_module("torch._dynamo")  # by the first optimizer
+    import_module(OPTIMIZER_IMPORTS)
     gc.freeze()
     for line in sys.stdin:
         asked: dict[str, Any] = json.loads(line)
@@ -39,18 +40,18 @@ def main() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if not os.fork():
-            return watch(Path(asked.pop("status")), asked)
+            return supervise(Path(asked.pop("status")), asked)
     return None
 
 
-def watch(left: Path, asked: Mapping[str, Any]) -> None:
-    """Fork the command and wait for its end; or be the command."""
+def supervise(status: Path, asked: Mapping[str, Any]) -> None:
+    """Fork the command, wait for its end and write its exit status."""
     child = os.fork()
     if child:
         print(child, flush=True)
-        part = left.with_suffix(".part")
+        part = status.with_suffix(".part")
         part.write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
-        part.rename(left)
+        part.rename(status)
         os._exit(0)
     become(**asked)
     wait_to_serve()
@@ -58,8 +59,9 @@ def watch(left: Path, asked: Mapping[str, Any]) -> None:
 
 
 def wait_to_serve() -> None:
-    """Fork what becomes the server that the trials of a sweep are forked from, when multiprocessing
-    would start a new interpreter for it; a second one it starts as always.
+    """Fork a process that becomes the fork server of a sweep.
+
+    multiprocessing would start a new interpreter for the server. Only its first start is replaced.
     """
     ours, theirs = socket.socketpair()
     waiting = os.fork()
@@ -82,14 +84,14 @@ def wait_to_serve() -> None:
 
 
 def serve(orders: socket.socket) -> NoReturn:
-    """Wait for what to run, with which open files; the end of the command is the end of this."""
+    """Wait for the code of the server and its open files; exit when the command exits."""
     try:
         message, received, *_ = socket.recv_fds(orders, 1 << 20, 8)
         if message:
             order = json.loads(message)
             os.environ.clear()
             os.environ.update(order["environment"])
-            # By way of numbers that nothing has: those that are wanted may be among the received.
+            # In two steps, because the numbers wanted may be among those received.
             apart = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 1000) for descriptor in received]
             for descriptor in received:
                 os.close(descriptor)
@@ -104,7 +106,7 @@ def serve(orders: socket.socket) -> NoReturn:
 def become(
     arguments: Sequence[str], folder: str, environment: Mapping[str, str], files: Sequence[str]
 ) -> None:
-    """Be as a process that was started there with these arguments, and nothing on stdin."""
+    """Turn this process into one started there with these arguments and an empty stdin."""
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -116,7 +118,7 @@ def become(
         opened = os.open(path, flags, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
-    sys.stdin = os.fdopen(0)  # what has been read of the old one is not ours
+    sys.stdin = os.fdopen(0)  # the old one has buffered lines of the parent
 
 
 if __name__ == "__main__":

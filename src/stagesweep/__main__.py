@@ -2,6 +2,6 @@
 
 from stagesweep.cli import main
 
-# The processes of a sweep's trials import this module under another name.
+# Processes of trials import this module under another name, and must not start the command.
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The ``stagesweep`` command. Imports no torch, so that help and completion answer at once."""
+"""The ``stagesweep`` command. Imports no torch, which would slow down help and completion."""
 
 import os
 import signal
@@ -13,31 +13,33 @@ from omegaconf import DictConfig
 
 from stagesweep.base.errors import Interrupted, UserError
 from stagesweep.config import register, trust
-from stagesweep.config.access import hardware
 from stagesweep.config.messages import explain
+from stagesweep.config.nodes import hardware_settings
 from stagesweep.hardware import environment
 from stagesweep.parallel import launch
 from stagesweep.sweep.plugin import SlotsLauncher, StudySweeper
 
 register.register()
-# Entry points name these, too; a checkout that is not installed has none.
+# For a checkout that is not installed, and so has no entry points.
 for plugin in (StudySweeper, SlotsLauncher):
     Plugins.instance().register(plugin)
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def main() -> None:
-    """Compose and execute a run, or a sweep of runs; exits with a status that tells how it went.
+    """Compose and execute a run, or a sweep of runs.
 
-    1: one line on stderr names the fault (HYDRA_FULL_ERROR=1 adds the traceback); 130, 138 or 143:
-    it was interrupted, and the same command goes on.
+    Exit status 1: an error, one line on stderr (HYDRA_FULL_ERROR=1 adds the traceback); 130, 138,
+    143: interrupted by a signal, the same command continues.
     """
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands its errors over
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     try:
-        if launch.follows():
-            launch.follow()
+        if launch.is_follower():
+            from stagesweep.run.processes import follow
+
+            follow()
         else:
             job()
     except KeyboardInterrupt:
@@ -45,8 +47,7 @@ def main() -> None:
     except Interrupted as error:
         leave(str(error), error.exit_code)
     except Exception as error:
-        line = explain(error)
-        if line is None or TRACEBACK:
+        if (line := explain(error)) is None or TRACEBACK:
             raise
         leave(line)
 
@@ -55,24 +56,23 @@ def main() -> None:
     config_path=str(register.folder()), config_name="config", execution_whitelist=trust.trusted()
 )
 def job(cfg: DictConfig) -> float | list[float] | None:
-    """One run in Hydra's hands; returns the value of its objective."""
+    """Execute one run, as Hydra's task function; return the value of its objective."""
     try:
-        environment.prepare(hardware(cfg))
-        from stagesweep.run.runner import walk
+        environment.prepare(hardware_settings(cfg))
+        from stagesweep.run.execute import execute
 
-        return walk(cfg)
+        return execute(cfg)
     except Interrupted as error:
-        leave(str(error), error.exit_code)  # not an Exception: it ends a sweep, too
+        leave(str(error), error.exit_code)  # exits, so that a sweep ends as well
     except Exception as error:
-        line = explain(error)
-        if line is None or TRACEBACK:
+        if (line := explain(error)) is None or TRACEBACK:
             raise
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise UserError(line) from error  # this trial's end; the sweep goes on
+            raise UserError(line) from error  # fails this trial; the sweep goes on
         leave(line)
 
 
 def leave(line: str, status: int = 1) -> NoReturn:
-    """Say why in one line and exit."""
+    """Print one line and exit."""
     print(f"stagesweep: {line}", file=sys.stderr)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Every error of composition becomes one line that names the key and the remedy."""
+"""Every error of composition becomes one line with the key and the remedy."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Nodes are held against the signature of what they name."""
+"""Nodes are bound to the signature of their target."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagesweep.base.errors import UserError
+from stagesweep.config.nodes import target_nodes
 from stagesweep.config.schema import Mode
-from stagesweep.config.signatures import bind, fits, locate, nodes
+from stagesweep.config.signatures import bind, fits, locate
 
 LAB = """
 from collections.abc import Sequence
@@ -117,7 +118,11 @@ def test_a_target_that_cannot_be_had_is_named(target: Any, line: str) -> None:
 def test_every_node_is_found_however_deep() -> None:
     inner = {"_target_": "b"}
     tree = {"model": {"_target_": "a", "parts": [inner, {"deep": inner}]}, "seed": 3}
-    assert [path for path, _ in nodes(tree)] == ["model", "model.parts[0]", "model.parts[1].deep"]
+    assert [path for path, _ in target_nodes(tree)] == [
+        "model",
+        "model.parts[0]",
+        "model.parts[1].deep",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What can be known to be wrong is said before a run starts: one line, its text asserted."""
+"""Each fault of a config is reported before a run starts, in one line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +9,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from stagesweep.base.errors import UserError
-from stagesweep.config.validation import outside, validate
+from stagesweep.config.validation import broken_bound, validate
 
 Compose = Callable[..., DictConfig]
 
 
 @pytest.fixture(scope="module")
 def tiny(compose: Compose) -> Compose:
-    """A config with overrides of keys; composed once, since that takes time."""
+    """Apply overrides to a config that is composed once, which takes time."""
     base = compose("experiment=tiny")
 
     def overridden(*overrides: str) -> DictConfig:
@@ -173,15 +173,15 @@ def test_a_stage_of_the_users_own_is_bound(
 @pytest.mark.parametrize(
     ("number", "rule", "expected"),
     [
-        (1, {"least": 1}, None),
-        (0, {"least": 1}, "must be at least 1"),
-        (0.0, {"above": 0}, "must be above 0"),
-        (1.0, {"below": 1}, "must be below 1"),
+        (1, {"ge": 1}, None),
+        (0, {"ge": 1}, "must be at least 1"),
+        (0.0, {"gt": 0}, "must be above 0"),
+        (1.0, {"lt": 1}, "must be below 1"),
         (float("-inf"), {}, "must be finite"),
-        (None, {"least": 1}, None),
-        (False, {"least": 1}, None),
-        ("text", {"least": 1}, None),
+        (None, {"ge": 1}, None),
+        (False, {"ge": 1}, None),
+        ("text", {"ge": 1}, None),
     ],
 )
 def test_bounds(number: object, rule: dict[str, float], expected: str | None) -> None:
-    assert outside(number, rule) == expected
+    assert broken_bound(number, rule) == expected

@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.pruners import BasePruner
 
 from stagesweep.config import register, schema, trust
-from stagesweep.config.signatures import SPECIAL, bind, locate, nodes
+from stagesweep.config.nodes import target_nodes as nodes
+from stagesweep.config.signatures import SPECIAL, bind, locate
 from stagesweep.config.validation import validate
 from stagesweep.store.fingerprint import sources
 from stagesweep.sweep.space.grammar import parse

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import
 )
 
 from stagesweep.base.errors import UserError
-from stagesweep.run import runner
+from stagesweep.run import plan
 
 if TYPE_CHECKING:
     from conftest import Warm
@@ -162,11 +162,11 @@ def stored(finished: Path, compose: Any, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Whether the finished run, changed by an override, needs no validation."""
     monkeypatch.setenv("STAGESWEEP_STORE", str(finished / "store"))
     validated: list[Any] = []
-    monkeypatch.setattr(runner, "contents", validated.append)
+    monkeypatch.setattr(plan, "validate_targets", validated.append)
 
     def stored(override: str) -> bool:
         with suppress(UserError):
-            runner.checked(compose(*QUICK, override))
+            plan.plan(compose(*QUICK, override))
             return not validated
         return False
 

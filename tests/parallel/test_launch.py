@@ -1,4 +1,4 @@
-"""How many processes a run has, and what it says when one of them ends."""
+"""The number of processes of a run, and the error of one that fails."""
 
 import pickle
 import signal
@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from stagesweep.base.errors import Interrupted, Lost, NotFinite, UserError
 from stagesweep.config.schema import Device, Hardware
-from stagesweep.parallel.launch import _reason, _record, follows, wanted
+from stagesweep.parallel.launch import _first_error, _write_error, is_follower, processes_to_start
 from stagesweep.sweep.plugin import StudySweeper
 
 
@@ -20,10 +20,10 @@ class Failure:
 
 
 def test_the_profile_says_how_many() -> None:
-    assert wanted(Hardware()) == 1
-    assert wanted(Hardware(devices=3)) == 3
-    assert wanted(Hardware(gpu_ids=[0, 2])) == 2
-    assert wanted(Hardware(devices=2, gpu_ids=[0, 2])) == 2
+    assert processes_to_start(Hardware()) == 1
+    assert processes_to_start(Hardware(devices=3)) == 3
+    assert processes_to_start(Hardware(gpu_ids=[0, 2])) == 2
+    assert processes_to_start(Hardware(devices=2, gpu_ids=[0, 2])) == 2
 
 
 @pytest.mark.parametrize(("there", "count"), [(0, 1), (2, 2), (8, 4)])
@@ -31,32 +31,32 @@ def test_one_that_is_not_strict_has_no_more_than_gpus(
     there: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stagesweep.hardware.detection.there", lambda: there)
-    assert wanted(Hardware(devices=4, strict=False)) == count
-    assert wanted(Hardware(devices=4, strict=False, device=Device.cpu)) == 4
-    assert wanted(Hardware(devices=4)) == 4
+    assert processes_to_start(Hardware(devices=4, strict=False)) == count
+    assert processes_to_start(Hardware(devices=4, strict=False, device=Device.cpu)) == 4
+    assert processes_to_start(Hardware(devices=4)) == 4
 
 
 def test_devices_and_gpu_ids_must_agree() -> None:
     with pytest.raises(UserError, match=r"hardware.devices=3, but hardware.gpu_ids=\[0, 1\]"):
-        wanted(Hardware(devices=3, gpu_ids=[0, 1]))
+        processes_to_start(Hardware(devices=3, gpu_ids=[0, 1]))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_under_torchrun_none_are_started(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert wanted(Hardware(devices=devices)) == 1
+    assert processes_to_start(Hardware(devices=devices)) == 1
 
 
 def test_under_torchrun_another_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError) as caught:
-        wanted(Hardware(devices=3))
+        processes_to_start(Hardware(devices=3))
     assert str(caught.value) == (
         "hardware.devices=3, but torchrun has started 4 processes; leave it out"
     )
     with pytest.raises(UserError, match="set CUDA_VISIBLE_DEVICES before it"):
-        wanted(Hardware(gpu_ids=[0]))
+        processes_to_start(Hardware(gpu_ids=[0]))
     sampler = OmegaConf.create({})
     with pytest.raises(UserError, match="a sweep is not for torchrun"):
         StudySweeper(sampler, "", "").sweep([])
@@ -68,14 +68,14 @@ def test_all_but_the_first_of_a_group_follow(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.setenv("RANK", rank)
-    assert follows() == bool(expected)
+    assert is_follower() == bool(expected)
 
 
-def test_what_ended_the_first_process_is_the_reason(tmp_path: Path) -> None:
-    _record(tmp_path / "0", Lost("another has ended"))
-    _record(tmp_path / "2", Interrupted(signal.SIGTERM, "told to stop"))
-    _record(tmp_path / "1", NotFinite("the loss became nan"))
-    reason = _reason(tmp_path, {0: Failure(1)})
+def test_what_ended_the_first_process_is_the_first_error(tmp_path: Path) -> None:
+    _write_error(tmp_path / "0", Lost("another has ended"))
+    _write_error(tmp_path / "2", Interrupted(signal.SIGTERM, "told to stop"))
+    _write_error(tmp_path / "1", NotFinite("the loss became nan"))
+    reason = _first_error(tmp_path, {0: Failure(1)})
     assert isinstance(reason, NotFinite)
     assert str(reason) == "the loss became nan"
 
@@ -84,16 +84,16 @@ def test_a_fault_comes_with_its_traceback(tmp_path: Path) -> None:
     try:
         raise ValueError("of the program")
     except ValueError as error:
-        _record(tmp_path / "1", error)
-    reason = _reason(tmp_path, {})
+        _write_error(tmp_path / "1", error)
+    reason = _first_error(tmp_path, {})
     assert isinstance(reason, RuntimeError)
     assert str(reason).startswith("process 1 of the run failed:\n\nTraceback")
     assert "ValueError: of the program" in str(reason)
 
 
 def test_a_process_that_was_killed_is_named(tmp_path: Path) -> None:
-    _record(tmp_path / "0", Lost("another has ended"))
-    reason = _reason(tmp_path, {1: Failure(-signal.SIGKILL)})
+    _write_error(tmp_path / "0", Lost("another has ended"))
+    reason = _first_error(tmp_path, {1: Failure(-signal.SIGKILL)})
     assert isinstance(reason, Lost)
     assert str(reason).startswith("process 1 of the run was ended by SIGKILL; the same command")
 

@@ -18,7 +18,7 @@ from stagesweep.base.view import View
 from stagesweep.config import schema, trust
 from stagesweep.core.tensorboard import Board
 from stagesweep.model.clusters import Clusters
-from stagesweep.run.context import Run
+from stagesweep.run.context import Context
 from stagesweep.store.store import Store
 
 
@@ -72,14 +72,14 @@ class Mirror(nn.Module):
         }
 
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., Context]
 
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Iterator[MakeRun]:
     """A run in the middle of a stage called `it`; `scale` is the model's, the rest of `Blobs`."""
 
-    def make(scale: float = 1.0, **blobs: Any) -> Run:
+    def make(scale: float = 1.0, **blobs: Any) -> Context:
         cfg = OmegaConf.create(
             {
                 "seed": 0,
@@ -91,7 +91,7 @@ def make_run(tmp_path: Path) -> Iterator[MakeRun]:
         )
         board = Board(tmp_path / "run" / "tensorboard")
         boards.callback(board.close)
-        run = Run(cfg, tmp_path / "run", [], board)
+        run = Context(cfg, tmp_path / "run", [], board)
         run.data = Blobs(**blobs)
         run.model = Mirror(blob_centres(run.data) * scale, scale)
         run.stage, run.seed = "it", 2**40

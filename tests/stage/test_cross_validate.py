@@ -13,15 +13,15 @@ from stagesweep.base.view import View
 from stagesweep.config import schema
 from stagesweep.metric.classification import Classification
 from stagesweep.metric.interval import mean_interval
-from stagesweep.run.context import Run
+from stagesweep.run.context import Context
 from stagesweep.stage.cross_validate import CrossValidate, vote
 from stagesweep.stage.linear_baselines import Logistic, Ridge
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., Context]
 
 
 @pytest.fixture
-def watched(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, list[Any]]:
+def watched(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> tuple[Context, list[Any]]:
     """A run whose fits only say what they were given."""
     run, fits = make_run(n=120), []
     columns = run.data.columns
@@ -38,7 +38,7 @@ def watched(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, li
 
 
 def test_a_group_is_in_one_fold_and_never_steers_what_it_is_scored_by(
-    watched: tuple[Run, list[Any]],
+    watched: tuple[Context, list[Any]],
 ) -> None:
     run, fits = watched
     metrics = {"m": Classification("sick")}
@@ -66,7 +66,7 @@ def test_a_group_is_in_one_fold_and_never_steers_what_it_is_scored_by(
 
 
 def test_baselines_see_all_but_the_fold_and_share_the_table(
-    watched: tuple[Run, list[Any]],
+    watched: tuple[Context, list[Any]],
 ) -> None:
     run, _ = watched
     seen = []
@@ -85,7 +85,7 @@ def test_baselines_see_all_but_the_fold_and_share_the_table(
     assert set(run.load("folds.csv")["method"]) == {"model", "oracle"}
 
 
-def test_too_few_groups_are_a_clear_error(watched: tuple[Run, list[Any]]) -> None:
+def test_too_few_groups_are_a_clear_error(watched: tuple[Context, list[Any]]) -> None:
     stage = CrossValidate(
         fit=schema.Fit(epochs=1), group="sick", metrics={"m": Classification("sick")}
     )

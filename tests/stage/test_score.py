@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from stagesweep.base.errors import UserError
 from stagesweep.metric.classification import Classification, LatentClusters
-from stagesweep.run.context import Run
+from stagesweep.run.context import Context
 from stagesweep.stage.score import Score
 from stagesweep.systems.singlecell.simulate import simulated_cohort
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., Context]
 METRICS = {"types": Classification("label"), "clusters": LatentClusters("label")}
 SPLITS = ("train", "val", "test")
 
@@ -28,19 +28,19 @@ class Wrong(nn.Module):
 
 
 @pytest.fixture
-def run(make_run: MakeRun) -> Run:
+def run(make_run: MakeRun) -> Context:
     run = make_run()
     run.data = simulated_cohort(donors=16, cells=20, genes=30, types=4)
     run.model = Wrong()
     return run
 
 
-def artifact(run: Run, name: str) -> pd.DataFrame:
+def artifact(run: Context, name: str) -> pd.DataFrame:
     assert run._entry is not None
     return pd.read_csv(run._entry.path / "artifacts" / name)
 
 
-def test_scores_are_of_what_was_told(run: Run) -> None:
+def test_scores_are_of_what_was_told(run: Context) -> None:
     metrics = Score(label="label", metrics=METRICS)(run)
     told = artifact(run, "predictions.csv")
     table = artifact(run, "comparison.csv").set_index("split")
@@ -57,7 +57,7 @@ def test_scores_are_of_what_was_told(run: Run) -> None:
         assert run.load("embeddings.npz")[f"{split}/mean"].shape == (n, 4)
 
 
-def test_a_baseline_has_the_scores_of_the_arrays_it_left(run: Run) -> None:
+def test_a_baseline_has_the_scores_of_the_arrays_it_left(run: Context) -> None:
     codes = {split: run.view(split)["label"].numpy() for split in SPLITS}
     perfect = {f"oracle/assignment/{split}": np.eye(4)[own] for split, own in codes.items()}
     run.save("others.npz", perfect)
@@ -73,7 +73,7 @@ def test_a_baseline_has_the_scores_of_the_arrays_it_left(run: Run) -> None:
     assert without == {name: value for name, value in metrics.items() if "oracle" not in name}
 
 
-def test_a_cell_without_a_type_is_told_but_not_scored(run: Run) -> None:
+def test_a_cell_without_a_type_is_told_but_not_scored(run: Context) -> None:
     rows = run.data._rows["val"]
     run.data._columns["label"][rows[:3]] = -1
     metrics = Score(label="label", metrics=METRICS)(run)
@@ -86,7 +86,7 @@ def test_a_cell_without_a_type_is_told_but_not_scored(run: Run) -> None:
     assert metrics["val_accuracy"] == pytest.approx(right)
 
 
-def test_tables_of_made_data_are_beside_those_of_cells(run: Run) -> None:
+def test_tables_of_made_data_are_beside_those_of_cells(run: Context) -> None:
     Score(label="label", metrics=METRICS)(run)
     cells = artifact(run, "comparison.csv")
     clusters = {"clusters": METRICS["clusters"]}
@@ -97,6 +97,6 @@ def test_tables_of_made_data_are_beside_those_of_cells(run: Run) -> None:
     assert run.has("mixed_embeddings.npz")
 
 
-def test_a_label_that_is_not_there(run: Run) -> None:
+def test_a_label_that_is_not_there(run: Context) -> None:
     with pytest.raises(UserError, match=r"stage.it.label=kind.*no such label; choose from: label"):
         Score(label="kind", metrics=METRICS)(run)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stagesweep.store import command as store_command
 from stagesweep.store.command import main
 from stagesweep.store.store import Entry, Store
 
@@ -27,7 +28,7 @@ Command = Callable[..., tuple[int, list[str]]]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process; gives the status and the lines it printed."""
+    """Run the command in this process; return its status and the lines it printed."""
 
     def command(*arguments: str) -> tuple[int, list[str]]:
         status = main(arguments)
@@ -255,7 +256,7 @@ def test_prune_ends_what_a_killed_process_began_to_delete(store: Store, command:
     [("30d", 30 * DAY), ("12 h", DAY / 2), ("90min", 5400), ("1.5w", 10.5 * DAY), ("0s", 0)],
 )
 def test_durations(text: str, value: float) -> None:
-    options = command._parser().parse_args(["prune", "--older-than", text])
+    options = store_command._parser().parse_args(["prune", "--older-than", text])
     assert options.older_than == value
 
 
@@ -263,7 +264,7 @@ def test_durations(text: str, value: float) -> None:
     ("text", "value"), [("20GB", 2e10), ("1.5 GiB", 1.5 * 2**30), ("500kb", 5e5), ("7B", 7)]
 )
 def test_sizes(text: str, value: float) -> None:
-    options = command._parser().parse_args(["prune", "--max-size", text])
+    options = store_command._parser().parse_args(["prune", "--max-size", text])
     assert options.max_size == value
 
 
@@ -318,11 +319,11 @@ def test_verify_repair_removes_them(store: Store, command: Command) -> None:
      (5e13, "50 TB")],
 )  # fmt: skip
 def test_sizes_for_people(size: float, text: str) -> None:
-    assert command._format_size(size) == text
+    assert store_command._format_size(size) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(-1, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (1e6, "12 d")]
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
-    assert command._format_duration(seconds) == text
+    assert store_command._format_duration(seconds) == text

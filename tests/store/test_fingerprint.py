@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stagesweep.base.errors import UserError
-from stagesweep.store.fingerprint import fingerprint, keep, source_hash, sources
+from stagesweep.store.fingerprint import fingerprint, freeze, source_hash, sources
 
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
@@ -32,7 +32,7 @@ def of(value: object) -> str:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values must have the same fingerprint, decided another way."""
+    """Whether two values must have the same fingerprint: an independent reference."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
@@ -241,13 +241,13 @@ def test_code_is_never_executed(write: Write) -> None:
     assert not [name for name in sys.modules if name.partition(".")[0] == "mine"]
 
 
-def test_code_in_memory_can_be_kept(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stagesweep.store.fingerprint._kept", {})
+def test_code_in_memory_can_be_frozen(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stagesweep.store.fingerprint._frozen", {})
     write({"mine/parts/layer.py": "DEPTH = 1\ndef build():\n    import mine.deep\n"})
     importlib.import_module("mine.model")
     try:
         before = sources(["mine.model"])
-        keep(["mine.model"])
+        freeze(["mine.model"])
         write({"mine/model.py": "z = 1\n", "mine/parts/layer.py": "import mine.deep\nz = 1\n"})
         assert sources(["mine.model"]) == before
         write({"mine/deep.py": "x = 2\n"})  # not in memory: whoever imports it runs the new one
@@ -345,6 +345,6 @@ def test_compiled_modules_count_by_their_bytes(write: Write, tmp_path: Path) -> 
 
 def test_the_store_needs_no_torch(needs_torch: Callable[[str], bool]) -> None:
     assert not needs_torch(
-        "from stagesweep import files, fingerprint, store, store_cli;"
+        "from stagesweep.store import command, fingerprint, store;"
         "fingerprint.sources(['stagesweep.base.view', 'torch.optim.AdamW'])"
     )

@@ -204,7 +204,7 @@ def test_a_store_that_cannot_be_made(tmp_path: Path) -> None:
 PREAMBLE = """
 import os, signal, socket, sys, time
 from pathlib import Path
-from stagesweep import store
+from stagesweep.store import store
 def say(text): print(text, flush=True)
 """
 HOLD = "with entry.hold():\n    say('held')\n    time.sleep(60)"

@@ -1,4 +1,4 @@
-"""Errors of composition, said in one line that names the key and the remedy."""
+"""One-line messages for errors in a config, with the key and the remedy."""
 
 import re
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ from stagesweep.base.errors import UserError, chain
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What a mistyped name may have meant: "did you mean 'x'?", or all there is."""
+    """A hint for a mistyped name: "did you mean 'x'?", or all known names."""
     names = list(known)
     if close := get_close_matches(name, names, n=1):
         return f"did you mean '{close[0]}'?"
@@ -33,7 +33,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-    """The one line for an error that a person can mend; None for a fault of the program."""
+    """One line for an error that the user can mend; None for a bug."""
     links = list(chain(error))
     for link in links:
         if isinstance(link, UserError):
@@ -44,37 +44,37 @@ def explain(error: BaseException) -> str | None:
                 return _missing_option(path, link.options or ())
             case OverrideParseException():
                 cause = link.__cause__ or link.__context__
-                return f"cannot read '{link.override}': {_flat(str(cause or link))}"
+                return f"cannot read '{link.override}': {_one_line(str(cause or link))}"
             case ConfigCompositionException() if "Error merging override +" in str(link):
-                return _addition(str(link).partition("+")[2], link.__cause__ or link)
+                return _failed_addition(str(link).partition("+")[2], link.__cause__ or link)
             case OmegaConfBaseException(full_key=str(key)) if key:
                 place = re.match(r"In '(.+)': ", str(error))
-                return (f"{place[1]}.yaml: " if place else "") + _about(key, link)
+                return (f"{place[1]}.yaml: " if place else "") + _key_error(key, link)
             case OSError(filename=str(path)):
                 return str(files.explain(link, Path(path)))
-    said_by_hydra = isinstance(error, HydraException) or (
+    from_hydra = isinstance(error, HydraException) or (
         isinstance(error, ValueError) and _raised_in(error).startswith("hydra.")
     )
-    return _flat(str(error)) if said_by_hydra else _construction(error)
+    return _one_line(str(error)) if from_hydra else _failed_construction(error)
 
 
 def _raised_in(error: BaseException) -> str:
-    """Name of the module whose code raised the error."""
+    """Name of the module that raised the error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
 
 
-def _flat(text: str) -> str:
-    """The lines of a message that say something, on one line."""
+def _one_line(text: str) -> str:
+    """Join the lines of a message, without links."""
     lines = (line.strip().rstrip(".") for line in text.splitlines())
-    said = "; ".join(line for line in lines if line and not line.startswith("See http"))
-    return said.replace(":; ", ": ")
+    text = "; ".join(line for line in lines if line and not line.startswith("See http"))
+    return text.replace(":; ", ": ")
 
 
-def _about(key: str, error: OmegaConfBaseException) -> str:
-    """What OmegaConf has to say about one key."""
+def _key_error(key: str, error: OmegaConfBaseException) -> str:
+    """Message for an OmegaConf error about one key."""
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         parent = error.parent_node
         keys = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
@@ -83,33 +83,35 @@ def _about(key: str, error: OmegaConfBaseException) -> str:
         group, _, name = key.rpartition(".")
         remedy = f"; add it with '+{group}={{{name}: …}}'" if addable else ""
         return f"unknown key '{key}': {hint}{remedy}"
-    said = str(error).splitlines()[0]
+    text = str(error).splitlines()[0]
     if isinstance(error, InterpolationKeyError):
-        return f"{key}: {said}; put that back, or give {key} a value of its own"
-    return f"{key} must not be null" if "is not Optional" in said else f"{key}: {said}"
+        return f"{key}: {text}; put that back, or give {key} a value of its own"
+    return f"{key} must not be null" if "is not Optional" in text else f"{key}: {text}"
 
 
-def _addition(override: str, error: BaseException) -> str:
-    """Why something could not be added; a mapping into a typed one must be merged (OmegaConf)."""
+def _failed_addition(override: str, error: BaseException) -> str:
+    """Message for a ``+key=value`` that failed. A typed mapping takes only a mapping."""
     key, _, value = override.lstrip("+").partition("=")
     group, _, name = key.rpartition(".")
-    said = str(error).splitlines()[0]
-    if "is not a subclass of" in said:
+    text = str(error).splitlines()[0]
+    if "is not a subclass of" in text:
         return f"cannot add '{key}' like this; use '+{group}={{{name}: {value}}}'"
-    return f"{key}: {said}"
+    return f"{key}: {text}"
 
 
-def _construction(error: BaseException) -> str | None:
-    """What the making of a node said (Hydra notes its key), be it the config's fault or not."""
+def _failed_construction(error: BaseException) -> str | None:
+    """Message for a target that raised while it was built; Hydra adds the key as a note."""
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("full_key: ")]
     if not notes:
         return None
     key = notes[0].removeprefix("full_key: ")
-    return f"{key}: {type(error).__name__}: {_flat(str(error))} (HYDRA_FULL_ERROR=1 shows where)"
+    return (
+        f"{key}: {type(error).__name__}: {_one_line(str(error))} (HYDRA_FULL_ERROR=1 shows where)"
+    )
 
 
 def _missing_option(path: str, options: Iterable[str]) -> str:
-    """A group, or an option of a group, that is not there."""
+    """Message for a config group, or an option of a group, that does not exist."""
     group, _, option = path.rpartition("/")
     known = [o for o in options if not o.startswith("base_")]
     if not known:

@@ -1,4 +1,4 @@
-"""What there is to choose from, found by looking into the config folders: for ``--help``."""
+"""Lists the options of each config group, for ``--help``."""
 
 from collections.abc import Iterable
 from itertools import takewhile
@@ -9,13 +9,13 @@ from hydra.core.hydra_config import HydraConfig
 
 
 def folders() -> list[Path]:
-    """The config folders of this command line: the product's own, then those the user added."""
+    """The config folders of this command: stagesweep's own, then those that the user added."""
     sources = HydraConfig.get().runtime.config_sources
     return [Path(source.path) for source in sources if source.schema == "file"]
 
 
 def groups() -> str:
-    """A line for every config group: its name and its options."""
+    """One line for each config group: its name and its options."""
     found: dict[str, set[str]] = {}
     for folder in folders():
         for file in folder.rglob("*.yaml"):
@@ -26,7 +26,7 @@ def groups() -> str:
 
 
 def experiments() -> str:
-    """A line for every experiment: its name and the first sentence of its YAML's header."""
+    """One line for each experiment: its name and the first sentence of its YAML's header."""
     roots = [folder / "experiment" for folder in folders()]
     files = [(root, file) for root in roots for file in sorted(root.rglob("*.yaml"))]
     return _table(
@@ -35,14 +35,14 @@ def experiments() -> str:
 
 
 def summary(file: Path) -> str:
-    """The first sentence of a YAML file's header, less Hydra's package directive."""
+    """The first sentence of a YAML file's header, without Hydra's package directive."""
     lines = takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
-    said = (line.lstrip("# ") for line in lines if "@package" not in line)
-    return shorten(" ".join(said).partition(". ")[0], width=88, placeholder=" …")
+    text = (line.lstrip("# ") for line in lines if "@package" not in line)
+    return shorten(" ".join(text).partition(". ")[0], width=88, placeholder=" …")
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
     pairs = list(rows)
     width = max((len(name) for name, _ in pairs), default=0)
-    # The help text is a string.Template: a dollar sign is written twice.
+    # The help text is a string.Template, in which $$ is a dollar sign.
     return "\n".join(f"  {name:<{width}}  {text}".replace("$", "$$") for name, text in pairs)

@@ -1,4 +1,4 @@
-"""Registers every schema with Hydra, and the resolvers that the YAML uses."""
+"""Registers the schemas with Hydra, and the resolvers that the YAML files use."""
 
 import hashlib
 import platform
@@ -23,32 +23,31 @@ from stagesweep.config.schema import (
 
 
 def folder() -> Path:
-    """Where the YAML lives: inside an installed package, or else at the root of the checkout."""
+    """The folder of the YAML files: in the installed package, or else in the checkout."""
     packaged = Path(__file__).parents[1] / "conf"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "conf"
 
 
-# What may change from one start of a sweep to the next.
-OPEN = ("n_trials", "study", "budget", "timeout", "max_retries", "max_failure_rate")
+# Keys of `search` that may change between two starts of a sweep.
+CHANGEABLE = ("n_trials", "study", "budget", "timeout", "max_retries", "max_failure_rate")
 
 
-def study_of(method: str, overrides: Sequence[str]) -> str:
-    """The name of the sweep that a command asks for: the same for the same command.
+def study_name(method: str, overrides: Sequence[str]) -> str:
+    """Name the study of a command: the same command gets the same name.
 
-    How long it goes on, and how it uses the machine, are not part of the name.
+    Overrides of its length, and of how it uses the machine, do not change the name.
     """
-    left_out = ("hydra.", "hydra/", "sweep.", "hardware.", *(f"search.{key}=" for key in OPEN))
-    said = sorted(
-        each for each in map(str, overrides) if not each.lstrip("+~").startswith(left_out)
-    )
-    digest = hashlib.sha256("\0".join(sorted(said)).encode()).hexdigest()
+    search = (f"search.{key}=" for key in CHANGEABLE)
+    left_out = ("hydra.", "hydra/", "sweep.", "hardware.", *search)
+    kept = sorted(o for o in map(str, overrides) if not o.lstrip("+~").startswith(left_out))
+    digest = hashlib.sha256("\0".join(kept).encode()).hexdigest()
     return f"{method}_{digest[:8]}"
 
 
 def register() -> None:
-    """Put every schema into Hydra's ConfigStore, and the resolvers that the YAML uses."""
+    """Register the schemas in Hydra's ConfigStore, and the resolvers in OmegaConf."""
     OmegaConf.register_resolver("host", lambda: platform.node().split(".")[0], replace=True)
-    OmegaConf.register_resolver("study_of", study_of, replace=True)
+    OmegaConf.register_resolver("study_of", study_name, replace=True)
     OmegaConf.register_resolver("list_groups", options.groups, replace=True)
     OmegaConf.register_resolver("list_experiments", options.experiments, replace=True)
     store = ConfigStore.instance()

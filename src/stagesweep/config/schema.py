@@ -1,10 +1,10 @@
-"""The schemas of every config node the framework owns. This module imports no torch.
+"""Schemas of the config nodes that the framework owns. Imports no torch.
 
-Each schema is registered in Hydra's ConfigStore as ``base_<name>`` in its own group, and the YAML
-of the same group extends it. Stage classes inherit their schema, so that a stage's constructor
-and its config can never drift apart. The metadata of a field says what a person may set it to
-(validated before a run starts), and ``fingerprint: False`` where it changes no result, only where
-or how often something is written: a finished stage is then reused whatever its value is.
+Each schema is registered in Hydra's ConfigStore as ``base_<name>`` of its group, and extended by
+the YAML of that group. A stage class inherits its schema, so that its constructor and its config
+always agree. The metadata of a field are its bounds, checked before a run starts, and
+``fingerprint: False`` if it changes no result, only where or how often something is written: a
+finished stage is then reused whatever the value is.
 """
 
 from collections.abc import Sequence
@@ -17,27 +17,27 @@ from omegaconf import MISSING
 from stagesweep.base.errors import UserError
 
 NO_RESULT: dict[str, Any] = {"fingerprint": False}
-# The word for a micro-batch that is found by trying.
+# Value of `hardware.micro_batch` that has it found by trying.
 AUTO = "auto"
 
 
-def number(default: Any, *, result: bool = True, **bounds: float) -> Any:
-    """A field for a finite number within ``bounds``: least, above (exclusive), below (exclusive).
+def bounded(default: Any, *, result: bool = True, **bounds: float) -> Any:
+    """A field for a finite number: at least ``ge``, above ``gt``, below ``lt``.
 
-    They hold for every number of a list. ``result`` tells whether the number changes a result.
+    The bounds hold for each number of a list. ``result``: whether the number changes a result.
     """
     return field(default=default, metadata={"fingerprint": result, **bounds})
 
 
 class Mode(StrEnum):
-    """Which way a metric is better."""
+    """Whether a metric is to be maximised or minimised."""
 
     max = "max"
     min = "min"
 
 
 class Device(StrEnum):
-    """Where tensors live; ``auto`` takes a GPU when there is one."""
+    """Device of the tensors; ``auto`` uses a GPU if there is one."""
 
     auto = "auto"
     cpu = "cpu"
@@ -45,7 +45,7 @@ class Device(StrEnum):
 
 
 class Parallel(StrEnum):
-    """Processes each have the whole model, or a part of every parameter (FSDP2)."""
+    """Each process has the whole model, or a shard of every parameter (FSDP2)."""
 
     replicate = "replicate"
     shard = "shard"
@@ -61,7 +61,7 @@ class Precision(StrEnum):
 
 
 class Resume(StrEnum):
-    """``auto`` reuses finished stages and goes on from partial ones; ``never`` retrains."""
+    """``auto`` reuses finished stages and resumes partial ones; ``never`` retrains."""
 
     auto = "auto"
     never = "never"
@@ -79,8 +79,8 @@ class Decay(StrEnum):
 class Group:
     """Settings of the parameters that a glob matches; null keeps the stage's own."""
 
-    lr: float | None = number(None, above=0)
-    weight_decay: float | None = number(None, least=0)
+    lr: float | None = bounded(None, gt=0)
+    weight_decay: float | None = bounded(None, ge=0)
 
 
 @dataclass
@@ -88,9 +88,9 @@ class Optimizer:
     """A torch optimizer and its parameter groups (glob over dotted parameter names -> settings)."""
 
     _target_: str = "torch.optim.AdamW"
-    lr: float = number(1e-3, above=0)
-    weight_decay: float = number(1e-5, least=0)
-    betas: tuple[float, float] = number((0.9, 0.999), least=0, below=1)
+    lr: float = bounded(1e-3, gt=0)
+    weight_decay: float = bounded(1e-5, ge=0)
+    betas: tuple[float, float] = bounded((0.9, 0.999), ge=0, lt=1)
     groups: dict[str, Group] = field(default_factory=dict)
 
 
@@ -103,20 +103,20 @@ class Schedule:
     """
 
     decay: Decay = Decay.cosine
-    warmup: float = number(0.0, least=0)
-    min_lr: float = number(1e-6, least=0)
+    warmup: float = bounded(0.0, ge=0)
+    min_lr: float = bounded(1e-6, ge=0)
     metric: str = "val_loss"
     mode: Mode = Mode.min
-    factor: float = number(0.5, above=0, below=1)
-    patience: int = number(5, least=0)
+    factor: float = bounded(0.5, gt=0, lt=1)
+    patience: int = bounded(5, ge=0)
 
 
 @dataclass
 class Weight:
-    """How much a loss term counts in a stage, and over how many epochs it rises from zero."""
+    """Weight of a loss term in a stage, and the epochs over which it rises from zero."""
 
-    weight: float = number(1.0, least=0)
-    ramp: float = number(0.0, least=0)
+    weight: float = bounded(1.0, ge=0)
+    ramp: float = bounded(0.0, ge=0)
 
 
 @dataclass
@@ -124,14 +124,14 @@ class EarlyStop:
     """Stop after ``patience`` evaluations without improvement, or as soon as ``target`` is met."""
 
     mode: Mode = Mode.min
-    patience: int | None = number(None, least=0)
-    min_delta: float = number(0.0, least=0)
-    target: float | None = number(None)
+    patience: int | None = bounded(None, ge=0)
+    min_delta: float = bounded(0.0, ge=0)
+    target: float | None = bounded(None)
 
 
 @dataclass
 class Stage:
-    """What every stage has: the class that runs it."""
+    """Base of all stages: the class that runs it."""
 
     _target_: str = MISSING
 
@@ -141,17 +141,17 @@ class Fit(Stage):
     """Train parameters by gradient descent."""
 
     _target_: str = "stagesweep.stage.fit.Fit"
-    # Of a model of several parts the one that is trained; the data it learns from, if an earlier
-    # stage made them.
+    # The part of the model that is trained, if it has parts; the name of the data to train on, if
+    # an earlier stage made them.
     part: str | None = None
     view: str | None = None
-    epochs: int = number(MISSING, least=1)
-    # Effective batch: how many samples one optimizer step sees, on any hardware.
-    batch_size: int = number(512, least=1)
+    epochs: int = bounded(MISSING, ge=1)
+    # Effective batch size: samples of one optimizer step, on any hardware.
+    batch_size: int = bounded(512, ge=1)
     loss: dict[str, Weight] = field(default_factory=dict)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
-    clip_norm: float | None = number(1.0, above=0)
+    clip_norm: float | None = bounded(1.0, gt=0)
     # Globs over dotted parameter names; a parameter is trained when the first list matches and
     # the second does not.
     train: list[str] = field(default_factory=lambda: ["*"])
@@ -162,16 +162,16 @@ class Fit(Stage):
     early_stop: dict[str, EarlyStop] = field(default_factory=dict)
     # A checkpoint is kept for the best value of each of these metrics.
     best: dict[str, Mode] = field(default_factory=dict)
-    # Weights the stage ends with: "last", or one of the metrics in `best`.
+    # Weights that the stage ends with: "last", or one of the metrics in `best`.
     select: str = "last"
-    ema: float | None = number(None, above=0, below=1)
-    eval_every: int = number(1, least=1)
-    # A checkpoint every so many epochs, but no two within so many seconds.
-    save_every: int = number(1, least=1, result=False)
-    save_seconds: float = number(5.0, least=0, result=False)
-    keep_last: int = number(2, least=1, result=False)
-    log_every: int = number(50, least=1, result=False)
-    histogram_every: int = number(10, least=0, result=False)
+    ema: float | None = bounded(None, gt=0, lt=1)
+    eval_every: int = bounded(1, ge=1)
+    # Epochs between checkpoints, and the seconds that are at least between them.
+    save_every: int = bounded(1, ge=1, result=False)
+    save_seconds: float = bounded(5.0, ge=0, result=False)
+    keep_last: int = bounded(2, ge=1, result=False)
+    log_every: int = bounded(50, ge=1, result=False)
+    histogram_every: int = bounded(10, ge=0, result=False)
 
 
 @dataclass
@@ -180,12 +180,12 @@ class ChooseClusters(Stage):
 
     _target_: str = "stagesweep.stage.clustering.choose_clusters.ChooseClusters"
     # Smallest and largest k tried, both included.
-    k_range: tuple[int, int] = number((6, 18), least=2)
-    # Bootstrap samples for each k, each clustered from so many starts.
-    resamples: int = number(20, least=3)
-    n_init: int = number(3, least=1)
-    # Of a larger training set, a random sample of this many stands for all.
-    max_rows: int = number(3000, least=1)
+    k_range: tuple[int, int] = bounded((6, 18), ge=2)
+    # Bootstrap samples for each k, and the starts of k-means on each.
+    resamples: int = bounded(20, ge=3)
+    n_init: int = bounded(3, ge=1)
+    # A larger training set is represented by a random sample of this size.
+    max_rows: int = bounded(3000, ge=1)
 
 
 @dataclass
@@ -193,65 +193,65 @@ class InitClusters(Stage):
     """Place the cluster centres by k-means on the latent means."""
 
     _target_: str = "stagesweep.stage.clustering.init_clusters.InitClusters"
-    # null takes the choice of an earlier stage, or else the model's own number.
-    k: int | None = number(None, least=2)
-    n_init: int = number(20, least=1)
-    max_iter: int = number(300, least=1)
+    # null: the choice of an earlier stage, or else the number of the model.
+    k: int | None = bounded(None, ge=2)
+    n_init: int = bounded(20, ge=1)
+    max_iter: int = bounded(300, ge=1)
 
 
 @dataclass
 class Baselines(Stage):
-    """Cluster with standard methods, for the same table as the model."""
+    """Cluster with standard methods, to compare the model with."""
 
     _target_: str = "stagesweep.stage.clustering.baselines.Baselines"
     column: str = MISSING
-    # null takes the number the model uses.
-    k: int | None = number(None, least=2)
+    # null: the number of the model.
+    k: int | None = bounded(None, ge=2)
     methods: list[str] = field(default_factory=lambda: ["kmeans", "gmm", "spectral", "autoencoder"])
-    # How the autoencoder of that name is trained: the run's model, its reconstruction alone.
+    # How the method `autoencoder` is trained: the model of the run, with reconstruction alone.
     autoencoder: Fit | None = None
-    # Refits of each method from other starts, whose agreement with the first is its stability.
-    stability_seeds: int = number(3, least=0)
+    # Refits from other starts; stability is their agreement with the first fit.
+    stability_seeds: int = bounded(3, ge=0)
 
 
 @dataclass
 class Evaluate(Stage):
-    """Score the clustering and save embeddings, assignments and tables."""
+    """Score the clustering; save embeddings, assignments and tables."""
 
     _target_: str = "stagesweep.stage.clustering.evaluate.Evaluate"
-    # The column the clustering is compared with (silhouette of inputs, baselines).
+    # The input column that the clustering is compared on (silhouette, baselines).
     column: str = MISSING
-    # Label column the clusters are scored against; null when there is none.
+    # Label column that the clusters are scored against; null if there is none.
     label: str | None = None
     # Label column tested for enrichment in each cluster.
     enrichment: str | None = None
     # Label column that clusters should be independent of.
     leakage: str | None = None
-    # k-means refits on the latent means, whose agreement with the model is its stability.
-    stability_seeds: int = number(3, least=0)
-    min_active_units: int = number(2, least=0)
+    # k-means fits on the latent means; stability is their agreement with the model.
+    stability_seeds: int = bounded(3, ge=0)
+    min_active_units: int = bounded(2, ge=0)
 
 
 @dataclass
 class CrossValidate(Stage):
-    """Train and score anew for each fold, on which groups (donors, litters) have no part."""
+    """Cross-validation: train and score once for each fold of groups (donors, litters)."""
 
     _target_: str = "stagesweep.stage.cross_validate.CrossValidate"
-    # How a model is trained, and of which part and data.
+    # How the model of each fold is trained; its part and data.
     fit: Fit | None = None
-    # Splits of the data that are pooled and dealt anew.
+    # Splits of the data that are pooled before they are divided into folds.
     splits: list[str] = field(default_factory=lambda: ["train", "val", "test"])
-    folds: int = number(5, least=2)
-    # Of all but the fold, one of so many parts steers the fit (epoch, early stop).
-    inner: int = number(5, least=2)
-    # Column whose samples of one value stay together; column that folds have equal shares of.
+    folds: int = bounded(5, ge=2)
+    # One of `inner` parts of the training folds validates (best epoch, early stopping).
+    inner: int = bounded(5, ge=2)
+    # Column whose samples of equal value stay in one fold; column that folds are stratified by.
     group: str | None = None
     stratify: str | None = None
-    # Scores of each fold; and of the mean predictions of samples with one value of `vote`.
+    # Metrics of each fold; `voted`: of predictions averaged over equal values of `vote`.
     metrics: dict[str, Any] = field(default_factory=dict)
     vote: str | None = None
     voted: dict[str, Any] = field(default_factory=dict)
-    # What else is fitted to each fold: methods that are called with its columns.
+    # Other methods that are fitted to each fold.
     baselines: dict[str, Any] = field(default_factory=dict)
 
 
@@ -261,62 +261,62 @@ class Figures(Stage):
 
     _target_: str = "stagesweep.stage.clustering.figures.Figures"
     umap: bool = True
-    dpi: int = number(120, least=1)
+    dpi: int = bounded(120, ge=1)
 
 
 @dataclass
 class Hardware:
-    """What a run may use of this machine. Only ``precision`` and ``tf32`` change what is learnt."""
+    """What a run uses of this machine. Only ``precision`` and ``tf32`` change its results."""
 
     device: Device = Device.auto
-    # Processes a run uses on each of so many machines, one a GPU.
-    devices: int = number(1, least=1, result=False)
-    # Which GPUs, by their numbers; as many as there are `devices`.
-    gpu_ids: list[int] | None = field(default=None, metadata=NO_RESULT | {"least": 0})
-    nodes: int = number(1, least=1, result=False)
-    # What each of several processes has of the model: all of it, or a part.
+    # Processes of a run on each machine, one for each GPU; `nodes` is the number of machines.
+    devices: int = bounded(1, ge=1, result=False)
+    # Numbers of the GPUs to use, as many as `devices`.
+    gpu_ids: list[int] | None = field(default=None, metadata=NO_RESULT | {"ge": 0})
+    nodes: int = bounded(1, ge=1, result=False)
+    # Whether each process has the whole model or a shard.
     parallel: Parallel = field(default=Parallel.replicate, metadata=NO_RESULT)
-    # GPUs that each trial of a sweep holds.
-    devices_per_trial: int = number(1, least=1, result=False)
-    # Memory that the profile is made for, in GB (10^9 bytes); a smaller GPU does not fit it.
-    min_memory_gb: float | None = number(None, above=0, result=False)
-    # What does not fit the machine is an error, or else a warning that says what is done instead.
+    # GPUs of each trial of a sweep.
+    devices_per_trial: int = bounded(1, ge=1, result=False)
+    # GPU memory that the profile needs, in GB (10^9 bytes).
+    min_memory_gb: float | None = bounded(None, gt=0, result=False)
+    # Whether a profile that does not fit the machine is an error, or only a warning.
     strict: bool = field(default=True, metadata=NO_RESULT)
     precision: Precision = Precision.auto
-    # Matrix products of fp32 in TF32; null: where the precision is below fp32 anyway.
+    # TF32 for fp32 matrix products; null: if the precision is below fp32.
     tf32: bool | None = None
     cudnn_benchmark: bool = field(default=False, metadata=NO_RESULT)
     compile: bool = field(default=False, metadata=NO_RESULT)
-    threads: int | None = number(None, least=1, result=False)
+    threads: int | None = bounded(None, ge=1, result=False)
     # null: half the cores, at most 8.
-    workers: int | None = number(None, least=0, result=False)
+    workers: int | None = bounded(None, ge=0, result=False)
     pin_memory: bool = field(default=True, metadata=NO_RESULT)
-    # Largest number of samples in one forward pass: null takes the whole batch, auto the most that
-    # fits; and, by a glob of <experiment>/<stage>, bounds of single stages.
+    # Largest number of samples in one forward pass. null: the whole batch; auto: the most that
+    # fits. `micro_batches` bounds single stages, by a glob of <experiment>/<stage>.
     micro_batch: int | str | None = field(
-        default=None, metadata=NO_RESULT | {"least": 1, "word": AUTO}
+        default=None, metadata=NO_RESULT | {"ge": 1, "literal": AUTO}
     )
-    micro_batches: dict[str, int] = field(default_factory=dict, metadata=NO_RESULT | {"least": 1})
+    micro_batches: dict[str, int] = field(default_factory=dict, metadata=NO_RESULT | {"ge": 1})
     activation_checkpointing: bool = field(default=False, metadata=NO_RESULT)
-    # What torch reads from PYTORCH_ALLOC_CONF.
+    # Value of PYTORCH_ALLOC_CONF.
     allocator: str | None = field(default=None, metadata=NO_RESULT)
-    # Write a trace of some steps of each fit, and a summary of it.
+    # Write a profiler trace of some steps of each fit, with a summary.
     profile: bool = field(default=False, metadata=NO_RESULT)
 
 
 @dataclass
 class Objective:
-    """The metric a sweep steers by: ``<stage>/<metric>``, and which way it is better.
+    """The metric that a sweep optimises, ``<stage>/<metric>``, and its mode.
 
-    Of several objectives ``metric`` is a list, and ``mode`` one as long, or one mode for all.
+    For several objectives ``metric`` is a list, and ``mode`` a list as long or one mode for all.
     """
 
     metric: Any = MISSING
     mode: Any = Mode.max
 
 
-def aims(objective: Any) -> dict[str, Mode]:
-    """Which way each objective is better, by metric; UserError when metrics and modes differ."""
+def objectives(objective: Any) -> dict[str, Mode]:
+    """The mode of each objective, by its metric; UserError if metrics and modes do not match."""
     metrics, modes = (
         list(each) if isinstance(each, Sequence) and not isinstance(each, str) else [each]
         for each in (objective.metric, objective.mode)
@@ -337,7 +337,7 @@ def aims(objective: Any) -> dict[str, Mode]:
 
 @dataclass
 class Ablation:
-    """The full model, and what is compared with it: overrides of its own for each variant.
+    """Variants that are compared with the full model, each with overrides of its own.
 
     ``variants`` are named; each override of ``leave_one_out`` is a variant by itself. ``metrics``
     are compared in the report beside the objective.
@@ -350,41 +350,40 @@ class Ablation:
 
 @dataclass
 class Search:
-    """How many trials a sweep has in all, and the space they come from (Hydra's sweep grammar).
+    """Total number of trials, and the search space (Hydra's sweep grammar).
 
-    ``seed`` is the sampler's, so that the same command proposes the same points again; ``study``
-    names the sweep and its folder, by default after the command, so that the same command goes on.
+    ``seed`` seeds the sampler: the same command proposes the same points again. ``study`` names the
+    sweep and its folder; by default it follows from the command, so the same command continues.
     """
 
-    n_trials: int = number(20, least=1)
-    seed: int = number(0, least=0)
+    n_trials: int = bounded(20, ge=1)
+    seed: int = bounded(0, ge=0)
     study: str = "${study_of:${hydra:runtime.choices.search},${hydra:overrides.task}}"
     space: dict[str, str] = field(default_factory=dict)
-    # Groups of keys whose lists of values are gone through together.
+    # Groups of keys whose lists of values vary together.
     zip: list[list[str]] = field(default_factory=list)
     # Keys of the space that exist only where another has a value: key -> "other=value[,value]".
     when: dict[str, str] = field(default_factory=dict)
     ablation: Ablation = field(default_factory=Ablation)
-    # Runs of each point, under the seeds seed, seed + 1, ...; its value is their mean.
-    repeats: int = number(1, least=1)
+    # Runs of each point, with the seeds seed, seed + 1, ...; the objective is their mean.
+    repeats: int = bounded(1, ge=1)
     # Points to try first, each a mapping of keys to values.
     enqueue: list[dict[str, Any]] = field(default_factory=list)
-    # A grid of more points is refused.
-    max_points: int = number(1000, least=1)
-    # How often a trial that was killed or ran out of memory starts again, from its checkpoint.
-    max_retries: int = number(1, least=0)
-    # Metric, or `seconds` (what training all stages takes) -> the most it may be: a point that is
-    # above is never the best, and a sampler that can keeps away from it.
+    # A larger grid is refused.
+    max_points: int = bounded(1000, ge=1)
+    # Restarts, from its checkpoint, of a trial that was killed or ran out of memory.
+    max_retries: int = bounded(1, ge=0)
+    # Upper bound of a metric, or of `seconds` (training time of all stages). A point that exceeds
+    # it is never the best, and samplers that support constraints avoid it.
     constraints: dict[str, float] = field(default_factory=dict)
-    # Seconds that a run may take, and seconds with trials under way, over all starts of the sweep,
-    # after which it begins no more.
-    timeout: float | None = number(None, above=0)
-    budget: float | None = number(None, above=0)
-    # A sweep with a larger share of failed trials ends with status 1.
-    max_failure_rate: float = number(1.0, least=0)
-    # What ends a trial early (`_target_` of an Optuna pruner; null: nothing does), by which metric
-    # of a fit: <stage>/<metric> (null: the objective), and which way it is better (null: as the
-    # objective).
+    # `timeout`: seconds that a run may take. `budget`: seconds with running trials, over all starts
+    # of the sweep, after which no trial is started.
+    timeout: float | None = bounded(None, gt=0)
+    budget: float | None = bounded(None, gt=0)
+    # A sweep with a larger share of failed trials exits with status 1.
+    max_failure_rate: float = bounded(1.0, ge=0)
+    # Optuna pruner (null: none), the metric of a fit that it watches, <stage>/<metric> (null: the
+    # objective), and the mode of that metric (null: as the objective).
     pruner: Any = None
     prune_on: str | None = None
     prune_mode: Mode | None = None
@@ -392,21 +391,22 @@ class Search:
 
 @dataclass
 class Sweep:
-    """How a sweep runs; nothing here changes a result."""
+    """How a sweep runs. Changes no result."""
 
-    # Trials at once on this machine: a number, or auto: as many as its GPUs, or else its cores,
-    # have room for.
+    # Parallel trials on this machine: a number, or auto: as many as fit on its GPUs, or else its
+    # cores.
     slots: str = "auto"
-    # refuse, continue with the old trials counted in, or new: begin another sweep beside it.
+    # When space or config have changed. refuse: an error; continue: keep the old trials; new: start
+    # another sweep.
     on_change: str = "refuse"
 
 
 @dataclass
 class Config:
-    """The whole of one composed run."""
+    """One composed run."""
 
     experiment: str = MISSING
-    seed: int = number(0, least=0)
+    seed: int = bounded(0, ge=0)
     resume: Resume = Resume.auto
     init_from: str | None = None
     model: Any = MISSING

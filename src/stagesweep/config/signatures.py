@@ -1,8 +1,8 @@
-"""Config nodes against the signature of what their ``_target_`` names, before it is called."""
+"""Binds config nodes to the signature of their ``_target_``, before it is called."""
 
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from pkgutil import resolve_name
 from typing import Any, Literal, Union, get_args, get_origin
@@ -10,26 +10,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 from stagesweep.base.errors import UserError
 from stagesweep.config import trust
 from stagesweep.config.messages import nearest
+from stagesweep.config.nodes import Node
 
-Node = dict[str, Any]
-# What Hydra's instantiate keeps for itself.
+# Keys that Hydra's instantiate does not pass on.
 SPECIAL = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_", "_execution_whitelist_")
 
 
-def nodes(value: Any, path: str = "") -> Iterator[tuple[str, Node]]:
-    """Every node with a ``_target_`` in plain nested values, outermost first, by dotted path."""
-    if isinstance(value, dict):
-        if "_target_" in value:
-            yield path, value
-        for key, child in value.items():
-            yield from nodes(child, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for number, child in enumerate(value):
-            yield from nodes(child, f"{path}[{number}]")
-
-
 def locate(path: str, name: Any) -> Callable[..., Any]:
-    """Import what a ``_target_`` names; UserError when it may not be, or is not there."""
+    """Import what a ``_target_`` names; UserError if it is not trusted or does not exist."""
     if not isinstance(name, str):
         raise UserError(f"{path}._target_ must be the dotted name of a class or function")
     if not name.startswith(tuple(pattern.removesuffix("*") for pattern in trust.trusted())):
@@ -56,15 +44,15 @@ def _why(name: str, error: Exception) -> str:
 
 
 def bind(path: str, node: Node, supplied: Collection[str] = ()) -> None:
-    """Check that a node's keys are arguments of its target, complete and of the right type.
+    """Check that the keys of a node are the arguments of its target, complete and of their types.
 
-    `supplied` names the arguments that the framework adds. Raises UserError naming the key.
+    ``supplied`` are arguments that the framework adds. Raises UserError with the key.
     """
     target = locate(path, node["_target_"])
     try:
         signature = inspect.signature(target, eval_str=True)
     except (ValueError, TypeError, NameError):
-        return  # written in C, or annotated with names that only exist for type checkers
+        return  # a C function, or annotations that are imported for type checkers only
     name = node["_target_"].rpartition(".")[2]
     parameters = {n: p for n, p in signature.parameters.items() if p.kind not in (_ARGS, _KWARGS)}
     open_ended = len(parameters) < len(signature.parameters)
@@ -78,8 +66,8 @@ def bind(path: str, node: Node, supplied: Collection[str] = ()) -> None:
                 raise UserError(f"{path}: {name} needs '{key}'; add {path}.{key}=<value>")
     for key, value in node.items():
         if key in parameters and not fits(value, parameters[key].annotation):
-            wanted = _shown(parameters[key].annotation)
-            raise UserError(f"{path}.{key}={value}: {name} wants {wanted}")
+            expected = _type_name(parameters[key].annotation)
+            raise UserError(f"{path}.{key}={value}: {name} wants {expected}")
 
 
 _EMPTY = inspect.Parameter.empty
@@ -87,9 +75,9 @@ _ARGS, _KWARGS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value can be what an annotation says; True when that cannot be told."""
+    """Whether a plain value matches an annotation; True for annotations that are not understood."""
     if isinstance(value, dict) and "_target_" in value:
-        return True  # an object by then
+        return True  # instantiated before the target is called
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, arg) for arg in args)
@@ -122,7 +110,7 @@ def _fits_collection(value: Any, kind: type, args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _shown(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     if isinstance(hint, type) and not get_args(hint):
         return hint.__name__
     return str(hint).replace("collections.abc.", "").replace("typing.", "")

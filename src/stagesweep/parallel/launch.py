@@ -1,7 +1,7 @@
-"""A run in several processes: started here, or by torchrun.
+"""Starts the processes of a run on this machine, or recognises those that torchrun has started.
 
-The main process is the run: it alone walks the stages and writes. The others wait, and take part in
-the fits that it hands out. What is only looked up (`wanted`) imports no torch.
+What the processes do is given by the caller, as functions that a new interpreter can import.
+Deciding how many there are (`processes_to_start`, `is_follower`) imports no torch.
 """
 
 import logging
@@ -11,36 +11,35 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import configure_log, setup_globals
-from hydra.utils import execution_whitelist
-from omegaconf import DictConfig
+from typing import Any, TypeVar
 
 from stagesweep.base import signals, trial
-from stagesweep.base.errors import Interrupted, Lost, Pruned, UserError
+from stagesweep.base.compat import die_with_parent
+from stagesweep.base.errors import Interrupted, Lost, UserError
 from stagesweep.base.trial import Trial
-from stagesweep.config import register, schema, trust
+from stagesweep.config import schema
 from stagesweep.config.messages import explain
 from stagesweep.hardware import detection
 
-Objective = float | list[float] | None
+Result = TypeVar("Result")
 
 
-def wanted(settings: schema.Hardware) -> int:
-    """How many processes this one has to start for its run: one means none.
+def processes_to_start(settings: schema.Hardware) -> int:
+    """Number of processes that this process has to start for its run; 1 means none.
 
     UserError when torchrun has started another number of them.
     """
     count = detection.devices(settings)
-    sizes = [int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]
-    if sizes[0] == 1:
+    world_size, local_world_size = (
+        _environment("WORLD_SIZE", 1),
+        _environment("LOCAL_WORLD_SIZE", 1),
+    )
+    if world_size == 1:
         if settings.nodes > 1:
             raise UserError(
                 f"hardware.nodes={settings.nodes}: start the command on each of them by torchrun "
@@ -50,29 +49,54 @@ def wanted(settings: schema.Hardware) -> int:
         return detection.processes(settings)
     if settings.gpu_ids is not None:
         raise UserError("hardware.gpu_ids is not for torchrun; set CUDA_VISIBLE_DEVICES before it")
-    if count not in (1, *sizes):
+    if count not in (1, world_size, local_world_size):
         raise UserError(
-            f"hardware.devices={count}, but torchrun has started {sizes[0]} processes; leave it out"
+            f"hardware.devices={count}, but torchrun has started {world_size} processes; "
+            "leave it out"
         )
-    if settings.nodes not in (1, sizes[0] // sizes[1]):
+    nodes = world_size // local_world_size
+    if settings.nodes not in (1, nodes):
         raise UserError(
-            f"hardware.nodes={settings.nodes}, but torchrun has started processes on "
-            f"{sizes[0] // sizes[1]}; leave it out"
+            f"hardware.nodes={settings.nodes}, but torchrun has started processes on {nodes}; "
+            "leave it out"
         )
     return 1
 
 
-def follows() -> bool:
-    """Whether torchrun has started this process to take part in the run of another."""
-    size, rank = (int(os.environ.get(name) or 0) for name in ("WORLD_SIZE", "RANK"))
-    return size > 1 and rank > 0
+def is_follower() -> bool:
+    """Whether torchrun has started this process with a rank above 0."""
+    return _environment("WORLD_SIZE", 0) > 1 and _environment("RANK", 0) > 0
 
 
-def start(cfg: DictConfig, keys: dict[str, str], count: int) -> Objective:
-    """Execute a config, whose stages have these fingerprints, in so many processes of this machine;
-    see `walk` for what is returned.
+def _environment(name: str, default: int) -> int:
+    return int(os.environ.get(name) or default)
 
-    What ends the first of them that fails ends the run: it is raised here.
+
+@contextmanager
+def process_group_led() -> Iterator[None]:
+    """Join the other processes as their main process, and dismiss them at the end.
+
+    Does nothing when this process is alone, which needs no torch to find out.
+    """
+    if _environment("WORLD_SIZE", 1) == 1:
+        yield
+        return
+    from stagesweep.parallel.process_group import join
+
+    with join() as team:
+        try:
+            yield
+        finally:
+            with suppress(Lost):
+                team.dismiss()
+
+
+def launch(count: int, main: Callable[[], Result], follow: Callable[[], None]) -> Result:
+    """Start ``count`` processes on this machine; return what ``main`` returns.
+
+    The process of rank 0 calls ``main``, the others call ``follow``. Both must be picklable: a
+    process that is spawned imports them. The first process that fails ends all of them, and its
+    error is raised here.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -89,102 +113,59 @@ def start(cfg: DictConfig, keys: dict[str, str], count: int) -> Objective:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        # A fork has imported torch already; a GPU does not work in one.
+        # A forked process has torch imported already, but CUDA does not work in one.
         start_method="spawn" if detection.may_be_there() else "fork",
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
     )
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
     with tempfile.TemporaryDirectory(prefix="stagesweep-") as folder, _relay() as connection:
-        logging.disable()  # torch tells in a page what is said here in a line
+        logging.disable()  # torch's launcher logs a page for each error, we print one line
         try:
-            work = pickle.dumps((cfg, keys, HydraConfig.instance().cfg))
             launched = elastic_launch(settings, _process)
-            values: Mapping[int, Objective] = launched(work, Path(folder), connection)
+            values: Mapping[int, Result] = launched(main, follow, Path(folder), connection)
         except SignalException as error:
             raise signals.stop(error.sigval) from None
         except ChildFailedError as error:
-            raise _reason(Path(folder), error.failures) from None
+            raise _first_error(Path(folder), error.failures) from None
         finally:
             logging.disable(logging.NOTSET)
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
     return values[0]
-
-
-@contextmanager
-def led() -> Iterator[None]:
-    """Around a run: join the other processes if it has any, and let them go at its end."""
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:  # told without torch
-        yield
-        return
-    from stagesweep.parallel.process_group import join
-
-    with join() as team:
-        try:
-            yield
-        finally:
-            with suppress(Lost):
-                team.dismiss()
-
-
-def follow() -> None:
-    """What a process does that is not the main one: take part in fits until there are no more."""
-    register.register()
-    logging.disable()  # the main process says it
-    from stagesweep.parallel.process_group import join
-
-    with execution_whitelist(trust.trusted()), signals.handled(), join() as team:
-        run = None
-        while (order := team.next_order()) is not None:
-            if run is None:
-                from stagesweep.run.context import Run
-
-                run = Run(order.cfg)
-            with suppress(Pruned):
-                run.follow(order)
 
 
 # ------------------------------------------------------------------ in a process that was started
 
 
-def _process(work: bytes, folder: Path, connection: "Connection[Any, Any] | None") -> Objective:
-    """One of the processes; what it fails with is left in the folder, in a file of its rank."""
-    from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
-
+def _process(
+    main: Callable[[], Result],
+    follow: Callable[[], None],
+    folder: Path,
+    connection: "Connection[Any, Any] | None",
+) -> Result | None:
+    """Run one of the processes. An error is written to the folder, in a file named by rank."""
     for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    os.setpgrp()  # Ctrl-C is for the process that has started this one, which hands it on
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # nor does it live on without that one
-    # A fork has its parent's: only the main process speaks to the sweep, and through that one.
-    trial.become(Trial() if connection is None else _Relayed(connection))
+    os.setpgrp()  # Ctrl-C reaches the parent process only, which passes it on
+    die_with_parent(signal.SIGKILL)
+    # A forked process has inherited the trial of its parent. Only the main process reports to the
+    # sweep, and does so through its parent.
+    trial.become(Trial() if connection is None else _RelayedTrial(connection))
     rank = int(os.environ["RANK"])
     try:
         if rank == 0:
-            return _main(work)
+            return main()
         follow()
         return None
     except BaseException as error:
-        _record(folder / str(rank), error)
-        # One whose group is gone might wait for it on its way out.
+        _write_error(folder / str(rank), error)
+        # Without the usual way out, on which a process may wait for a group that is gone.
         logging.shutdown()
         os._exit(1)
 
 
-def _main(work: bytes) -> Objective:
-    from stagesweep.run.runner import through
-
-    logging.disable(logging.NOTSET)
-    register.register()
-    setup_globals()
-    cfg, keys, hydra = pickle.loads(work)
-    HydraConfig.instance().cfg = hydra
-    configure_log(hydra.hydra.job_logging, hydra.hydra.verbose)
-    with execution_whitelist(trust.trusted()), led():
-        return through(cfg, keys)
-
-
-class _Relayed(Trial):
-    """The trial of the process that has started this one."""
+class _RelayedTrial(Trial):
+    """The trial of the parent process, reached through a pipe."""
 
     def __init__(self, connection: "Connection[Any, Any]") -> None:
         self.connection = connection
@@ -193,18 +174,18 @@ class _Relayed(Trial):
     def report(
         self, stage: str, metrics: Mapping[str, float], step: int, of: int | None = None
     ) -> None:
-        """Tell, and hear whether to stop."""
+        """Report metrics, and receive whether to stop."""
         self.connection.send((stage, dict(metrics), step, of))
         self.stopped = self.connection.recv()
 
     def should_stop(self) -> bool:
-        """What was heard."""
+        """Whether the last answer was to stop."""
         return self.stopped
 
 
 @contextmanager
 def _relay() -> Iterator["Connection[Any, Any] | None"]:
-    """Hand on what the main process reports to the sweep; outside a sweep there is nobody."""
+    """Pass the reports of the main process on to the sweep; gives None outside a sweep."""
     current = trial.current()
     if type(current) is Trial:
         yield None
@@ -224,20 +205,20 @@ def _relay() -> Iterator["Connection[Any, Any] | None"]:
         theirs.close()
 
 
-def _record(path: Path, error: BaseException) -> None:
-    """Leave what a process failed with: an error to be raised by the one that started it."""
+def _write_error(path: Path, error: BaseException) -> None:
+    """Write the error of a process, which the parent process is to raise."""
     if not isinstance(error, UserError):
         text = "".join(traceback.format_exception(error))
-        said = f"process {path.name} of the run failed:\n\n{text}"
-        error = UserError(line) if (line := explain(error)) else RuntimeError(said)
+        message = f"process {path.name} of the run failed:\n\n{text}"
+        error = UserError(line) if (line := explain(error)) else RuntimeError(message)
     path.write_bytes(pickle.dumps(error))
 
 
-def _reason(folder: Path, failures: Mapping[int, Any]) -> Exception:
-    """What ended the first process; the others then had to end, too."""
+def _first_error(folder: Path, failures: Mapping[int, Any]) -> Exception:
+    """Return the error of the process that failed first; the others fail because of it."""
     files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    found: list[Exception] = [pickle.loads(path.read_bytes()) for path in files]
-    for error in found:
+    errors: list[Exception] = [pickle.loads(path.read_bytes()) for path in files]
+    for error in errors:
         if not isinstance(error, Lost | Interrupted):
             return error
     for rank, failure in failures.items():
@@ -247,4 +228,4 @@ def _reason(folder: Path, failures: Mapping[int, Any]) -> Exception:
                 f"process {rank} of the run was ended by {name}; the same command goes on from "
                 "the last checkpoint"
             )
-    return found[0] if found else Lost(f"a process of the run ended with {failures}")
+    return errors[0] if errors else Lost(f"a process of the run ended with {failures}")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stagesweep.base.compat import default_store
 from stagesweep.base.errors import Lost, UserError
 
 Value = TypeVar("Value")
@@ -129,16 +130,16 @@ class Team:
     def next_order(self) -> Any:
         """Wait, however long, for what the main process gives this one to do; None at the end."""
         with _lost():
-            while not _store().check([self._bell]):
+            while not default_store().check([self._bell]):
                 time.sleep(LOOK)  # which a signal can interrupt
-            called = _store().get(self._bell)
+            called = default_store().get(self._bell)
         self.orders += 1
         return _unpacked(self.share(b"")) if called == b"come" else None
 
     # Not a collective operation: those who wait for one give up after a while.
     def _call(self, what: str) -> None:
         with _lost():
-            _store().set(self._bell, what)
+            default_store().set(self._bell, what)
         self.orders += 1
 
     @property
@@ -171,10 +172,6 @@ def join() -> Iterator[Team]:
     finally:
         _team = ALONE
     dist.destroy_process_group()  # after an error the others might not come to it
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
 
 
 def _packed(order: Any) -> bytes:

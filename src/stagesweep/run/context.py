@@ -1,10 +1,8 @@
-"""What a stage runs in: all that it may ask for, and what it leaves behind."""
+"""The context of a stage: its data, model and artifacts."""
 
-import json
 import logging
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -16,12 +14,10 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from stagesweep.base import trial
 from stagesweep.base.errors import UserError
-from stagesweep.base.files import atomic_text, atomic_write
-from stagesweep.base.spec import Spec
+from stagesweep.base.files import atomic_write
 from stagesweep.base.view import View
-from stagesweep.config import access, schema
+from stagesweep.config import nodes, schema
 from stagesweep.core import checkpoint
 from stagesweep.core.fit import Loop
 from stagesweep.core.metric_log import MetricLog, Unwritten
@@ -32,54 +28,58 @@ from stagesweep.data.derived import Made, restored
 from stagesweep.hardware.profile import resolve
 from stagesweep.hardware.profiler import tracing
 from stagesweep.parallel.process_group import team
-from stagesweep.run.build import build_stage, built, init_from, of_part
+from stagesweep.run import artifacts
+from stagesweep.run.build import build, build_stage, init_from, part_weights
+from stagesweep.run.fit_task import FitTask
+from stagesweep.run.result import StageResult
 from stagesweep.store import stage_inputs
 from stagesweep.store.store import Entry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stagesweep.run.runner import StageResult
-
 log = logging.getLogger(__name__)
 
 
-class Run:
-    """The run as its stages see it. ``stages`` are those before the one that runs now."""
+class Context:
+    """The context of a stage, its argument ``run``.
+
+    ``stages`` are the results of the stages before the current one.
+    """
 
     def __init__(
         self,
         cfg: DictConfig,
         folder: Path = Path(),
-        stages: "Sequence[StageResult]" = (),
+        stages: Sequence[StageResult] = (),
         board: Board | None = None,
     ) -> None:
         self.cfg, self.folder, self.stages, self.board = cfg, folder, stages, board
         self.log = log
-        # As the profile says, and as it says for the stage that runs now.
-        self.profile = self.machine = resolve(access.hardware(cfg))
-        self.device = self.machine.device
-        # Name, seed and entry of the stage that runs now, its place (<experiment>/<stage>), and the
-        # newest weights before it.
-        self.stage, self.seed, self.place = "", cfg.seed, ""
-        # The part of the model, and the data made by a stage before, that it works on; None: all of
-        # the model, the data of the run.
+        # The profile of the run, and that of the current stage, which may bound its micro-batch.
+        self.run_profile = self.profile = resolve(nodes.hardware_settings(cfg))
+        self.device = self.profile.device
+        # Name and seed of the current stage, and its path <experiment>/<stage>.
+        self.stage, self.seed, self.stage_path = "", cfg.seed, ""
+        # The part of the model, and the data of an earlier stage, that the current stage uses.
+        # None: the whole model, the data of the run.
         self.part: str | None = None
-        self.made: str | None = None
-        self._made: Made | None = None
-        # How fast its fit was, and every time that memory ran out.
+        self.data_name: str | None = None
+        self._derived: Made | None = None
+        # Speed of the current stage's fit, and each out-of-memory.
         self.measured: dict[str, Any] = {"speed": {}, "oom": []}
+        # The current stage in the store, and the newest weights of an earlier stage.
         self._entry: Entry | None = None
         self._weights: Path | None = None
 
-    def execute(self, name: str, entry: Entry, started: float) -> tuple[str, dict[str, float]]:
-        """Run a stage into its entry of the store; the manifest, written last, makes it count.
+    def run_stage(self, name: str, entry: Entry, started: float) -> tuple[str, dict[str, float]]:
+        """Run a stage into its entry of the store. The manifest, written last, makes it count.
 
-        Returns ``ran`` or ``resumed``, and the metrics.
+        Returns the status, ``ran`` or ``resumed``, and the metrics. ``started``: see perf_counter.
         """
-        self.begin(name, entry)
+        self._select_stage(name, entry)
         stage = build_stage(self.cfg.stage[name])
-        self.turn_to(getattr(stage, "part", None), getattr(stage, "view", None))
+        self.select(getattr(stage, "part", None), getattr(stage, "view", None))
         fresh = self.cfg.resume is schema.Resume.never
         partial = not fresh and any((entry.path / "checkpoints").rglob("step_*"))
         about = {"experiment": self.cfg.experiment, "stage": name}
@@ -90,68 +90,74 @@ class Run:
         entry.commit({**about, "seconds": seconds, "metrics": metrics, **self.measured})
         return "resumed" if partial else "ran", metrics
 
-    def begin(self, name: str, entry: Entry) -> None:
-        """Turn to a stage; its model has the weights that a stage before it left."""
+    def _select_stage(self, name: str, entry: Entry) -> None:
+        """Make a stage the current one; its model gets the newest weights."""
         self.stage, self.seed, self._entry = name, derive(self.cfg.seed, name), entry
-        self.place = f"{self.cfg.experiment}/{name}"
-        self.machine = self.profile.at(self.place)
+        self.stage_path = f"{self.cfg.experiment}/{name}"
+        self.profile = self.run_profile.at(self.stage_path)
         self.measured = {"speed": {}, "oom": []}
         paths = (folder / "weights.pt" for folder in self._folders()[1:])
         weights = next((path for path in paths if path.exists()), None)
         if weights != self._weights:
-            self.__dict__.pop("model", None)  # built again, with these weights, when needed
+            self._forget_model()
         self._weights = weights
 
-    def turn_to(self, part: str | None = None, view: str | None = None) -> None:
-        """Work on a part of the model, and on data that a stage before has left by that name."""
-        if (part, view) != (self.part, self.made):
-            self.__dict__.pop("model", None)
-        self.part, self.made, self._made = part, view, None
+    def select(self, part: str | None = None, view: str | None = None) -> None:
+        """Use a part of the model, and the data that an earlier stage saved by that name."""
+        if (part, view) != (self.part, self.data_name):
+            self._forget_model()
+        self.part, self.data_name, self._derived = part, view, None
+
+    def _forget_model(self) -> None:
+        """Have the model built again, with the newest weights, when it is next used."""
+        self.__dict__.pop("model", None)
 
     # ------------------------------------------------------------- what stages use
 
     @cached_property
-    def given(self) -> Any:
-        """The data set of the run."""
-        return built(self.cfg.data)
+    def _run_data(self) -> Any:
+        """The data set that the config names."""
+        return build(self.cfg.data)
 
     @property
     def data(self) -> Any:
-        """The data set of the stage: that of the run, or what a stage before has made."""
-        if self.made is None:
-            return self.given
-        if self._made is None:
-            self._made = restored(self.load(f"{self.made}.npz"), self.load(f"{self.made}.json"))
-        return self._made
+        """The data set of the stage: the run's, or what an earlier stage saved."""
+        if self.data_name is None:
+            return self._run_data
+        if self._derived is None:
+            name = self.data_name
+            self._derived = restored(self.load(f"{name}.npz"), self.load(f"{name}.json"))
+        return self._derived
 
     @data.setter
     def data(self, data: Any) -> None:
-        self.given = data
+        self._run_data = data
 
     def view(self, split: str) -> Any:
-        """A split of the stage's data, ready to feed this run's device."""
+        """A split of the stage's data, ready for the device of this run."""
         return self.prepared(self.data.split(split))
 
     def prepared(self, view: View) -> View:
-        """A view, ready to feed this run's device."""
-        machine = self.machine
-        return view.prepare(machine.device, machine.workers, machine.pin_memory)
+        """A view, ready for the device of this run."""
+        profile = self.profile
+        return view.prepare(profile.device, profile.workers, profile.pin_memory)
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model, with the weights of the latest stage that left any, or of ``init_from``."""
+        """The model, with the newest weights of an earlier stage, or those of ``init_from``."""
         model = self.build_model()
-        if trained := of_part(self._trained(), self.part):
+        if trained := part_weights(self._trained(), self.part):
             model.load_state_dict(trained)
         elif (path := stage_inputs.initial_weights(self.cfg)) is not None:
             init_from(model, path, self.log, self.part)
         return model
 
     def build_model(self) -> nn.Module:
-        """A new model (or the part that the stage works on) as the config says, sized by the data
-        of the stage, the same for the same seed.
+        """Build the model (or the part that the stage uses), sized by the data of the stage.
+
+        Its initial weights depend on the seed alone.
         """
-        if access.has_parts(self.cfg.model) and self.part is None:
+        if nodes.has_parts(self.cfg.model) and self.part is None:
             raise UserError(
                 f"stage {self.stage} uses a model of several parts; set stage.{self.stage}.part to "
                 f"one of: {', '.join(map(str, self.cfg.model))}"
@@ -160,14 +166,14 @@ class Run:
         node = self.cfg.model[self.part] if names else self.cfg.model
         state = rng_state()
         seed_everything(derive(self.cfg.seed, "model", *names))
-        model: Any = built(node, spec=self.data.spec)
+        model: Any = build(node, spec=self.data.spec)
         set_rng_state(state)
         if hasattr(model, "checkpointed"):
-            model.checkpointed = self.machine.activation_checkpointing
+            model.checkpointed = self.profile.activation_checkpointing
         return cast(nn.Module, model.to(self.device))
 
     def _trained(self) -> Mapping[str, Any]:
-        """The newest weights that a stage has left, those of all parts so far; none at first."""
+        """The newest weights of an earlier stage, of all parts so far; empty at first."""
         return {} if self._weights is None else checkpoint.load(self._weights)["model"]
 
     def fit(
@@ -177,26 +183,27 @@ class Run:
         name: str,
         views: Mapping[str, View] | None = None,
     ) -> dict[str, float]:
-        """Train `model` as `settings` say; returns the numbers of the last epoch.
+        """Train ``model``; return the metrics of the epoch whose weights it ends with.
 
-        `views` are `train` and `val`, by default those of the stage's data. Where the run has
-        several processes, all of them take part.
+        ``views`` are ``train`` and ``val``, by default those of the stage's data. All processes of
+        the run take part. Checkpoints of a fit that is not named as the stage get a folder of
+        that name.
         """
         assert self._entry is not None
         assert self.board is not None
-        if views is None and self.made is not None:  # which other processes cannot read
+        if views is None and self.data_name is not None:  # artifacts that only this process has
             views = {split: self.data.split(split) for split in ("train", "val")}
         folder = self._entry.path / "checkpoints"
         if name != self.stage:
             folder /= name
-        terms = {t: built(self.cfg.loss[t]) for t in settings.loss}
-        order = Order(
+        terms = {term: build(self.cfg.loss[term]) for term in settings.loss}
+        task = FitTask(
             cfg=self.cfg,
             model=model,
             terms={key: term.to(self.device) for key, term in terms.items()},
             settings=settings,
             seed=derive(self.seed, name),
-            stage=self.place,
+            stage=self.stage_path,
             name=name,
             folder=folder,
             spec=self.data.spec,
@@ -204,10 +211,10 @@ class Run:
         )
         rows = MetricLog(self._entry.path / "metrics.jsonl", self.board, name)
         try:
-            team().hand_out(order)
-            loop = self.loop(order, rows)
+            team().hand_out(task)
+            loop = self._loop(task, rows)
             try:
-                with tracing(self.machine, loop.meter, self._entry.path / "profile", name):
+                with tracing(self.profile, loop.meter, self._entry.path / "profile", name):
                     return loop.run()
             finally:
                 measured = loop.measured()
@@ -217,30 +224,15 @@ class Run:
         finally:
             rows.close()
 
-    def follow(self, order: "Order") -> None:
+    def follow(self, task: FitTask) -> None:
         """Take part in a fit that the main process has handed out."""
-        self.machine = self.profile.at(order.stage)
-        self.loop(order, Unwritten(order.name)).run()
+        self.profile = self.run_profile.at(task.stage)
+        self._loop(task, Unwritten(task.name)).run()
 
-    def loop(self, order: "Order", rows: MetricLog) -> Loop:
-        """The fit that was ordered, as this process takes part in it."""
-        return Loop(
-            model=order.model,
-            terms=order.terms,
-            settings=order.settings,
-            views=(
-                {split: self.view(split) for split in ("train", "val")}
-                if order.views is None
-                else {split: self.prepared(view) for split, view in order.views.items()}
-            ),
-            spec=order.spec,
-            machine=self.machine,
-            seed=order.seed,
-            folder=order.folder,
-            rows=rows,
-            trial=trial.current() if team().main else None,
-            team=team(),
-        )
+    def _loop(self, task: FitTask, rows: MetricLog) -> Loop:
+        views = task.views or {split: self.data.split(split) for split in ("train", "val")}
+        prepared = {split: self.prepared(view) for split, view in views.items()}
+        return task.loop(prepared, self.profile, rows)
 
     def predict(self, split: str, names: Collection[str]) -> dict[str, np.ndarray]:
         """Model outputs and batch columns of a whole split, in order, by name.
@@ -248,11 +240,11 @@ class Run:
         An output wins over a batch column of the same name; ``input/<name>`` asks for the column.
         """
         oom = self.measured["oom"]
-        found = predict(self.model, self.view(split), names, self.machine, oom=oom)
+        found = predict(self.model, self.view(split), names, self.profile, oom=oom)
         return {name: value.numpy() for name, value in found.items()}
 
     def save_weights(self) -> None:
-        """Leave the model's weights for the stages that follow."""
+        """Save the weights of the model, for later stages."""
         assert self._entry is not None
         state = self.model.state_dict()
         if self.part is not None:
@@ -261,30 +253,21 @@ class Run:
         checkpoint.save(self._entry.path / "weights.pt", {"model": state})
 
     def save_data(self, name: str, data: Made) -> None:
-        """Leave data for stages after this one, whose `view` names them."""
+        """Save data for later stages, which use it by ``view: <name>``."""
         self.save(f"{name}.npz", data.arrays())
         self.save(f"{name}.json", data.about())
 
     def forget_checkpoints(self) -> None:
-        """Remove the checkpoints of this stage, of whose fits nothing more is wanted."""
+        """Delete the checkpoints of this stage, which a finished stage does not need."""
         assert self._entry is not None
         shutil.rmtree(self._entry.path / "checkpoints", ignore_errors=True)
 
     def save(self, filename: str, value: Any) -> None:
-        """Leave an artifact: .npz (dict of arrays), .json (plain data), .csv (DataFrame)."""
-        path = self._write_to("artifacts", filename)
-        match path.suffix:
-            case ".npz":
-                atomic_write(path, lambda stream: np.savez_compressed(stream, **value))
-            case ".json":
-                atomic_text(path, json.dumps(value, indent=1))
-            case ".csv":
-                atomic_text(path, value.to_csv(index=False))
-            case other:
-                raise ValueError(f"no artifact format for '{other}'")
+        """Save an artifact: .npz (dict of arrays), .json (plain data), .csv (DataFrame)."""
+        artifacts.write(self._path("artifacts", filename), value)
 
     def load(self, filename: str) -> Any:
-        """The newest artifact of that name; UserError when no stage so far has left it."""
+        """Load the newest artifact of that name; UserError when no stage so far has saved it."""
         path = self._find(filename)
         if path is None:
             done = ", ".join(stage.name for stage in self.stages) or "none"
@@ -292,26 +275,19 @@ class Run:
                 f"stage {self.stage} needs '{filename}', which no stage before it left "
                 f"(stages so far: {done})"
             )
-        match path.suffix:
-            case ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
-                    return dict(arrays)
-            case ".json":
-                return json.loads(path.read_text())
-            case _:
-                return pd.read_csv(path)
+        return artifacts.read(path)
 
     def has(self, filename: str) -> bool:
-        """Whether this or an earlier stage left an artifact of that name."""
+        """Whether this or an earlier stage has saved an artifact of that name."""
         return self._find(filename) is not None
 
     def figure(self, filename: str, figure: "Figure", dpi: int = 120) -> None:
-        """Leave a figure as PNG."""
-        path = self._write_to("figures", filename)
+        """Save a figure as PNG."""
+        path = self._path("figures", filename)
         atomic_write(path, lambda stream: figure.savefig(stream, format="png", dpi=dpi))
 
     def history(self, stage: str) -> pd.DataFrame:
-        """The epoch rows of a fit: one column a number."""
+        """The rows of the epochs of a fit, a column for each number."""
         files = [f / "metrics.jsonl" for f in self._folders()]
         rows = [row for file in files if file.exists() for row in read_rows(file)]
         chosen = [row for row in rows if row["stage"] == stage and row["kind"] == "epoch"]
@@ -319,16 +295,17 @@ class Run:
 
     @property
     def fit_stages(self) -> list[str]:
-        """Names of the earlier stages that trained something, in order."""
+        """Names of the earlier stages that have trained a model, in order."""
         return [s.name for s in self.stages if len(self.history(s.name))]
 
     def progress(self, iterable: Iterable[Any], description: str) -> "tqdm[Any]":
-        """The iterable with a progress bar, silent when stderr is not a terminal."""
+        """The iterable with a progress bar, which is hidden when stderr is not a terminal."""
         return tqdm(iterable, desc=f"{self.stage} {description}", disable=None, leave=False)
 
     # ------------------------------------------------------------- files
 
-    def _write_to(self, kind: str, filename: str) -> Path:
+    def _path(self, kind: str, filename: str) -> Path:
+        """Path of a new file of this stage; its folder is made."""
         assert self._entry is not None
         path = self._entry.path / kind / filename
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -343,21 +320,3 @@ class Run:
     def _find(self, filename: str) -> Path | None:
         paths = (folder / "artifacts" / filename for folder in self._folders())
         return next((path for path in paths if path.exists()), None)
-
-
-@dataclass
-class Order:
-    """A fit, as the main process hands it out: with the weights and the terms as it has them."""
-
-    cfg: DictConfig
-    model: nn.Module
-    terms: dict[str, nn.Module]
-    settings: schema.Fit
-    seed: int
-    stage: str
-    name: str
-    # Of its checkpoints, to which every process writes that has a part of the model.
-    folder: Path
-    spec: Spec
-    # None: each process reads the data of the run itself.
-    views: Mapping[str, View] | None

@@ -1,15 +1,13 @@
-"""The story of a run: stage after stage, each from the store if it is there.
+"""Runs the stages of a config one after the other, each from the store if it is there.
 
-Imports no torch until a stage has to run: to reuse every stage takes seconds less without.
+Imports no torch until a stage has to run: a run that reuses all of them saves those seconds.
 """
 
-import json
 import logging
 import math
 import shutil
 import socket
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -19,132 +17,58 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.base import signals
-from stagesweep.base.errors import Interrupted, Lost, Pruned, UserError
+from stagesweep.base.errors import Interrupted, Pruned, UserError
 from stagesweep.base.files import atomic_text
-from stagesweep.config.access import hardware
+from stagesweep.config import schema
 from stagesweep.config.messages import explain
-from stagesweep.config.schema import Resume, aims
-from stagesweep.config.validation import contents, form
 from stagesweep.core.tensorboard import Board, read_rows
-from stagesweep.hardware import detection
-from stagesweep.parallel import launch
-from stagesweep.store.stage_inputs import fingerprints
+from stagesweep.run import result
+from stagesweep.run.result import MEASURED, StageResult
 from stagesweep.store.store import Entry, Store
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 log = logging.getLogger(__name__)
 
-
-def walk(cfg: DictConfig) -> float | list[float] | None:
-    """Execute one composed config in Hydra's output folder; returns the objective's value.
-
-    A list of values when ``objective.metric`` is a list; None when the sweep it belongs to had no
-    more use for it.
-
-    Writes ``result.json`` there whatever happens. Raises UserError for everything a person can
-    mend, Interrupted (exit status 130 or 143) when told to stop.
-    """
-    detection.select(hardware(cfg))
-    keys, ready = checked(cfg)
-    if not ready and (processes := launch.wanted(hardware(cfg))) > 1:
-        try:
-            return launch.start(cfg, keys, processes)
-        except Lost as error:  # of which the process that writes may know nothing
-            mark_failed(Path(HydraConfig.get().runtime.output_dir), str(error))
-            raise
-    with launch.led():
-        return through(cfg, keys)
+# The value of the objective, one for each of several, or None for a run that was pruned.
+Objective = float | list[float] | None
 
 
-def through(cfg: DictConfig, keys: dict[str, str]) -> float | list[float] | None:
-    """Every stage of a config that was found valid, in this process; see `walk`."""
+def run_stages(cfg: DictConfig, fingerprints: dict[str, str]) -> Objective:
+    """Run every stage of a valid config in this process; see `execute` for what is returned."""
     hydra = HydraConfig.get()
-    this = Walk(cfg, keys, Path(hydra.runtime.output_dir), overrides=list(hydra.overrides.task))
+    folder = Path(hydra.runtime.output_dir)
+    runner = Runner(cfg, fingerprints, folder, overrides=list(hydra.overrides.task))
     try:
         with signals.handled():
-            this.stage_after_stage()
-            return this.finish()
+            runner.run()
+            return runner.finish()
     except Pruned as error:
         log.info("%s", error)
-        this.write_result("pruned", str(error))
+        runner.write_result("pruned", str(error))
         return None
     except BaseException as error:
         status = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-        this.write_result(status, explain(error) or str(error) or type(error).__name__)
+        runner.write_result(status, explain(error) or str(error) or type(error).__name__)
         raise
     finally:
-        this.board.close()
+        runner.board.close()
 
 
-def mark_failed(folder: Path, reason: str) -> None:
-    """Say in result.json how a run ended that could not say so itself."""
-    path = folder / "result.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    atomic_text(path, json.dumps({**before, "status": "failed", "reason": reason}, indent=1))
-
-
-def checked(cfg: DictConfig) -> tuple[dict[str, str], bool]:
-    """The fingerprint of every stage, in order, and whether all of them can be reused; UserError
-    for what cannot work, before anything is made.
-
-    A config of which every stage is stored was found valid, with the same code, when they ran.
-    """
-    resolved: DictConfig | None = None
-    keys: dict[str, str] | None = None
-    with suppress(Exception):  # whatever is wrong, validation says it better
-        resolved = form(cfg)
-        keys = fingerprints(cfg)
-        if cfg.resume is not Resume.never and stored(keys, list(aims(cfg.objective))):
-            return keys, True
-    contents(form(cfg) if resolved is None else resolved)
-    from stagesweep.hardware.profile import choose
-
-    choose(hardware(cfg))
-    return (fingerprints(cfg) if keys is None else keys), False
-
-
-def stored(keys: dict[str, str], metrics: list[str]) -> bool:
-    """Whether every stage can be reused, and these are among their numbers."""
-    entries = {name: Store.default().entry(key) for name, key in keys.items()}
-    manifests = {name: entry.manifest or {} for name, entry in entries.items()}
-    if not all(manifests.values()) or any(entry.damage() for entry in entries.values()):
-        return False
-    wanted = [name.partition("/") for name in metrics]
-    return all(metric in manifests[stage]["metrics"] for stage, _, metric in wanted)
-
-
-@dataclass
-class StageResult:
-    """How one stage of a run went."""
-
-    name: str
-    status: str
-    seconds: float
-    fingerprint: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    # When it ran: how fast a fit was, and every time that memory ran out.
-    speed: dict[str, float] = field(default_factory=dict)
-    oom: list[dict[str, Any]] = field(default_factory=list)
-
-
-# What a manifest says of how a stage went, beside its metrics.
-MEASURED = ["speed", "oom"]
-
-
-class Walk:
-    """One composed config being executed, and what its folder says of it."""
+class Runner:
+    """Executes the stages of one composed config and writes the folder of the run."""
 
     def __init__(
-        self, cfg: DictConfig, keys: dict[str, str], folder: Path, overrides: list[str]
+        self, cfg: DictConfig, fingerprints: dict[str, str], folder: Path, overrides: list[str]
     ) -> None:
-        self.cfg, self.keys, self.folder, self.overrides = cfg, keys, folder, overrides
+        self.cfg, self.fingerprints = cfg, fingerprints
+        self.folder, self.overrides = folder, overrides
         self.store = Store.default()
         self.stages: list[StageResult] = []
         self.started = perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
-        # What an earlier run left in this folder comes back from the store.
+        # Files of an earlier run in this folder: the store has them, and gives them back.
         if (folder / "result.json").exists():
             for name in ("stages", "tensorboard"):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -153,19 +77,19 @@ class Walk:
         self.board = Board(folder / "tensorboard")
 
     @cached_property
-    def run(self) -> "Run":
-        """What stages run in, made when the first one does."""
-        from stagesweep.run.context import Run
+    def context(self) -> "Context":
+        """The context of the stages, made when the first one has to run."""
+        from stagesweep.run.context import Context
 
-        return Run(self.cfg, self.folder, self.stages, self.board)
+        return Context(self.cfg, self.folder, self.stages, self.board)
 
-    def stage_after_stage(self) -> None:
+    def run(self) -> None:
         """Run or reuse every stage in order."""
-        for number, (name, key) in enumerate(self.keys.items(), 1):
-            self.one(number, name, self.store.entry(key))
+        for number, (name, fingerprint) in enumerate(self.fingerprints.items(), 1):
+            self.run_stage(number, name, self.store.entry(fingerprint))
 
-    def one(self, number: int, name: str, entry: Entry) -> None:
-        """One stage: from the store if it is there, else run it, alone on this machine."""
+    def run_stage(self, number: int, name: str, entry: Entry) -> None:
+        """Reuse a stage from the store, or run it while no other process may."""
         folder = self.folder / "stages" / f"{number}_{name}"
         started = perf_counter()
         with entry.hold(on_wait=log.info):
@@ -177,8 +101,8 @@ class Walk:
                 entry.touch()
             else:
                 try:
-                    status, metrics = self.run.execute(name, entry, started)
-                    measured = self.run.measured
+                    status, metrics = self.context.run_stage(name, entry, started)
+                    measured = self.context.measured
                 except BaseException:
                     entry.publish(folder)
                     raise
@@ -186,15 +110,15 @@ class Walk:
             entry.publish(folder)
         self.copy_rows(folder, to_tensorboard=status == "reused")
         seconds = perf_counter() - started
-        key = entry.fingerprint
-        self.stages.append(StageResult(name, status, seconds, key, metrics, **measured))
+        stage = StageResult(name, status, seconds, entry.fingerprint, metrics, **measured)
+        self.stages.append(stage)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in list(metrics.items())[:6])
         log.info("%s: %s in %.1f s%s", name, status, seconds, shown and f" ({shown})")
         self.write_result("running")
 
     def reusable(self, name: str, entry: Entry) -> dict[str, Any] | None:
-        """The manifest of a finished stage; None when it must run (again)."""
-        if self.cfg.resume is Resume.never or (manifest := entry.manifest) is None:
+        """The manifest of a finished stage; None when the stage has to run."""
+        if self.cfg.resume is schema.Resume.never or (manifest := entry.manifest) is None:
             return None
         if damage := entry.damage():
             log.warning("%s: runs again, its entry is damaged: %s", name, damage)
@@ -203,7 +127,7 @@ class Walk:
         return manifest
 
     def copy_rows(self, folder: Path, to_tensorboard: bool) -> None:
-        """Add a stage's rows to the run's metrics.jsonl, and a reused stage's to TensorBoard."""
+        """Append a stage's rows to the run's metrics.jsonl, and to TensorBoard if reused."""
         source = folder / "metrics.jsonl"
         if not source.exists():
             return
@@ -215,24 +139,24 @@ class Walk:
     # ------------------------------------------------------------- the result
 
     def finish(self) -> float | list[float]:
-        """Write the result and the hyperparameters; returns the objective's value."""
+        """Write the result and the hyperparameters; return the value of the objective."""
         values = self.objectives()
         self.write_result("complete")
         metrics = {name: number for name, number in self.metrics().items() if math.isfinite(number)}
         chosen = dict(text.lstrip("+~").partition("=")[::2] for text in self.overrides)
         self.board.hyperparameters(chosen, metrics)
-        said = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
-        log.info("%s; results in %s", said, self.folder)
-        several = not isinstance(self.cfg.objective.metric, str)
-        return list(values.values()) if several else next(iter(values.values()))
+        line = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
+        log.info("%s; results in %s", line, self.folder)
+        multiple = not isinstance(self.cfg.objective.metric, str)
+        return list(values.values()) if multiple else next(iter(values.values()))
 
     def metrics(self) -> dict[str, float]:
-        """All numbers of all stages so far, as ``<stage>/<metric>``."""
-        return {f"{s.name}/{k}": v for s in self.stages for k, v in s.metrics.items()}
+        """The metrics of all stages so far, as ``<stage>/<metric>``."""
+        return result.all_metrics(self.stages)
 
     def objectives(self) -> dict[str, float]:
-        """The numbers a sweep steers by; UserError lists what there is when one is missing."""
-        names, metrics = list(aims(self.cfg.objective)), self.metrics()
+        """The value of each objective; UserError lists the metrics when one is missing."""
+        names, metrics = list(schema.objectives(self.cfg.objective)), self.metrics()
         for name in names:
             if name not in metrics:
                 have = ", ".join(sorted(metrics))
@@ -242,27 +166,19 @@ class Walk:
         return {name: metrics[name] for name in names}
 
     def write_result(self, status: str, reason: str | None = None) -> None:
-        """Write result.json: where the run stands and every number so far."""
+        """Write result.json: the status of the run and every metric so far."""
         metrics, metric = self.metrics(), self.cfg.objective.metric
-        found = [{"name": name, "value": metrics.get(name)} for name in aims(self.cfg.objective)]
-        result = {
+        names = schema.objectives(self.cfg.objective)
+        values = [{"name": name, "value": metrics.get(name)} for name in names]
+        content = {
             "status": status,
             "reason": reason,
             "experiment": self.cfg.experiment,
-            "objective": found[0] if isinstance(metric, str) else found,
+            "objective": values[0] if isinstance(metric, str) else values,
             "metrics": metrics,
             "seconds": perf_counter() - self.started,
             "seed": self.cfg.seed,
             "host": socket.gethostname(),
             "stages": [asdict(stage) for stage in self.stages],
         }
-        atomic_text(self.folder / "result.json", json.dumps(without_nan(result), indent=1))
-
-
-def without_nan(value: Any) -> Any:
-    """Nested plain values with NaN and infinities as None: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        result.write(self.folder, content)

@@ -18,7 +18,7 @@ from stagesweep.core.predict import predict, read_by
 from stagesweep.metric.interval import mean_interval
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -41,11 +41,11 @@ class CrossValidate(schema.CrossValidate):
     data, and ``<method>/<array>`` for what the metrics read.
     """
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Return ``<score>`` of the model, its ``_low`` and ``_high``, and ``<method>_<score>``."""
         if self.fit is None:
             raise UserError(f"stage.{run.stage}.fit is not set: say how a model is trained")
-        run.turn_to(self.fit.part, self.fit.view)
+        run.select(self.fit.part, self.fit.view)
         first, *others = (run.data.split(split) for split in self.splits)
         pool = first.join(others)
         rows: list[dict[str, Any]] = []
@@ -68,7 +68,7 @@ class CrossValidate(schema.CrossValidate):
         return summary(means)
 
     def deal(
-        self, run: "Run", pool: View, parts: int, by: str | None
+        self, run: "Context", pool: View, parts: int, by: str | None
     ) -> Iterator[tuple[Codes, Codes]]:
         """The rows that are not in a part, and those that are, for each of so many parts, in which
         samples with one value of column `by` are together.
@@ -95,7 +95,7 @@ class CrossValidate(schema.CrossValidate):
                     f"stage.{run.stage}.folds and .inner to fewer, or .stratify=null"
                 ) from None
 
-    def column(self, run: "Run", pool: View, name: str) -> Codes:
+    def column(self, run: "Context", pool: View, name: str) -> Codes:
         """Codes (n,) of a column that the config names."""
         if name not in pool:
             raise UserError(
@@ -106,7 +106,7 @@ class CrossValidate(schema.CrossValidate):
         return codes
 
     def methods(
-        self, run: "Run", pool: View, rest: Codes, fold: Codes, name: str
+        self, run: "Context", pool: View, rest: Codes, fold: Codes, name: str
     ) -> dict[str, Arrays]:
         """What the model and each baseline say of a fold, and the columns to compare with."""
         assert self.fit is not None
@@ -121,7 +121,7 @@ class CrossValidate(schema.CrossValidate):
         if names is None:
             raise UserError(f"stage.{run.stage}: a metric does not say which arrays it `reads`")
         names |= {each for each in (self.vote, self.group) if each is not None}
-        seen = predict(model, run.prepared(held_out), names, run.machine, oom=run.measured["oom"])
+        seen = predict(model, run.prepared(held_out), names, run.profile, oom=run.measured["oom"])
         found = {"model": {key: value.numpy() for key, value in seen.items()}}
         columns, given = arrays_of(outer), arrays_of(held_out)
         # A column that is asked for by `input/` as well is one that methods predict.
@@ -132,7 +132,7 @@ class CrossValidate(schema.CrossValidate):
             found[method] = known | told
         return found
 
-    def within(self, run: "Run", outer: View) -> tuple[Codes, Codes]:
+    def within(self, run: "Context", outer: View) -> tuple[Codes, Codes]:
         """The rows that a model is fitted to, and those that steer the fit; by group as long as
         there are two groups.
         """

@@ -15,7 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 
 # Okabe & Ito's colours, told apart by colour-blind readers too. With markers: 32 kinds of points.
@@ -31,7 +31,7 @@ BLUE, ORANGE, GREY = COLOURS[0], COLOURS[5], "#8C8C8C"
 MAX_POINTS, MAX_KINDS, MAX_ROWS = 3000, 20, 30
 
 
-def leave(run: "Run", figures: Iterator[tuple[str, Figure]], dpi: int) -> dict[str, float]:
+def leave(run: "Context", figures: Iterator[tuple[str, Figure]], dpi: int) -> dict[str, float]:
     """Leave every figure under its name as it is drawn; returns how many there are."""
     names = []
     with threadpool_limits(limits=1):

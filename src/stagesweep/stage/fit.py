@@ -8,14 +8,14 @@ from stagesweep.base.terms import metric_names
 from stagesweep.config import schema
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 
 @dataclass
 class Fit(schema.Fit):
     """Train the run's model by gradient descent and leave its weights."""
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Returns ``train_<term>``, ``val_<term>`` … of the epoch whose weights it leaves, and how
         many ``epochs`` it trained.
         """

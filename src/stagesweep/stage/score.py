@@ -13,7 +13,7 @@ from stagesweep.core.predict import read_by
 from stagesweep.data.labels import label_names
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 Arrays = dict[str, NDArray[Any]]
 SPLITS = ("train", "val", "test")
@@ -36,7 +36,7 @@ class Score:
     part: str | None = None
     view: str | None = None
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Return ``<split>_<score>`` of the model, ``<split>_<method>_<score>`` of the others."""
         if self.label not in run.data.spec.labels:
             raise UserError(
@@ -65,7 +65,7 @@ class Score:
         run.save(f"{prefix}predictions.csv", pd.concat(told, ignore_index=True))
         return summary(table)
 
-    def others(self, run: "Run", parts: Mapping[str, Arrays]) -> dict[str, dict[str, Arrays]]:
+    def others(self, run: "Context", parts: Mapping[str, Arrays]) -> dict[str, dict[str, Arrays]]:
         """The arrays of each baseline by split, the label among them."""
         found: dict[str, dict[str, Arrays]] = {}
         if self.baselines is not None and run.has(self.baselines):
@@ -75,7 +75,7 @@ class Score:
                 arrays |= {name: array, self.label: parts[split][self.label]}
         return found
 
-    def predictions(self, run: "Run", split: str, part: Arrays) -> pd.DataFrame:
+    def predictions(self, run: "Context", split: str, part: Arrays) -> pd.DataFrame:
         """What each sample of a split was told to be."""
         # The last name is what a code of -1 finds.
         names = np.array([*label_names(run.data, self.label), None], dtype=object)

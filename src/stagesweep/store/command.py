@@ -25,7 +25,7 @@ _BYTES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a person wants to know of one entry; times in seconds since 1970."""
+    """One entry, as it is listed; times in seconds since 1970."""
 
     entry: Entry
     state: str
@@ -42,7 +42,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit status."""
+    """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
     try:
         store = Store(Path(options.store).absolute()) if options.store else Store.default()
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"stagesweep-store: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # as in `stagesweep-store ls | head`
+    except BrokenPipeError:  # `stagesweep-store ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="stagesweep-store", description="Look after the store of finished stages."
+        prog="stagesweep-store", description="List, prune and verify the store of finished stages."
     )
     commands = parser.add_subparsers(required=True, metavar="ls | prune | verify")
     common = argparse.ArgumentParser(add_help=False)
@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the store (default: $STAGESWEEP_STORE, else .stagesweep/store in this folder)",
     )
 
-    ls = commands.add_parser("ls", parents=[common], help="list the entries, last used first")
+    ls = commands.add_parser(
+        "ls", parents=[common], help="list the entries, most recently used first"
+    )
     ls.add_argument("--json", action="store_true", help="print JSON for scripts")
     ls.set_defaults(run=_ls)
 
@@ -79,23 +81,28 @@ def _parser() -> argparse.ArgumentParser:
         "prune",
         parents=[common],
         help="remove entries by age, state and size",
-        description="Remove entries. An entry that a run is at work on is always kept.",
+        description="Remove entries. An entry that a run is working on is always kept.",
     )
     prune.add_argument(
-        "--older-than", type=_duration, metavar="AGE", help="all not used for that long: 30d, 12h"
+        "--older-than",
+        type=_duration,
+        metavar="AGE",
+        help="remove entries not used for this long: 30d, 12h",
     )
-    prune.add_argument("--partial", action="store_true", help="all that are not finished")
+    prune.add_argument(
+        "--partial", action="store_true", help="remove entries that are not finished"
+    )
     prune.add_argument(
         "--max-size",
         type=_size,
         metavar="SIZE",
-        help="then the least recently used, until the store is no larger: 20GB",
+        help="then remove the least recently used, until the store fits: 20GB",
     )
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    prune.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     prune.set_defaults(run=_prune)
 
     verify = commands.add_parser(
-        "verify", parents=[common], help="read every file and compare it with its hash"
+        "verify", parents=[common], help="compare every file with its hash"
     )
     verify.add_argument("--repair", action="store_true", help="remove the damaged entries")
     verify.set_defaults(run=_verify)
@@ -108,7 +115,7 @@ def _ls(store: Store, options: argparse.Namespace) -> int:
         print(json.dumps([_plain(row) for row in rows], indent=1))
         return 0
     if not rows:
-        return _nothing(store)
+        return _report_empty(store)
     now = time.time()
     header = ("FINGERPRINT", "EXPERIMENT", "STAGE", "STATE", "SIZE", "AGE", "LAST USED")
     table = [header] + [
@@ -146,7 +153,7 @@ def _prune(store: Store, options: argparse.Namespace) -> int:
 
     rows = sorted(_rows(store), key=lambda row: (not due(row), row.used))
     if not rows:
-        return _nothing(store)
+        return _report_empty(store)
     left = _total(rows)
     removed: list[Row] = []
     for row in rows:
@@ -168,7 +175,7 @@ def _prune(store: Store, options: argparse.Namespace) -> int:
 def _verify(store: Store, options: argparse.Namespace) -> int:
     rows = [row for row in _rows(store) if row.state == "finished"]
     if not rows:
-        return _nothing(store)
+        return _report_empty(store)
     damaged = 0
     for row in rows:
         if (damage := row.entry.damage(thorough=True)) is None:
@@ -181,7 +188,7 @@ def _verify(store: Store, options: argparse.Namespace) -> int:
 
 
 def _remove(row: Row) -> bool:
-    """Remove an entry unless somebody uses it, or has used it since it was listed."""
+    """Remove an entry, unless it is in use or was used since it was listed."""
     try:
         with row.entry.hold():
             if row.entry.used() > row.used:
@@ -223,7 +230,7 @@ def _state(entry: Entry) -> str:
             return "partial"
     except BusyError:
         return "running"
-    except UserError:  # a store that can only be read
+    except UserError:  # a store without write permission
         return "partial"
 
 
@@ -240,7 +247,7 @@ def _plain(row: Row) -> dict[str, object]:
     }
 
 
-def _nothing(store: Store) -> int:
+def _report_empty(store: Store) -> int:
     print(f"no stages in {store.root}")
     return 0
 

@@ -1,9 +1,10 @@
 """Fingerprints: one hash of everything that can change what a stage computes.
 
-A fingerprint covers the values a stage is given, the code it runs and the fingerprint of the
-stage before it. Code is read, never executed: each named module and all that it imports, however
-deep, counts by its syntax tree, so comments, docstrings and layout change nothing. Installed
-packages count by their version. An import whose name is computed at run time is not seen.
+A fingerprint covers the values that a stage is given, the code that it runs and the fingerprint
+of the stage before it. Code is read, never executed. Each named module and everything that it
+imports, directly or not, counts by its syntax tree: comments, docstrings and layout do not change
+the fingerprint. Installed packages count by their version. Imports whose name is computed at run
+time are not seen.
 """
 
 import ast
@@ -20,6 +21,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, resolve_name
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import explained
@@ -27,7 +29,7 @@ from stagesweep.base.files import explained
 _OWN = __name__.partition(".")[0]
 
 # Code that composes, writes, locks or logs, and computes no number: a new version of it must not
-# throw away finished work. What a config makes of a stage is in the stage's inputs already.
+# invalidate finished stages. The inputs of a stage cover what the config code makes of a config.
 CHANGES_NO_RESULT = frozenset(
     {
         "filelock",
@@ -36,6 +38,7 @@ CHANGES_NO_RESULT = frozenset(
         "tensorboard",
         "tqdm",
         f"{_OWN}.config",
+        f"{_OWN}.base.compat",
         f"{_OWN}.base.errors",
         f"{_OWN}.base.files",
         f"{_OWN}.base.signals",
@@ -49,50 +52,57 @@ CHANGES_NO_RESULT = frozenset(
 )
 
 
-# What importing a name runs, each module with what identifies its code; and what these import.
-Look = tuple[dict[str, str], frozenset[str]]
+class Import(NamedTuple):
+    """What the import of one name runs."""
 
-# Looks that `keep` has taken for the rest of this process, and for those forked from it.
-_kept: dict[str, Look] = {}
+    # Modules that are run, each with what identifies its code; the names that they import.
+    sources: dict[str, str]
+    imports: frozenset[str]
+
+
+ImportCache = dict[str, Import]
+
+# Imports that `freeze` has read, for the rest of this process and for those forked from it.
+_frozen: ImportCache = {}
 
 
 def fingerprint(
     inputs: Mapping[str, object],
     modules: Iterable[str],
     previous: str | None,
-    looks: dict[str, Look] | None = None,
+    cache: ImportCache | None = None,
 ) -> str:
-    """Hash what a stage computes from: 32 hexadecimal digits.
+    """Hash everything that a stage computes from: 32 hexadecimal digits.
 
     ``inputs`` are plain values: None, bool, int, float, str, enum members, and lists, tuples and
     mappings of these. The order of a mapping's keys does not matter, that of a list does; a tuple
     equals a list, an enum member its value; 1, 1.0 and True all differ. ``modules`` are dotted
     names of the code that runs: modules, or objects in them. ``previous`` is the fingerprint of
-    the stage before, None for the first. ``looks``: see :func:`sources`.
+    the stage before, None for the first. ``cache``: see :func:`sources`.
 
-    An input that is not plain, a module that is not there or does not parse: a UserError.
+    Raises UserError for an input that is not plain, and for a module that does not exist or parse.
     """
-    found = sources(modules, looks)
+    found = sources(modules, cache)
     return _digest({"inputs": inputs, "sources": found, "previous": previous})
 
 
 def source_hash(module: str) -> str:
-    """Hash the code of one module and of everything it imports: 32 hexadecimal digits."""
+    """Hash the code of a module and of everything it imports: 32 hexadecimal digits."""
     return _digest(sources([module]))
 
 
-def sources(modules: Iterable[str], looks: dict[str, Look] | None = None) -> dict[str, str]:
-    """Give every module that ``modules`` reach, and what identifies its code.
+def sources(modules: Iterable[str], cache: ImportCache | None = None) -> dict[str, str]:
+    """Return every module that ``modules`` import, directly or not, with what identifies its code.
 
-    That is a hash of its syntax tree; ``name==version`` for an installed package; or ``absent``
-    for an import that cannot be found (an optional one, that will count once it is there).
-    Python's own library is left out. One of ``modules`` that is not there, and any that does not
-    parse, is a UserError. Calls that share ``looks``, empty at first, look at each module once.
+    That is a hash of its syntax tree, ``name==version`` for an installed package, or ``absent``
+    for an import that is not found (an optional one, which counts once it is installed). The
+    standard library is left out. Raises UserError when one of ``modules`` does not exist, or any
+    does not parse. Calls that share a ``cache``, empty at first, read each module once.
     """
-    looks = {} if looks is None else looks
+    cache = {} if cache is None else cache
     waiting = list(modules)
     for name in waiting:
-        if name not in _kept and _locate(name.partition(".")[0]) is None:
+        if name not in _frozen and _locate(name.partition(".")[0]) is None:
             raise UserError(f"no module for {name!r}: check its spelling, or set PYTHONPATH")
     found: dict[str, str] = {}
     seen: set[str] = set()
@@ -100,29 +110,30 @@ def sources(modules: Iterable[str], looks: dict[str, Look] | None = None) -> dic
         name = waiting.pop()
         if name not in seen:
             seen.add(name)
-            if (look := _kept.get(name) or looks.get(name)) is None:
-                look = looks[name] = _look(name)
-            found |= look[0]
-            waiting += look[1]
+            if (read := _frozen.get(name) or cache.get(name)) is None:
+                read = cache[name] = _read_import(name)
+            found |= read.sources
+            waiting += read.imports
     return found
 
 
-def keep(modules: Iterable[str]) -> None:
-    """Take the code of modules, and of all they import, as it is now, where it is in memory: it is
-    what this process runs, whatever becomes of the files.
+def freeze(modules: Iterable[str]) -> None:
+    """Fix the sources of modules that this process has imported, and of all that they import.
+
+    The process runs this code even if the files change later.
     """
-    looks: dict[str, Look] = {}
-    sources(modules, looks)
-    _kept.update(
-        {name: look for name, look in looks.items() if look[0].keys() <= sys.modules.keys()}
+    cache: ImportCache = {}
+    sources(modules, cache)
+    _frozen.update(
+        {name: read for name, read in cache.items() if read.sources.keys() <= sys.modules.keys()}
     )
 
 
-def _look(name: str) -> Look:
-    """Look at the modules that importing ``name`` runs."""
+def _read_import(name: str) -> Import:
+    """Read the modules that importing ``name`` runs."""
     found: dict[str, str] = {}
     imports: set[str] = set()
-    # To import a.b.c is to run a, then a.b, then a.b.c (which may be no module but an object).
+    # Importing a.b.c runs a, then a.b, then a.b.c (which may be an object and no module).
     for module in accumulate(name.split("."), "{}.{}".format):
         if module in sys.stdlib_module_names or module in CHANGES_NO_RESULT:
             break
@@ -135,13 +146,13 @@ def _look(name: str) -> Look:
         if version is not None:
             found[module] = version
             break
-        found[module], more = _read(module, spec)
+        found[module], more = _read_module(module, spec)
         imports |= more
-    return found, frozenset(imports)
+    return Import(found, frozenset(imports))
 
 
 def _locate(module: str) -> ModuleSpec | None:
-    """Find a module without running any package it lies in, as importlib's own search would."""
+    """Find a module without running the packages that it lies in, which importlib would do."""
     parent = module.rpartition(".")[0]
     if not parent:
         try:
@@ -166,41 +177,44 @@ def _locate(module: str) -> ModuleSpec | None:
 def _version(package: str, spec: ModuleSpec) -> str | None:
     """``name==version`` of code that pip installed, None when its source must be read.
 
-    A version stands for its source only where both change together: not for this package, nor
-    for packages that build on it, which their author edits and installs again.
+    A version identifies the source only if both change together. That does not hold for this
+    package and for packages that depend on it, whose authors edit them in place.
     """
-    place = Path(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
-    if package == _OWN or not {"site-packages", "dist-packages"} & set(place.parts):
+    location = Path(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
+    if package == _OWN or not {"site-packages", "dist-packages"} & set(location.parts):
         return None
-    return _release(package)
+    return _distribution_versions(package)
 
 
 @cache
-def _release(package: str) -> str | None:
+def _distribution_versions(package: str) -> str | None:
     installed = _distributions(package)
-    requirements = [line for one in installed for line in one.requires or ()]
+    requirements = [line for each in installed for line in each.requires or ()]
     if any(re.match(rf"{_OWN}(?![\w.-])", line) for line in requirements):
         return None
-    return ",".join(sorted({f"{one.name}=={one.version}" for one in installed})) or None
+    return ",".join(sorted({f"{each.name}=={each.version}" for each in installed})) or None
 
 
 def _distributions(package: str) -> list[metadata.Distribution]:
     try:
         return [metadata.distribution(package)]
-    except metadata.PackageNotFoundError:  # sklearn is in scikit-learn
-        names = {one.name for one in metadata.distributions() if _provides(one, package)}
+    except metadata.PackageNotFoundError:  # such as sklearn, which is in scikit-learn
+        names = {each.name for each in metadata.distributions() if _provides(each, package)}
         return [metadata.distribution(name) for name in names]
 
 
-def _provides(one: metadata.Distribution, package: str) -> bool:
-    """Whether a distribution brings a package, as importlib.metadata would tell, but sooner."""
-    if (listed := one.read_text("top_level.txt")) is not None:
+def _provides(distribution: metadata.Distribution, package: str) -> bool:
+    """Whether a distribution has a package; faster than packages_distributions()."""
+    if (listed := distribution.read_text("top_level.txt")) is not None:
         return package in listed.split()
-    return re.search(rf"^{package}[/.]", one.read_text("RECORD") or "", re.MULTILINE) is not None
+    return (
+        re.search(rf"^{package}[/.]", distribution.read_text("RECORD") or "", re.MULTILINE)
+        is not None
+    )
 
 
-def _read(module: str, spec: ModuleSpec) -> tuple[str, frozenset[str]]:
-    """Hash one module and list the dotted names it imports."""
+def _read_module(module: str, spec: ModuleSpec) -> tuple[str, frozenset[str]]:
+    """Hash one module and list the dotted names that it imports."""
     if spec.origin is None:
         return "namespace", frozenset()
     path = Path(spec.origin)
@@ -220,12 +234,12 @@ def _parse(path: Path, content: bytes, package: str) -> tuple[str, frozenset[str
         raise UserError(f"{path}:{line} is not valid Python: {error}; correct it") from error
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
-            node.body = [line for line in body if not _inert(line)]  # type: ignore[attr-defined]
+            node.body = [line for line in body if not _changes_no_result(line)]  # type: ignore[attr-defined]
     text = ast.dump(tree, annotate_fields=False)
     return hashlib.sha256(text.encode()).hexdigest(), frozenset(_imports(tree, package))
 
 
-def _inert(statement: ast.stmt) -> bool:
+def _changes_no_result(statement: ast.stmt) -> bool:
     """Whether a statement changes no result: a docstring, a version, imports for type checkers."""
     match statement:
         case ast.Expr(value=ast.Constant()) | ast.Assign(targets=[ast.Name(id="__version__")]):
@@ -236,7 +250,7 @@ def _inert(statement: ast.stmt) -> bool:
 
 
 def _imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Give the dotted names that ``tree`` imports, at any depth; ``from a import b`` gives a.b."""
+    """Yield the dotted names that ``tree`` imports, at any depth; a.b for ``from a import b``."""
     for node in ast.walk(tree):
         match node:
             case ast.Import():
@@ -251,7 +265,7 @@ def _digest(value: object) -> str:
 
 
 def _canonical(value: object, where: str) -> str:
-    """Write a plain value as text, the same for equal values and different for different ones."""
+    """Write a plain value as text that is equal for equal values only."""
     match value:
         case Enum():
             return _canonical(value.value, where)

@@ -1,6 +1,7 @@
-"""What each stage is computed from, as its config says, and the fingerprints that follow."""
+"""What each stage is computed from according to its config, and the fingerprints of the stages."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -9,59 +10,57 @@ from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
-from stagesweep.config.access import hardware, has_parts, targets
-from stagesweep.hardware.numerics import numerics
-from stagesweep.store.fingerprint import Look, fingerprint
+from stagesweep.config.nodes import has_parts, target_names
+from stagesweep.store.fingerprint import ImportCache, fingerprint
 
 
-def fingerprints(cfg: DictConfig) -> dict[str, str]:
-    """The fingerprint of every stage, in order. Imports and builds nothing that a stage needs."""
+def fingerprints(cfg: DictConfig, numerics: Mapping[str, Any]) -> dict[str, str]:
+    """The fingerprint of every stage, in order. Imports and builds nothing that a stage needs.
+
+    ``numerics``: settings of the hardware that change results, as this machine has them.
+    """
     weights = initial_weights(cfg)
-    previous = None if weights is None else content_hash(weights)
+    previous = None if weights is None else hash_path(weights)
     found: dict[str, str] = {}
-    looks: dict[str, Look] = {}
-    for name, given in inputs(cfg).items():
-        previous = found[name] = fingerprint(given, modules(given), previous, looks)
+    cache: ImportCache = {}
+    for name, given in inputs(cfg, numerics).items():
+        previous = found[name] = fingerprint(given, code_modules(given), previous, cache)
     return found
 
 
-def inputs(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+def inputs(cfg: DictConfig, numerics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Everything in the config that can change what a stage computes, for every stage."""
-    data = what_counts(cfg.data)
+    data = relevant(cfg.data)
     for key, value in data.items():
         if key == "path" and value is not None:
-            data[key] = content_hash(Path(value))
-    shared = {
-        "data": data,
-        "seed": cfg.seed,
-        **numerics(hardware(cfg)),
-    }
+            data[key] = hash_path(Path(value))
+    shared = {"data": data, "seed": cfg.seed, **numerics}
     return {
         str(name): {
             "name": name,
-            "stage": what_counts(node),
-            "model": model_of(cfg.model, node),
-            "loss": {term: what_counts(cfg.loss[term]) for term in sorted(terms_of(node))},
+            "stage": relevant(node),
+            "model": _relevant_model(cfg.model, node),
+            "loss": {term: relevant(cfg.loss[term]) for term in sorted(_loss_terms(node))},
             **shared,
         }
         for name, node in cfg.stage.items()
     }
 
 
-def modules(given: dict[str, Any]) -> list[str]:
-    """The modules whose source a stage runs: the core, and those its config names."""
-    return ["stagesweep.core.fit", *sorted({t.rpartition(".")[0] for t in targets(given)})]
+def code_modules(inputs: dict[str, Any]) -> list[str]:
+    """The modules whose source a stage runs: the fit loop, and those that its config names."""
+    return ["stagesweep.core.fit", *sorted({t.rpartition(".")[0] for t in target_names(inputs)})]
 
 
 def initial_weights(cfg: DictConfig) -> Path | None:
-    """The checkpoint to start from: a file, or the weights in a stage's folder."""
+    """The file that ``init_from`` names: a checkpoint, or the weights in the folder of a stage."""
     if cfg.init_from is None:
         return None
     path = Path(cfg.init_from)
     return path / "weights.pt" if path.is_dir() else path
 
 
-def what_counts(node: Any) -> Any:
+def relevant(node: Any) -> Any:
     """A config node as plain values, without the fields that change no result."""
     if not isinstance(node, DictConfig):
         return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -71,38 +70,38 @@ def what_counts(node: Any) -> Any:
         if kind is not None and is_dataclass(kind)
         else set()
     )
-    return {str(k): what_counts(v) for k, v in node.items() if k not in skipped}
+    return {str(k): relevant(v) for k, v in node.items() if k not in skipped}
 
 
-def parts_of(node: Any) -> set[str]:
+def _relevant_model(model: Any, stage: Any) -> Any:
+    """The model config that a stage reads: all of it, or the parts that the stage names.
+
+    Parts that an earlier stage has read are covered by the fingerprint of that stage.
+    """
+    if not has_parts(model):
+        return relevant(model)
+    return {part: relevant(model[part]) for part in sorted(_parts(stage))}
+
+
+def _parts(node: Any) -> set[str]:
     """The parts of the model that a stage uses, itself or in a fit among its fields."""
     if not isinstance(node, DictConfig):
         return set()
     own = {str(node.part)} if node.get("part") is not None else set()
-    return own.union(*(parts_of(value) for value in node.values()))
+    return own.union(*(_parts(value) for value in node.values()))
 
 
-def model_of(model: Any, node: Any) -> Any:
-    """What a stage reads of the model's config: all of it, or the parts that it names.
-
-    What a stage before it has read counts by the fingerprint of that one.
-    """
-    if not has_parts(model):
-        return what_counts(model)
-    return {part: what_counts(model[part]) for part in sorted(parts_of(node))}
-
-
-def terms_of(node: Any) -> set[str]:
-    """The loss terms that a stage uses, in its own fit or in one among its fields."""
+def _loss_terms(node: Any) -> set[str]:
+    """The loss terms that a stage uses, itself or in a fit among its fields."""
     if not isinstance(node, DictConfig):
         return set()
     own = node.loss if issubclass(OmegaConf.get_type(node) or object, schema.Fit) else {}
     used = {str(term) for term, use in own.items() if use.weight > 0}
-    return used.union(*(terms_of(value) for value in node.values()))
+    return used.union(*(_loss_terms(value) for value in node.values()))
 
 
-def content_hash(path: Path) -> str:
-    """Hash of a file, or of names, sizes and times of all files of a folder."""
+def hash_path(path: Path) -> str:
+    """Hash the content of a file, or the names, sizes and times of all files of a folder."""
     if not path.exists():
         raise UserError(f"no such file or folder: {path}")
     if path.is_file():

@@ -1,13 +1,13 @@
-"""The stage store: every finished stage on disk under its fingerprint, trained once.
+"""The stage store: finished stages on disk by fingerprint, so that none is trained twice.
 
 Layout::
 
-    <store>/<first two digits>/<fingerprint>/    what the stage left: checkpoints, artifacts ...
-        begun.json       who began it: experiment, stage, host, time
-        manifest.json    written last: every file with its size and hash; without it the entry is
-                         a partial, which a run goes on from
-    <store>/<first two digits>/<fingerprint>.lock, .lease    held by the one process at work
-    <store>/trash/       entries on their way out
+    <store>/<first two digits>/<fingerprint>/    files of the stage: checkpoints, artifacts ...
+        begun.json       experiment, stage, host and time of the start
+        manifest.json    written last: every file with its size and hash. An entry without it is
+                         partial, and a run resumes it
+    <store>/<first two digits>/<fingerprint>.lock, .lease    held while a process works on it
+    <store>/trash/       entries that are being deleted
 
 Use, with ``entry = Store.default().entry(fingerprint)``::
 
@@ -44,45 +44,45 @@ from stagesweep.base.files import atomic_text, explain, explained, is_temporary,
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 
-# Seconds without a sign of life after which a holder on another host counts as dead; one on this
-# host is known to be alive or dead at once.
+# Seconds without a renewal after which a holder on another host counts as dead. Of a holder on
+# this host it is known at once.
 LEASE = 60.0
 
-# Only folders of these names are ever listed or removed, wherever the store is said to be.
+# Only folders with these names are listed or removed: STAGESWEEP_STORE may name any folder.
 _IS_ENTRY = re.compile(r"[0-9a-f]{32}").fullmatch
 _IS_TRASH = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}").fullmatch
 
-_PATIENCE = 0.1  # seconds between looks at a lock that is taken
+_POLL = 0.1  # seconds between two tries to take a lock
 
 
 class BusyError(UserError):
-    """Another process is at work on the entry."""
+    """Another process is working on the entry."""
 
 
 class Store:
-    """The folder of all entries; it need not exist yet."""
+    """The folder of all entries, which need not exist yet."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     @classmethod
     def default(cls) -> "Store":
-        """Give the store that STAGESWEEP_STORE names, else .stagesweep/store in this folder."""
+        """The store that STAGESWEEP_STORE names, else .stagesweep/store in the working folder."""
         root = Path(os.environ.get("STAGESWEEP_STORE") or ".stagesweep/store")
         return cls(root.expanduser().absolute())
 
     def entry(self, fingerprint: str) -> "Entry":
-        """Give the place of one stage, whether it is there yet or not."""
+        """The entry of one stage, whether it exists or not."""
         return Entry(self.root, fingerprint)
 
     def entries(self) -> list["Entry"]:
-        """Give every finished and partial entry, in the order of their fingerprints."""
+        """Every finished and partial entry, in the order of fingerprints."""
         with explained(self.root):
             paths = sorted(self.root.glob("??/*"))
             return [Entry(self.root, p.name) for p in paths if _IS_ENTRY(p.name) and p.is_dir()]
 
     def empty_trash(self) -> None:
-        """Delete what a killed process had only begun to delete."""
+        """Delete what a process was deleting when it was killed."""
         for path in self.root.glob("trash/*"):
             if _IS_TRASH(path.name):
                 shutil.rmtree(path, ignore_errors=True)
@@ -96,11 +96,11 @@ class Entry:
         self.path = root / fingerprint[:2] / fingerprint
         self._trash = root / "trash"
 
-    # What is there.
+    # Reading.
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """What :meth:`commit` wrote; None while unfinished, or if it is truncated or foreign."""
+        """What :meth:`commit` wrote; None if the entry is not finished, or its manifest damaged."""
         content = _read_json(self.path / MANIFEST)
         try:
             for record in content["files"].values():
@@ -111,21 +111,21 @@ class Entry:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The manifest when finished, else what :meth:`begin` noted; empty when unknown."""
+        """The manifest of a finished entry, else what :meth:`begin` wrote; empty if unknown."""
         return self.manifest or _read_json(self.path / BEGUN)
 
     def size(self) -> int:
-        """Add up the bytes of all files."""
+        """Total size of all files, in bytes."""
         return sum(status.st_size for status in self._stats())
 
     def used(self) -> float:
-        """Give the time it was last written to or reused, in seconds since 1970 (0: not there)."""
+        """Time of the last write or reuse, in seconds since 1970; 0 if it does not exist."""
         with suppress(OSError):
             return (self.path / MANIFEST).stat().st_mtime
         return max((status.st_mtime for status in self._stats()), default=0.0)
 
     def damage(self, thorough: bool = False) -> str | None:
-        """Say what is wrong with a finished entry, None when nothing is.
+        """Describe the first damage of a finished entry; None if there is none.
 
         Compares the size of every file with the manifest; ``thorough`` reads every byte and
         compares the hash too.
@@ -141,33 +141,31 @@ class Entry:
                 return f"{name} cannot be read: {error.strerror}"
         return None
 
-    # Working on it.
+    # Writing.
 
     @contextmanager
     def hold(self, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Be the only process at work on this entry, waiting while another one is.
+        """Lock the entry for this process; wait while another process holds it.
 
-        ``on_wait`` is called once, with a line naming the holder, when there is something to wait
-        for; without it there is no waiting. After a wait look at :attr:`manifest` again: most
-        likely the holder has finished the stage. Ctrl-C ends the wait.
+        ``on_wait`` is called once, with a line that names the holder, before a wait. Read
+        :attr:`manifest` again afterwards: the holder has probably finished the stage. Ctrl-C ends
+        the wait. Without ``on_wait`` an entry that is held raises BusyError instead. A store that
+        cannot be written raises UserError.
 
-        Two locks are taken. The kernel's is exact: it is free the moment its holder dies, stays
-        held however long a living holder is stopped, and forked children do not keep it. But not
-        every network file system carries it to other hosts. So a lease is taken as well: a file
-        that names its holder and that the holder renews; it is void when the holder is dead, or
-        silent for ``LEASE`` seconds on another host.
-
-        An entry held elsewhere is a BusyError when there is no ``on_wait``; a store that cannot be
-        written is a UserError.
+        Two locks are taken. The kernel's lock is exact: it is released at once when its holder
+        dies, stays with a holder that is stopped, and is not kept by forked children. Some network
+        file systems do not share it with other hosts, so a lease is taken as well: a file with the
+        name of its holder, who renews it. A lease is void when its holder is dead, or has not
+        renewed it for ``LEASE`` seconds on another host.
         """
         native = FileLock(self._beside(".lock"), fallback_to_soft=False)
         lease = SoftFileLease(self._beside(".lease"), lease_duration=LEASE)
         with ExitStack() as stack:
             for lock in (native, lease):
                 if native.is_locked and _holder(lease)[1] == socket.gethostname():
-                    lease.force_break()  # of a process that is dead, though perhaps not buried
+                    lease.force_break()  # its process is dead, or else would hold the first lock
                 try:
-                    stack.enter_context(lock.acquire(timeout=_PATIENCE))
+                    stack.enter_context(lock.acquire(timeout=_POLL))
                 except Timeout:
                     pid, host = _holder(lease)
                     holder = f"{self.fingerprint[:12]} is in use by process {pid} on {host}"
@@ -175,19 +173,19 @@ class Entry:
                         raise BusyError(f"{holder}; try again when it is done") from None
                     on_wait(f"waiting: {holder}")
                     on_wait = _ignore
-                    stack.enter_context(lock.acquire(poll_interval=_PATIENCE))
+                    stack.enter_context(lock.acquire(poll_interval=_POLL))
                 except OSError as error:
-                    if error.errno != errno.ENOSYS:  # no such lock here: the lease alone decides
+                    if error.errno != errno.ENOSYS:  # no kernel locks here: the lease has to do
                         raise explain(error, self.path) from error
             stack.callback(self._tidy, lease)
             yield
 
     def begin(self, fresh: bool, about: Mapping[str, object] | None = None) -> None:
-        """Make the folder ready to be worked in; from here on the entry is unfinished.
+        """Prepare the folder for a stage that starts; the entry is partial from now on.
 
-        ``fresh`` first removes all that is there; otherwise a partial keeps its files, but for
-        those that a killed process left half-written. ``about`` (experiment, stage) is what
-        ``stagesweep-store ls`` says of a partial.
+        ``fresh`` removes all files first. Otherwise the files of a partial entry are kept, except
+        those that a killed process has left half-written. ``about`` (experiment, stage) is shown
+        by ``stagesweep-store ls``.
         """
         if fresh:
             self.discard()
@@ -200,11 +198,11 @@ class Entry:
         self._write(BEGUN, about or {})
 
     def commit(self, manifest: Mapping[str, object]) -> dict[str, Any]:
-        """Declare the entry finished and give its manifest.
+        """Mark the entry as finished; return its manifest.
 
-        ``manifest`` is plain data for JSON: ``experiment``, ``stage``, ``seconds`` and whatever
-        the run needs again (metrics). Added here: files with size and sha256, host and time
-        of creation.
+        ``manifest`` is plain data for JSON: ``experiment``, ``stage``, ``seconds``, and what a run
+        that reuses the stage needs (metrics). The files with size and sha256, the host and the
+        time are added.
         """
         with explained(self.path):
             files = {
@@ -214,21 +212,21 @@ class Entry:
         return self._write(MANIFEST, {**manifest, "files": files})
 
     def touch(self) -> None:
-        """Note that the entry was used now, for pruning by age."""
-        with suppress(OSError):  # a store that others own can still be reused
+        """Set the time of last use to now, for pruning by age."""
+        with suppress(OSError):  # a store without write permission can still be read
             os.utime(self.path / MANIFEST)
 
     def publish(self, target: Path) -> None:
-        """Give every file of the entry a second name below ``target`` (a hard link, or a copy).
+        """Link (or copy) every file of the entry to the folder ``target``.
 
-        A file written in place under one name changes under the other: replace it instead, as
+        A linked file must not be written in place, which changes both: replace it, as
         :func:`stagesweep.base.files.atomic_write` does.
         """
         for name, path in self._files():
             link(path, target / name)
 
     def discard(self) -> None:
-        """Remove the entry, if it is there: in one step for all who look, then from the disk."""
+        """Remove the entry if it exists. It is renamed first, so that nobody sees half of it."""
         trash = self._trash / f"{self.fingerprint}-{secrets.token_hex(8)}"
         with explained(self.path):
             if self.path.exists():
@@ -237,18 +235,18 @@ class Entry:
         shutil.rmtree(trash, ignore_errors=True)
 
     def _beside(self, suffix: str) -> Path:
-        # Beside the folder and not in it: the folder can be thrown away while the lock is held.
+        # Beside the folder and not in it: the folder may be removed while the lock is held.
         return self.path.with_name(self.path.name + suffix)
 
     def _tidy(self, lease: SoftFileLease) -> None:
-        """Leave no lock file of an entry that is gone; whoever waits for it makes a new one."""
-        # A forked child that leaves the block holds nothing, and the lock is its parent's.
+        """Remove the lock file of an entry that was removed; the next holder makes a new one."""
+        # A forked child that leaves the block does not hold the lock: its parent does.
         if lease.is_locked and not self.path.exists():
             with suppress(OSError):
                 self._beside(".lock").unlink()
 
     def _files(self) -> Iterator[tuple[str, Path]]:
-        """Give the name in the entry and the path of every file that the stage left."""
+        """Yield the name in the entry, and the path, of every file of the stage."""
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and name not in (MANIFEST, BEGUN) and not is_temporary(path):
@@ -272,18 +270,18 @@ class Entry:
 
 
 def _ignore(_: str) -> None:
-    """Say nothing a second time."""
+    """Called instead of ``on_wait`` after the first time."""
 
 
 def _holder(lease: SoftFileLease) -> tuple[str, str]:
-    """Give the process and the host that a lease names."""
+    """The process id and the host in a lease."""
     if (owner := lease.owner) is None:
         return "?", "?"
-    return str(owner.pid), owner.hostname.partition("?")[0]  # what follows tells containers apart
+    return str(owner.pid), owner.hostname.partition("?")[0]  # what follows identifies the container
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping; one that is missing or broken is empty."""
+    """Read a JSON mapping; empty if the file is missing or damaged."""
     with suppress(OSError, ValueError):
         content = json.loads(path.read_bytes())
         if isinstance(content, dict):

@@ -65,11 +65,11 @@ class SlotsLauncher(Launcher):
 
     def open(self) -> "Slots":
         """The slots, for a sweeper that fills each as soon as it is free."""
-        from stagesweep.config.access import hardware
+        from stagesweep.config.nodes import hardware_settings
         from stagesweep.hardware import environment
         from stagesweep.sweep.engine.slots import Slots, leases
 
-        settings = hardware(self.config)
+        settings = hardware_settings(self.config)
         environment.prepare(settings)  # of the server that trials are forked from
         given = leases(self.slots, settings)
         return Slots(given, self.hydra_context, self.config, self.task)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from stagesweep.base.spec import Features
-from stagesweep.run.runner import StageResult
+from stagesweep.run.result import StageResult
 from stagesweep.stage.clustering.baselines import Baselines
 from stagesweep.stage.clustering.choose_clusters import ChooseClusters
 from stagesweep.stage.clustering.evaluate import Evaluate

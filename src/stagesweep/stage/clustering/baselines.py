@@ -23,7 +23,7 @@ from stagesweep.stage.clustering.choose_clusters import Points
 from stagesweep.stage.clustering.init_clusters import number_of_clusters
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 # Components that a Gaussian mixture sees of wide data: full covariances of more fit noise.
 COMPONENTS = 20
@@ -42,7 +42,7 @@ class Baselines(schema.Baselines):
     by k-means on the latent of a plain autoencoder; all with as many clusters as the model.
     """
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Leaves ``baselines.npz``: ``<method>/<split>`` (fits, n), each fitted on train alone."""
         if unknown := [method for method in self.methods if method not in FITS]:
             raise UserError(
@@ -64,7 +64,7 @@ class Baselines(schema.Baselines):
         return metrics
 
     def cluster(
-        self, run: "Run", method: str, points: Mapping[str, Points], k: int
+        self, run: "Context", method: str, points: Mapping[str, Points], k: int
     ) -> dict[str, Clusters]:
         """Clusters (fits, n) of every split; the first fit is the one to score."""
         if method == "spectral" and len(points["train"]) > SPECTRAL_ROWS:
@@ -74,7 +74,7 @@ class Baselines(schema.Baselines):
             fits = [FITS[method](points["train"], k, seed) for seed in seeds]
             return {split: np.stack([fit(x) for fit in fits]) for split, x in points.items()}
 
-    def encode(self, run: "Run") -> tuple[dict[str, Points], float]:
+    def encode(self, run: "Context") -> tuple[dict[str, Points], float]:
         """Latent (n, d) of every split from a plain autoencoder, and its last training loss."""
         if self.autoencoder is None:
             raise UserError(
@@ -84,7 +84,7 @@ class Baselines(schema.Baselines):
         model = Plain(run.build_model()).to(run.device)
         metrics = run.fit(model, self.autoencoder, "autoencoder")
         views = {split: run.view(split) for split in ("train", "val", "test")}
-        latent = {s: predict(model, view, ["mean"], run.machine) for s, view in views.items()}
+        latent = {s: predict(model, view, ["mean"], run.profile) for s, view in views.items()}
         return {s: v["mean"].numpy() for s, v in latent.items()}, metrics["train_loss"]
 
     def metric_names(self) -> set[str] | None:

@@ -15,7 +15,7 @@ from stagesweep.metric.clustering import k_means
 from stagesweep.metric.latent import active_units
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 Points = NDArray[np.floating]
 
@@ -34,7 +34,7 @@ class ChooseClusters(schema.ChooseClusters):
     taken; on separated blobs this finds their number where the maximum alone often falls short.
     """
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Leaves ``k_selection.csv`` and ``clusters.json``; returns the row of the chosen k."""
         points = self.sample(run, latent_means(run))
         low, high = self.k_range
@@ -56,7 +56,7 @@ class ChooseClusters(schema.ChooseClusters):
         chosen = table.iloc[k - low].to_dict()
         return {name: float(value) for name, value in chosen.items()} | {"on_edge": float(on_edge)}
 
-    def sample(self, run: "Run", points: Points) -> Points:
+    def sample(self, run: "Context", points: Points) -> Points:
         """At most ``max_rows`` of the points (n, d); UserError when fewer than the largest k."""
         if len(points) > self.max_rows:
             run.log.info("k is chosen on %d of %d samples", self.max_rows, len(points))
@@ -88,7 +88,7 @@ class ChooseClusters(schema.ChooseClusters):
         return indices | {"k", "stability", "stability_se", "on_edge"}
 
 
-def latent_means(run: "Run") -> Points:
+def latent_means(run: "Context") -> Points:
     """Latent means (n, d) of the training split; UserError when the posterior has collapsed."""
     means: Points = run.predict("train", ["mean"])["mean"].astype(np.float64)
     if (active := active_units(means)) < 2:

@@ -20,7 +20,7 @@ from stagesweep.metric.latent import active_units
 from stagesweep.metric.reconstruction import reconstruction_error
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -44,7 +44,7 @@ class Evaluate(schema.Evaluate):
     units there. A collapsed model is a failed run, but only after all of it is written.
     """
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Return the model's scores, those on val and test as ``val_...`` and ``test_...``."""
         self.check(run)
         parts = {split: self.read(run, split) for split in PREFIX}
@@ -77,7 +77,7 @@ class Evaluate(schema.Evaluate):
         """The label columns that are used, the scored one first."""
         return list(dict.fromkeys(n for n in (self.label, self.enrichment, self.leakage) if n))
 
-    def check(self, run: "Run") -> None:
+    def check(self, run: "Context") -> None:
         """Raise UserError when the data has no such column or label."""
         spec = run.data.spec
         asked = [("column", self.column, spec.features)]
@@ -89,7 +89,7 @@ class Evaluate(schema.Evaluate):
                     f"choose from: {', '.join(columns) or 'none'}"
                 )
 
-    def read(self, run: "Run", split: str) -> Arrays:
+    def read(self, run: "Context", split: str) -> Arrays:
         """Model outputs and columns of a split, and the `cluster` (n,) of each sample."""
         view = run.view(split)
         names = {"mean", "logvar", "assignment", "index", *self.labels}
@@ -100,7 +100,7 @@ class Evaluate(schema.Evaluate):
         part["cluster"] = part["assignment"].argmax(axis=1)
         return part
 
-    def fits(self, run: "Run", parts: Mapping[str, Arrays]) -> Fits:
+    def fits(self, run: "Context", parts: Mapping[str, Arrays]) -> Fits:
         """The clusters (fits, n) of every method and split, the model's first."""
         found: Fits = {"model": {split: part["cluster"][None] for split, part in parts.items()}}
         if run.has("baselines.npz"):
@@ -109,7 +109,7 @@ class Evaluate(schema.Evaluate):
                 found.setdefault(method, {})[split] = clusters
         return found
 
-    def save_samples(self, run: "Run", parts: Mapping[str, Arrays], fits: Fits) -> None:
+    def save_samples(self, run: "Context", parts: Mapping[str, Arrays], fits: Fits) -> None:
         """Leave the embeddings, the clusters of all samples, and what each cluster looks like."""
         kept = ("mean", "logvar", "assignment", "index")
         embeddings = {f"{s}/{name}": part[name] for s, part in parts.items() for name in kept}
@@ -127,7 +127,7 @@ class Evaluate(schema.Evaluate):
             found = enrichment(train["cluster"], codes, label_names(run.data, self.enrichment))
             run.save("enrichment.csv", found.assign(kind=self.enrichment))
 
-    def compare(self, run: "Run", parts: Mapping[str, Arrays], fits: Fits) -> pd.DataFrame:
+    def compare(self, run: "Context", parts: Mapping[str, Arrays], fits: Fits) -> pd.DataFrame:
         """One row for each method and split, the model first."""
         self.warn_unscored(run, parts)
         rows = []
@@ -140,7 +140,7 @@ class Evaluate(schema.Evaluate):
                 rows.append({"method": method, "split": split, "n": clusters.shape[1], **scores})
         return pd.DataFrame(rows)
 
-    def refits(self, run: "Run", part: Arrays) -> list[Array]:
+    def refits(self, run: "Context", part: Arrays) -> list[Array]:
         """The model's clusters of a split, and those of k-means on its latent from other starts."""
         k = part["assignment"].shape[1]
         seeds = range(run.seed % 2**31, run.seed % 2**31 + self.stability_seeds)
@@ -177,7 +177,7 @@ class Evaluate(schema.Evaluate):
             metrics |= {f"baseline_{name}": float(best[name]) for name in EXTERNAL}
         return metrics
 
-    def warn_unscored(self, run: "Run", parts: Mapping[str, Arrays]) -> None:
+    def warn_unscored(self, run: "Context", parts: Mapping[str, Arrays]) -> None:
         """Say which labels cannot score which splits."""
         for split, part in parts.items():
             for label in filter(None, (self.label, self.leakage)):
@@ -188,7 +188,7 @@ class Evaluate(schema.Evaluate):
                         *(run.stage, label, (part[label] >= 0).sum(), kinds(part[label]), split),
                     )
 
-    def refuse_collapse(self, run: "Run", metrics: Mapping[str, float]) -> None:
+    def refuse_collapse(self, run: "Context", metrics: Mapping[str, float]) -> None:
         """Raise UserError when the latent or the clusters are too few to mean anything."""
         if metrics["latent_dimensions"] < 1.5:
             run.log.warning(
@@ -262,7 +262,7 @@ def profiles(clusters: Array, values: Array, names: Sequence[str]) -> pd.DataFra
     return groups.agg(["count", "mean", "std"]).reset_index().sort_values("cluster", kind="stable")
 
 
-def reconstruction(run: "Run", parts: Mapping[str, Arrays]) -> pd.DataFrame:
+def reconstruction(run: "Context", parts: Mapping[str, Arrays]) -> pd.DataFrame:
     """Errors of every feature that the model decodes, by split."""
     tables = []
     for split, part in parts.items():

@@ -31,14 +31,14 @@ from stagesweep.stage.drawing import (
 )
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 
 @dataclass
 class Figures(schema.Figures):
     """Draw what earlier stages left; a figure whose numbers are not there is left out."""
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Return how many figures there are."""
         return leave(run, self.draw(run), self.dpi)
 
@@ -46,7 +46,7 @@ class Figures(schema.Figures):
         """Metrics this stage gives."""
         return {"figures"}
 
-    def draw(self, run: "Run") -> Iterator[tuple[str, Figure]]:
+    def draw(self, run: "Context") -> Iterator[tuple[str, Figure]]:
         """Draw every figure there are numbers for, and name it."""
         if stages := run.fit_stages:
             yield "training", training({stage: run.history(stage) for stage in stages})

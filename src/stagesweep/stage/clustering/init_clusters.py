@@ -13,14 +13,14 @@ from stagesweep.metric.latent import active_units
 from stagesweep.stage.clustering.choose_clusters import latent_means
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 
 @dataclass
 class InitClusters(schema.InitClusters):
     """Place the model's cluster centres by k-means on the latent means (Xie et al. 2016, 3.2)."""
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Leaves weights with the new centres."""
         means = latent_means(run)
         k = number_of_clusters(run, self.k, len(means))
@@ -36,7 +36,7 @@ class InitClusters(schema.InitClusters):
         return {"k", "inertia", "active_units"}
 
 
-def number_of_clusters(run: "Run", k: int | None, samples: int) -> int:
+def number_of_clusters(run: "Context", k: int | None, samples: int) -> int:
     """`k` when it is set, else the choice of an earlier stage, else what the model has now.
 
     UserError when there are fewer samples than that.

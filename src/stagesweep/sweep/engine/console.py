@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text
-from stagesweep.config.schema import aims
+from stagesweep.config.schema import objectives
 from stagesweep.store.store import Store
 from stagesweep.sweep.engine.slots import Job
 from stagesweep.sweep.study.states import Outcome
@@ -29,7 +29,7 @@ class Board:
     """Lines in the log; on a terminal also a bar for the sweep and a line for each run."""
 
     def __init__(self, opened: Study, config: DictConfig) -> None:
-        self.study, self.names = opened, list(aims(config.objective))
+        self.study, self.names = opened, list(objectives(config.objective))
         self.began, self.done = time.monotonic(), 0
         self.bar: tqdm[Any] | None = None
         self.lines: dict[str, tqdm[Any]] = {}

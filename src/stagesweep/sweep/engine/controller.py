@@ -18,8 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.base.errors import Interrupted, NotFinite, UserError
 from stagesweep.base.signals import SIGNALS
-from stagesweep.config.schema import Search
-from stagesweep.config.schema import aims as objectives
+from stagesweep.config.schema import Search, objectives
 from stagesweep.sweep.engine import console, setup
 from stagesweep.sweep.engine.backends import Places, opened_by
 from stagesweep.sweep.engine.slots import At, Ended, Event, Job, Report

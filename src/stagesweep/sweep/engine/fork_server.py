@@ -8,14 +8,16 @@ import signal
 import sys
 
 from hydra import compose, initialize_config_dir
-from hydra._internal import logging_config  # noqa: F401  Hydra imports it in each trial
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf, open_dict
 
+from stagesweep.base.compat import preload_hydra_logging
 from stagesweep.config import register, validation
+from stagesweep.config.nodes import hardware_settings
+from stagesweep.hardware.numerics import numerics
 from stagesweep.store import fingerprint, stage_inputs
 
 # What the values of a sweep look like.
@@ -35,20 +37,21 @@ def rehearse() -> None:
         OmegaConf.to_container(made.hydra.job_logging, resolve=True)
         del made["hydra"]
     validation.validate(made)
-    stage_inputs.fingerprints(made)
+    stage_inputs.fingerprints(made, numerics(hardware_settings(made)))
     HydraConfig.instance().cfg = None
     OverridesParser.create().parse_overrides([f"a.b_1={value}" for value in VALUES])
 
 
 Plugins.instance()
 setup_globals()
+preload_hydra_logging()
 # Slurm sends it to every process of a job; the controller says who is to save and end.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 # What is swept has brought what a rehearsal imports; if not, it has no use for that.
 if "sklearn" in sys.modules:
     rehearse()
 # It is read once for all trials, which run it as it is now.
-fingerprint.keep(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
+fingerprint.freeze(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
 # A collection in a trial leaves all this alone: it would copy the memory that they share.
 gc.collect()
 gc.freeze()

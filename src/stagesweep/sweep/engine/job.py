@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from stagesweep.base.errors import reason
 from stagesweep.base.trial import Trial
-from stagesweep.config.access import copied
 from stagesweep.config.messages import explain
+from stagesweep.config.nodes import copy_config
 from stagesweep.sweep.engine.pipe import attach
 from stagesweep.sweep.space.compose import Work, compose
 from stagesweep.sweep.study.states import Outcome
@@ -107,7 +107,7 @@ def execute(task: TaskFunction, composed: DictConfig, context: HydraContext) -> 
         hydra.runtime.output_dir = str(folder)
     OmegaConf.resolve(hydra.job.env_set)
     OmegaConf.set_readonly(hydra, True)
-    given = copied(composed)
+    given = copy_config(composed)
     with open_dict(given):
         del given["hydra"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -305,9 +305,10 @@ def _modules(master: DictConfig) -> list[str]:
     """The modules that each trial would import: those of the package that the config names, and
     what the first optimizer of a process brings.
     """
-    from stagesweep.config.access import targets
+    from stagesweep.base.compat import OPTIMIZER_IMPORTS
+    from stagesweep.config.nodes import target_names
 
     parts = OmegaConf.masked_copy(master, ["model", "data", "loss", "stage"])
-    found = targets(OmegaConf.to_container(parts, resolve=False))
+    found = target_names(OmegaConf.to_container(parts, resolve=False))
     own = {t.rpartition(".")[0] for t in found if t.startswith("stagesweep.")}
-    return sorted(own | ({"torch._dynamo"} if "stagesweep.stage.fit" in own else set()))
+    return sorted(own | ({OPTIMIZER_IMPORTS} if "stagesweep.stage.fit" in own else set()))

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text
 from stagesweep.store.fingerprint import sources
-from stagesweep.store.stage_inputs import content_hash, modules, what_counts
+from stagesweep.store.stage_inputs import code_modules, hash_path, relevant
 from stagesweep.sweep.space.space import Space
 
 # So many modules whose code has changed are named.
@@ -79,7 +79,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
         if OmegaConf.is_missing(config, key):
             continue
         try:
-            found[key] = what_counts(config[key])
+            found[key] = relevant(config[key])
         except Exception:
             found[key] = OmegaConf.to_container(config[key], resolve=False)
     if config.search.constraints:
@@ -94,7 +94,7 @@ def code(shared: Mapping[str, Any]) -> dict[str, str]:
     Empty when there is a module that cannot be found, which the checks of a sweep say better.
     """
     try:
-        found = sources(modules(dict(shared)))
+        found = sources(code_modules(dict(shared)))
     except UserError:
         return {}
     return {name: found[name] for name in sorted(found)}
@@ -103,7 +103,7 @@ def code(shared: Mapping[str, Any]) -> dict[str, str]:
 def files(shared: Mapping[str, Any]) -> dict[str, str]:
     """A hash of each file that all trials start from: of data, of weights."""
     paths = [shared.get("data", {}).get("path"), shared.get("init_from")]
-    return {str(p): content_hash(Path(p)) for p in paths if p is not None and Path(p).exists()}
+    return {str(p): hash_path(Path(p)) for p in paths if p is not None and Path(p).exists()}
 
 
 def refuse_changed(folder: Path, lines: list[str]) -> UserError:

@@ -31,7 +31,7 @@ from stagesweep.stage.drawing import (
 from stagesweep.systems.singlecell.metric import concordance
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 Array = NDArray[Any]
 
@@ -49,7 +49,7 @@ class CellFigures:
     umap: bool = True
     dpi: int = 120
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Return how many figures there are."""
         return leave(run, self.draw(run), self.dpi)
 
@@ -57,7 +57,7 @@ class CellFigures:
         """Metrics this stage gives."""
         return {"figures"}
 
-    def draw(self, run: "Run") -> Iterator[tuple[str, Figure]]:
+    def draw(self, run: "Context") -> Iterator[tuple[str, Figure]]:
         """Draw every figure there are numbers for, and name it."""
         if run.has("embeddings.npz") and run.has("cells.csv"):
             means, cells = run.load("embeddings.npz"), run.load("cells.csv")

@@ -7,30 +7,30 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from stagesweep.run.context import Run
+from stagesweep.run.context import Context
 from stagesweep.systems.singlecell.simulate import simulated_cohort
 from stagesweep.systems.singlecell.stage.baselines import CellBaselines
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., Context]
 Array = np.ndarray[Any, Any]
 SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture
-def run(make_run: MakeRun) -> Run:
+def run(make_run: MakeRun) -> Context:
     run = make_run()
     run.data = simulated_cohort(donors=16, cells=20, genes=50, types=4, contrast=3.0)
     return run
 
 
-def cells(run: Run, split: str) -> tuple[Array, Array]:
+def cells(run: Context, split: str) -> tuple[Array, Array]:
     """Logarithms of shares of ten thousand, and labels."""
     (batch,) = run.view(split).batches(10**6)
     counts = batch["counts"].numpy().astype(np.float64)
     return np.log1p(counts / counts.sum(1, keepdims=True) * 1e4), batch["label"].numpy()
 
 
-def test_they_are_those_of_scikit_learn(run: Run) -> None:
+def test_they_are_those_of_scikit_learn(run: Context) -> None:
     stage = CellBaselines(components=5)
     metrics = stage(run)
     assert set(metrics) == stage.metric_names()
@@ -53,7 +53,7 @@ def test_they_are_those_of_scikit_learn(run: Run) -> None:
         assert ((means**2).sum(1) <= (rest**2).sum(1) * 1.001).all()
 
 
-def test_a_type_that_no_training_cell_has_is_never_told(run: Run) -> None:
+def test_a_type_that_no_training_cell_has_is_never_told(run: Context) -> None:
     labels = run.data._columns["label"]
     train = run.data._rows["train"]
     labels[train[labels[train].numpy() == 2]] = -1
@@ -64,7 +64,7 @@ def test_a_type_that_no_training_cell_has_is_never_told(run: Run) -> None:
     np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
 
 
-def test_a_sample_of_many_cells_stands_for_all(run: Run) -> None:
+def test_a_sample_of_many_cells_stands_for_all(run: Context) -> None:
     assert CellBaselines(max_rows=60)(run)["fitted_cells"] == 60
     first = run.load("cell_baselines.npz")["logistic/assignment/test"]
     CellBaselines(max_rows=60)(run)

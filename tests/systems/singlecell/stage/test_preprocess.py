@@ -6,16 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stagesweep.run.context import Run
+from stagesweep.run.context import Context
 from stagesweep.systems.singlecell.simulate import simulated_cohort
 from stagesweep.systems.singlecell.stage.preprocess import Preprocess
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., Context]
 SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture
-def run(make_run: MakeRun) -> Run:
+def run(make_run: MakeRun) -> Context:
     run = make_run()
     run.data = simulated_cohort(
         donors=16, cells=30, genes=60, types=3, depth=150.0, min_cells=25, min_genes=25, variable=20
@@ -23,12 +23,12 @@ def run(make_run: MakeRun) -> Run:
     return run
 
 
-def artifact(run: Run, name: str) -> pd.DataFrame:
+def artifact(run: Context, name: str) -> pd.DataFrame:
     assert run._entry is not None
     return pd.read_csv(run._entry.path / "artifacts" / name)
 
 
-def test_cells_are_those_of_the_splits(run: Run) -> None:
+def test_cells_are_those_of_the_splits(run: Context) -> None:
     stage = Preprocess()
     metrics = stage(run)
     assert set(metrics) == stage.metric_names()
@@ -47,7 +47,7 @@ def test_cells_are_those_of_the_splits(run: Run) -> None:
     assert len(cells) < 16 * 30, "cells with few genes are left out"
 
 
-def test_genes_are_counted_in_training_cells_alone(run: Run) -> None:
+def test_genes_are_counted_in_training_cells_alone(run: Context) -> None:
     assert Preprocess()(run)["genes"] == 20
     genes = artifact(run, "genes.csv")
     assert len(genes) == 60

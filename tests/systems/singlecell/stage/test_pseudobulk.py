@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from stagesweep.data.derived import restored
-from stagesweep.run.context import Run
+from stagesweep.run.context import Context
 from stagesweep.systems.singlecell.simulate import simulated_cohort
 from stagesweep.systems.singlecell.stage.pseudobulk import Pseudobulk
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., Context]
 
 
 class Sums(nn.Module):
@@ -24,20 +24,20 @@ class Sums(nn.Module):
 
 
 @pytest.fixture
-def run(make_run: MakeRun) -> Run:
+def run(make_run: MakeRun) -> Context:
     run = make_run()
     run.data = simulated_cohort(donors=16, cells=40, genes=30, types=4)
     run.model, run.seed = Sums(), 5
     return run
 
 
-def mixed(run: Run, **settings: Any) -> dict[str, np.ndarray]:
+def mixed(run: Context, **settings: Any) -> dict[str, np.ndarray]:
     Pseudobulk(n_samples=3, n_cells=50, **settings)(run)
     found: dict[str, np.ndarray] = run.load("pseudobulk.npz")
     return found
 
 
-def test_a_pseudobulk_is_a_mixture_of_one_donors_cells(run: Run) -> None:
+def test_a_pseudobulk_is_a_mixture_of_one_donors_cells(run: Context) -> None:
     made = mixed(run)
     cells = run.data
     donors = []
@@ -66,7 +66,7 @@ def test_a_pseudobulk_is_a_mixture_of_one_donors_cells(run: Run) -> None:
     assert np.bincount(donors).tolist() == [3] * 16
 
 
-def test_the_seed_decides_and_a_share_is_sparse(run: Run) -> None:
+def test_the_seed_decides_and_a_share_is_sparse(run: Context) -> None:
     first, again = mixed(run), mixed(run)
     assert all((first[name] == again[name]).all() for name in first)
     run.seed = 6
@@ -75,12 +75,12 @@ def test_the_seed_decides_and_a_share_is_sparse(run: Run) -> None:
     assert mixed(run, sparse=1.0)["train/types"].mean() < 0.75 < full
 
 
-def test_what_was_made_is_a_data_set(run: Run) -> None:
+def test_what_was_made_is_a_data_set(run: Context) -> None:
     mixed(run)
     made = restored(run.load("pseudobulk.npz"), run.load("pseudobulk.json"))
     assert len(made.spec.features["communication"].names) == 6
     assert made.spec.labels == {"condition": 2}
-    run.turn_to(None, "pseudobulk")
+    run.select(None, "pseudobulk")
     view = run.view("val")
     assert len(view) == len(made.ids("val"))
     torch.testing.assert_close(view["states"], made.split("val")["states"])

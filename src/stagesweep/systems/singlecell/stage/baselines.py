@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from stagesweep.systems.singlecell.normalise import normalised
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 Array = NDArray[Any]
 BATCH = 4096
@@ -36,7 +36,7 @@ class CellBaselines:
     components: int = 20
     max_rows: int = 20_000
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Return how many cells the baselines were fitted to."""
         view = run.view("train")
         order = torch.randperm(len(view), generator=torch.Generator().manual_seed(run.seed))
@@ -74,7 +74,7 @@ class CellBaselines:
             values = normalised(batch["counts"], batch["library"])
             yield values.cpu().numpy(), batch[self.label].cpu().numpy()
 
-    def shares(self, run: "Run", logistic: Any, values: Array) -> Array:
+    def shares(self, run: "Context", logistic: Any, values: Array) -> Array:
         """Probabilities (B, k) of all labels, 0 of those that no training cell had."""
         shares = np.zeros((len(values), run.data.spec.labels[self.label]), np.float32)
         shares[:, logistic.classes_] = logistic.predict_proba(values)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Preprocess:
     stage writes down what it did.
     """
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Return how many cells of each split, and how many genes, there are."""
         run.save("genes.csv", run.data.gene_table)
         tables = {split: run.data.cell_table(split) for split in ("train", "val", "test")}

@@ -15,7 +15,7 @@ from stagesweep.data.derived import Columns, Made
 from stagesweep.data.labels import label_names
 
 if TYPE_CHECKING:
-    from stagesweep.run.context import Run
+    from stagesweep.run.context import Context
 
 Array = NDArray[Any]
 BATCH = 4096
@@ -45,7 +45,7 @@ class Pseudobulk:
     n_cells: int = 500
     sparse: float = 0.5
 
-    def __call__(self, run: "Run") -> dict[str, float]:
+    def __call__(self, run: "Context") -> dict[str, float]:
         """Return how many pseudobulks of each split there are."""
         names = label_names(run.data, self.label)
         missing = {"donor", "condition"} - set(run.data.spec.labels)
@@ -72,7 +72,7 @@ class Pseudobulk:
         run.save_data("pseudobulk", Made(Spec(features, labels=labels), made, known))
         return {f"{split}_pseudobulks": float(len(own["donor"])) for split, own in made.items()}
 
-    def mix(self, run: "Run", split: str, types: int, random: np.random.Generator) -> Columns:
+    def mix(self, run: "Context", split: str, types: int, random: np.random.Generator) -> Columns:
         """The pseudobulks of a split."""
         cells = run.predict(split, ["mean", self.label, "donor", "condition"])
         keys = np.stack([cells["donor"], cells["condition"]], 1)
@@ -115,7 +115,7 @@ class Pseudobulk:
         chosen = [random.choice(members[k], n) for k, n in zip(there, counts, strict=True)]
         return np.concatenate(chosen)
 
-    def expression(self, run: "Run", split: str, weights: csr_matrix) -> Columns:
+    def expression(self, run: "Context", split: str, weights: csr_matrix) -> Columns:
         """Summed counts of the mixtures `weights` (n, cells), batch by batch of cells."""
         genes = len(run.data.spec.features["counts"].names)
         counts, start = np.zeros((weights.shape[0], genes)), 0
@@ -127,7 +127,7 @@ class Pseudobulk:
         expression = np.log1p(counts * (1e6 / np.maximum(counts.sum(1, keepdims=True), 1)))
         return {"counts": counts.astype(np.float32), "expression": expression.astype(np.float32)}
 
-    def batches(self, run: "Run", split: str) -> Iterator[Array]:
+    def batches(self, run: "Context", split: str) -> Iterator[Array]:
         """The counts (B, g) of a split, in order."""
         for batch in run.view(split).batches(BATCH):
             yield batch["counts"].cpu().numpy()

@@ -1,0 +1,50 @@
+"""Private names of Hydra and torch that stagesweep needs, each with the reason.
+
+A private name may change in any release. No other module touches one, so that an upgrade is
+mended here; ``tests/base/test_compat.py`` says which name has changed. Imports nothing at module
+level: a command that only prints help reads this module, too.
+"""
+
+from importlib import import_module
+from typing import Any
+
+# ------------------------------------------------------------------------------------ Hydra
+
+
+def preload_hydra_logging() -> None:
+    """Import what ``hydra.core.utils.configure_log`` imports when it is called.
+
+    ``configure_log`` imports this module lazily. The fork server imports it once, so that not
+    every trial spends that time.
+    """
+    import_module("hydra._internal.logging_config")
+
+
+# ------------------------------------------------------------------------------------ torch
+
+# The first optimizer that a process builds imports this module, which takes about a second.
+# Processes that others are forked from import it beforehand. torch has no public name for it.
+OPTIMIZER_IMPORTS = "torch._dynamo"
+
+
+def die_with_parent(signum: int) -> None:
+    """Have the kernel send this process a signal when its parent process ends (Linux only).
+
+    Python has no call for prctl's PR_SET_PDEATHSIG. ``torch.multiprocessing`` has one, but calls
+    it only in ``start_processes``, which the elastic launcher uses with SIGINT: a process that
+    waits inside a collective operation does not act on that.
+    """
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+
+    _prctl_pr_set_pdeathsig(signum)
+
+
+def default_store() -> Any:
+    """Return the key-value store of the default process group: a ``torch.distributed.Store``.
+
+    ``init_process_group`` makes the store that torchrun's environment describes, and keeps it.
+    A second ``TCPStore`` would need a port of its own on the main process's machine.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()

@@ -1,0 +1,24 @@
+"""The fingerprints of a run: which stages an override changes."""
+
+from collections.abc import Callable
+
+from omegaconf import DictConfig
+
+from stagesweep.run.plan import fingerprints
+
+Compose = Callable[..., DictConfig]
+
+
+def test_a_stage_counts_the_part_it_uses(compose: Compose) -> None:
+    before = fingerprints(compose("experiment=singlecell"))
+    # Override: the first stage that it changes.
+    firsts = {
+        "model.patients.width=64": "patients",
+        "stage.patients.optimizer.lr=0.01": "patients",
+        "stage.cross_validation.folds=3": "cross_validation",
+        "model.cells.latent=9": "gmvae",
+    }
+    for override, first in firsts.items():
+        after = fingerprints(compose("experiment=singlecell", override))
+        changed = [name for name in after if before[name] != after[name]]
+        assert changed == list(before)[list(before).index(first) :], override

@@ -1,0 +1,78 @@
+"""The inputs of each stage, which its fingerprint covers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from stagesweep.base.errors import UserError
+from stagesweep.config import schema
+from stagesweep.config.nodes import hardware_settings
+from stagesweep.hardware.numerics import numerics
+from stagesweep.store.stage_inputs import hash_path, inputs, relevant
+
+
+def stage_inputs(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    return inputs(cfg, numerics(hardware_settings(cfg)))
+
+
+def test_fields_that_change_no_result_are_left_out() -> None:
+    node = OmegaConf.structured(schema.Fit(epochs=3))
+    counted = relevant(node)
+    assert counted["epochs"] == 3
+    assert counted["optimizer"]["lr"] == schema.Optimizer().lr
+    assert counted["optimizer"]["betas"] == (0.9, 0.999)
+    skipped = {"save_every", "save_seconds", "keep_last", "log_every", "histogram_every"}
+    assert not skipped & set(counted)
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("seed=7", "all"),
+        ("model.latent=3", "all"),
+        ("hardware.precision=bf16", "all"),
+        ("stage.joint.optimizer.lr=0.5", "joint"),
+        ("stage.joint.loss.kl.weight=0.123", "joint"),
+        ("loss.clustering.every=99", "joint"),
+        ("stage.joint.save_every=9", "none"),
+        ("hardware.workers=3", "none"),
+        ("hardware.micro_batch=9", "none"),
+        ("objective.mode=min", "none"),
+    ],
+)
+def test_a_stage_reads_what_can_change_it_and_no_more(
+    compose: Any, override: str, changed: str
+) -> None:
+    before = stage_inputs(compose("experiment=digits"))
+    after = stage_inputs(compose("experiment=digits", override))
+    found = {name for name in before if before[name] != after[name]}
+    assert found == {"all": set(before), "joint": {"joint"}, "none": set()}[changed]
+
+
+def test_how_a_machine_is_used_is_no_input_of_a_stage(compose: Any) -> None:
+    """Only precision and tf32 count, and tf32 does nothing on a CPU."""
+    plain = compose("experiment=digits", "hardware=cpu", "hardware.precision=bf16")
+    card = compose("experiment=digits", "hardware=h200_141gb_x4_2nodes", "hardware.device=cpu")
+    assert card.hardware != plain.hardware
+    assert stage_inputs(card) == stage_inputs(plain)
+
+
+def test_a_data_file_counts_by_its_content_not_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n1\n")
+    (tmp_path / "b.csv").write_text("x\n1\n")
+    assert hash_path(tmp_path / "a.csv") == hash_path(tmp_path / "b.csv")
+    (tmp_path / "b.csv").write_text("x\n2\n")
+    assert hash_path(tmp_path / "a.csv") != hash_path(tmp_path / "b.csv")
+    before = hash_path(tmp_path)
+    (tmp_path / "c.csv").write_text("")
+    assert hash_path(tmp_path) != before
+    with pytest.raises(UserError, match=r"no such file or folder: .*nowhere"):
+        hash_path(tmp_path / "nowhere")
+
+
+def test_a_fit_inside_another_stage_counts_with_its_loss_terms(compose: Any) -> None:
+    found = stage_inputs(compose("experiment=digits"))
+    assert set(found["baselines"]["loss"]) == {"reconstruction"}
+    assert set(found["evaluate"]["loss"]) == set()
