@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from fnmatch import fnmatch
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def files(page: str) -> dict[str, str]:
     found = {}
     for _, body in BLOCK.findall(text(page)):
         head, _, rest = body.partition("\n")
-        if re.fullmatch(r"# \S+/\S+\.(py|yaml)", head):
+        if re.fullmatch(r"# \S+/\S+\.(py|yaml|md)", head):
             found[head.removeprefix("# ")] = rest
     return found
 
@@ -207,37 +206,6 @@ def test_the_package_of_the_guide_runs(tmp_path: Path) -> None:
     assert result["objective"]["value"] > 0.9
 
 
-PACKAGES = ("data", "loss", "metric", "model", "stage")
-
-
-@pytest.fixture
-def contributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files of CONTRIBUTING's examples, as if they lay in this checkout."""
-    write_files("CONTRIBUTING.md", tmp_path)
-    for name in PACKAGES:
-        package = import_module(f"stagesweep.{name}")
-        place = str(tmp_path / "src/stagesweep" / name)
-        monkeypatch.setattr(package, "__path__", [*package.__path__, place])
-    return tmp_path
-
-
-def test_the_examples_of_contributing_pass_their_tests(contributed: Path) -> None:
-    pages = sorted(contributed.glob("tests/*/*.py"))
-    assert {page.parent.name for page in pages} == set(PACKAGES)
-    for page in pages:
-        names: dict[str, Any] = {}
-        exec(compile(page.read_text(), page, "exec"), names)
-        for name, test in names.items():
-            if name.startswith("test_"):
-                test()
-
-
-def test_the_experiment_of_contributing_validates(compose: Compose, contributed: Path) -> None:
-    cfg = compose("experiment=wine", "search=bayes", folders=[contributed / "conf"])
-    validate(cfg)  # raises at the first fault
-    assert cfg.experiment == "wine"
-
-
 def with_rows(guide: str, rows: list[str]) -> str:
     """The guide with rows below the headers of its tables that come before them."""
     lines = guide.splitlines(keepends=True)
@@ -250,7 +218,9 @@ def with_rows(guide: str, rows: list[str]) -> str:
     return "".join(lines)
 
 
-def test_who_follows_contributing_to_the_letter_passes_the_tests(tmp_path: Path) -> None:
+@pytest.fixture
+def contributed(tmp_path: Path) -> Path:
+    """A copy of the checkout with the examples of CONTRIBUTING.md, which replace no file."""
     for name in ("conf", "docs", "src", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "Makefile"):
@@ -258,18 +228,46 @@ def test_who_follows_contributing_to_the_letter_passes_the_tests(tmp_path: Path)
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert not before & {tmp_path / name for name in files("CONTRIBUTING.md")}
     write_files("CONTRIBUTING.md", tmp_path)
-    (rows,) = blocks("CONTRIBUTING.md", "markdown")
-    (tmp_path / "docs/guide.md").write_text(with_rows(GUIDE, rows.splitlines(keepends=True)))
-    own = "wine or linear or sparsity or embed or neighbour or laptop or reached or row"
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", own, "tests/configs", "tests/test_docs.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"},
+    return tmp_path
+
+
+def python(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python in a copy of the checkout, on its package."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def test_the_system_of_contributing_runs(contributed: Path) -> None:
+    """By the real command, without a row in the guide or any other edit."""
+    process = python(contributed, "-m", "stagesweep", "experiment=wine", "hydra.run.dir=run")
+    assert process.returncode == 0, process.stderr
+    result = json.loads((contributed / "run" / "result.json").read_text())
+    assert result["objective"]["name"] == "train/val_neighbour"
+    assert result["objective"]["value"] >= 0.9
+
+
+def test_the_examples_of_contributing_keep_the_import_rules(contributed: Path) -> None:
+    script = Path(sys.executable).with_name("lint-imports")
+    process = python(contributed, str(script), "--no-cache", "--no-logo")
+    assert process.returncode == 0, process.stdout
+
+
+def test_the_examples_of_contributing_pass_all_tests(contributed: Path) -> None:
+    """Their own, and those that find every YAML, package and page."""
+    (rows,) = (body for body in blocks("CONTRIBUTING.md", "markdown") if body[:1] == "|")
+    (contributed / "docs/guide.md").write_text(with_rows(GUIDE, rows.splitlines(keepends=True)))
+    own = "wine or linear or sparsity or embed or laptop or reached"
+    places = [name for name in files("CONTRIBUTING.md") if name.startswith("tests/")]
+    assert {Path(name).parent.name for name in places} == {"wine", "stage"}
+    places += ["tests/configs", "tests/test_docs.py", "tests/test_rules.py"]
+    process = python(contributed, "-m", "pytest", "-q", "-k", own, *places)
     assert process.returncode == 0, process.stdout
 
 
@@ -347,8 +345,10 @@ def options() -> list[str]:
 
 @pytest.mark.parametrize("option", options())
 def test_every_option_has_a_row(option: str) -> None:
+    """In the guide or on the page of its system."""
     group, _, name = option.partition("/")
-    tables = re.findall(rf"^\| {group} \|.*?(?=\n\n)", GUIDE, re.MULTILINE | re.DOTALL)
+    docs = "\n\n".join(text(page) for page in PAGES if page.startswith("docs/"))
+    tables = re.findall(rf"^\| {group} \|.*?(?=\n\n|\Z)", docs, re.MULTILINE | re.DOTALL)
     assert re.search(rf"^\| [^|]*`{name}`.* \|", "\n".join(tables), re.MULTILINE)
 
 
