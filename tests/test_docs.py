@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from fnmatch import fnmatch
@@ -310,6 +311,79 @@ def test_the_readmes_tree_is_that_of_the_disk() -> None:
             assert set(inside) == entries(ROOT / name) - {"__init__.py"}, name
     assert drawn["src/stagesweep/"]
     assert drawn["conf/"]
+
+
+ARCHITECTURE = text("docs/architecture.md")
+SOURCE = ROOT / "src" / "stagesweep"
+
+
+def drawn_map() -> list[str]:
+    """The paths of the architecture's map, below src/stagesweep; packages end with a slash."""
+    _, body = BLOCK.findall(ARCHITECTURE.partition("\n## The map\n")[2])[0]
+    head, *lines = body.splitlines()
+    assert head == "src/stagesweep/"
+    found, above = [], [""]
+    for line in lines:
+        indent, name = re.match(r"((?:  )+)(\S+) +\S", line).groups()  # type: ignore[union-attr]
+        above = above[: len(indent) // 2]
+        found.append(above[-1] + name)
+        above.append(above[-1] + name)
+    return found
+
+
+def test_the_map_names_every_package() -> None:
+    """Those inside a system have no line: a new system needs no edit here."""
+    packages = {f"{file.parent.relative_to(SOURCE)}/" for file in SOURCE.rglob("__init__.py")}
+    packages = {name for name in packages if name != "./" and not name.startswith("systems/")}
+    drawn = drawn_map()
+    assert len(drawn) == len(set(drawn))
+    assert packages | {"systems/"} == {name for name in drawn if name.endswith("/")}
+    assert [name for name in drawn if not (SOURCE / name).exists()] == []
+
+
+def test_the_map_has_the_order_of_the_import_rules() -> None:
+    rules = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = {rule["id"]: rule["layers"] for rule in rules if rule["type"] == "layers"}
+    names = [name.removesuffix(".py").strip("/") for name in drawn_map()]
+    top = [each for layer in layers["layers"] for each in layer.split(" | ")]
+    assert [name for name in names if "/" not in name] == top
+    inside = [name.partition("/")[2] for name in names if name.startswith("sweep/")]
+    assert inside == layers["sweep"]
+
+
+def defined(file: Path) -> set[str]:
+    """Functions, classes and methods (`Class.method`) of a module."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            members = node.body if isinstance(node, ast.ClassDef) else []
+            names = (each.name for each in members if isinstance(each, ast.FunctionDef))
+            found |= {f"{node.name}.{name}" for name in names}
+    return found
+
+
+def test_files_and_functions_that_the_architecture_names_are_there() -> None:
+    quoted = re.findall(r"`([^`]+)`", BLOCK.sub("", ARCHITECTURE))
+    files = [each for each in quoted if re.fullmatch(r"[\w/]+\.py(: [\w.]+)?", each)]
+    folders = [each for each in quoted if each.startswith("conf/")]
+    assert len(files) > 30
+    assert folders
+    wrong = [each for each in folders if not (ROOT / each).is_dir()]
+    for each in files:
+        place, _, name = each.partition(": ")
+        file = SOURCE / place
+        if not file.is_file() or (name and name not in defined(file)):
+            wrong.append(each)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("heading", ["The way of a run", "The way of a trial"])
+def test_a_way_has_at_most_twelve_steps_with_file_and_function(heading: str) -> None:
+    body = ARCHITECTURE.partition(f"\n### {heading}\n")[2].partition("\n#")[0]
+    steps = re.split(r"^\d+\. ", body, flags=re.MULTILINE)[1:]
+    assert 6 <= len(steps) <= 12
+    assert [step for step in steps if not re.search(r"`\S+\.py: \S+`", step)] == []
 
 
 def anchors(page: str) -> set[str]:
