@@ -187,20 +187,12 @@ def test_every_make_target_that_is_named_is_there() -> None:
 # ------------------------------------------------------------------------------ worked examples
 
 
-def test_the_package_of_the_guide_runs(tmp_path: Path) -> None:
+def test_the_package_of_the_guide_runs(tmp_path: Path, warm: Any) -> None:
     write_files("docs/guide.md", tmp_path)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"PYTHONPATH": path, "STAGESWEEP_TRUST": "mylab", "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": path, "STAGESWEEP_TRUST": "mylab"}
     (words,) = (w[1:] for _, w in COMMANDS if w[1:] == ["--config-dir=conf", "experiment=tumours"])
-    process = subprocess.run(
-        [sys.executable, "-m", "stagesweep", *words, "hydra.run.dir=run"],
-        cwd=tmp_path,
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    process = warm.run([*words, "hydra.run.dir=run"], tmp_path, own)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["objective"]["name"] == "train/val_accuracy"
