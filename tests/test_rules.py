@@ -165,6 +165,11 @@ def foreign(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
             case ast.Attribute(attr=name) if private(name) and name not in own:
                 yield node.lineno, ast.unparse(node)
             case ast.Call(
+                func=ast.Name("import_module") | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(str(name)), *_],
+            ) if any(map(private, name.split("."))):
+                yield node.lineno, name
+            case ast.Call(
                 func=ast.Name("getattr" | "setattr" | "hasattr" | "delattr"),
                 args=[_, ast.Constant(str(name)), *_],
             ) if private(name) and name not in own:
@@ -193,6 +198,7 @@ def test_private_names_of_other_packages_are_touched_in_one_file() -> None:
         "self._cached_storage",
         "torch._C._cuda_init()",
         "getattr(study, '_storage')",
+        "importlib.import_module('torch._dynamo')",
     ],
 )
 def test_a_private_name_is_found(line: str) -> None:
