@@ -237,9 +237,13 @@ def test_the_core_is_thin() -> None:
 
 
 def test_the_loop_is_read_in_one_sitting() -> None:
+    """The loop over epochs is the only `while` of its file."""
     file = PACKAGE / "core" / "fit.py"
     assert lines(file) <= 300
-    assert {name: n for name, n in functions(trees()[file]).items() if n > 60} == {}
+    every = [node for node in ast.walk(trees()[file]) if isinstance(node, ast.FunctionDef)]
+    (loop,) = (f for f in every if any(isinstance(node, ast.While) for node in ast.walk(f)))
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno < 60
 
 
 def test_a_function_fits_on_a_screen() -> None:
