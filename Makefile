@@ -34,10 +34,11 @@ test-extras: .venv-extras/.ready  ## test PostgreSQL, joblib, submitit and Ray f
 	.venv-extras/bin/python -m pip install --quiet --no-deps hydra-ray-launcher -c constraints.txt
 	@touch $@
 
-check: $(READY)  ## lint, format, types
+check: $(READY)  ## lint, format, types, import rules
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(READY)  ## put the code in its normal form
 	$(BIN)/ruff check --fix
@@ -60,4 +61,4 @@ bench-gpu: $(READY)  ## throughput, memory and a real shortage of it on a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.processes
 
 clean:  ## remove .venv and caches; results stay
-	rm -rf .venv .venv-extras .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-extras .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -8,10 +8,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from fnmatch import fnmatch
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def files(page: str) -> dict[str, str]:
     found = {}
     for _, body in BLOCK.findall(text(page)):
         head, _, rest = body.partition("\n")
-        if re.fullmatch(r"# \S+/\S+\.(py|yaml)", head):
+        if re.fullmatch(r"# \S+/\S+\.(py|yaml|md)", head):
             found[head.removeprefix("# ")] = rest
     return found
 
@@ -187,55 +187,16 @@ def test_every_make_target_that_is_named_is_there() -> None:
 # ------------------------------------------------------------------------------ worked examples
 
 
-def test_the_package_of_the_guide_runs(tmp_path: Path) -> None:
+def test_the_package_of_the_guide_runs(tmp_path: Path, warm: Any) -> None:
     write_files("docs/guide.md", tmp_path)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"PYTHONPATH": path, "STAGESWEEP_TRUST": "mylab", "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": path, "STAGESWEEP_TRUST": "mylab"}
     (words,) = (w[1:] for _, w in COMMANDS if w[1:] == ["--config-dir=conf", "experiment=tumours"])
-    process = subprocess.run(
-        [sys.executable, "-m", "stagesweep", *words, "hydra.run.dir=run"],
-        cwd=tmp_path,
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    process = warm.run([*words, "hydra.run.dir=run"], tmp_path, own)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["objective"]["name"] == "train/val_accuracy"
     assert result["objective"]["value"] > 0.9
-
-
-PACKAGES = ("data", "loss", "metric", "model", "stage")
-
-
-@pytest.fixture
-def contributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files of CONTRIBUTING's examples, as if they lay in this checkout."""
-    write_files("CONTRIBUTING.md", tmp_path)
-    for name in PACKAGES:
-        package = import_module(f"stagesweep.{name}")
-        place = str(tmp_path / "src/stagesweep" / name)
-        monkeypatch.setattr(package, "__path__", [*package.__path__, place])
-    return tmp_path
-
-
-def test_the_examples_of_contributing_pass_their_tests(contributed: Path) -> None:
-    pages = sorted(contributed.glob("tests/*/*.py"))
-    assert {page.parent.name for page in pages} == set(PACKAGES)
-    for page in pages:
-        names: dict[str, Any] = {}
-        exec(compile(page.read_text(), page, "exec"), names)
-        for name, test in names.items():
-            if name.startswith("test_"):
-                test()
-
-
-def test_the_experiment_of_contributing_validates(compose: Compose, contributed: Path) -> None:
-    cfg = compose("experiment=wine", "search=bayes", folders=[contributed / "conf"])
-    validate(cfg)  # raises at the first fault
-    assert cfg.experiment == "wine"
 
 
 def with_rows(guide: str, rows: list[str]) -> str:
@@ -250,7 +211,9 @@ def with_rows(guide: str, rows: list[str]) -> str:
     return "".join(lines)
 
 
-def test_who_follows_contributing_to_the_letter_passes_the_tests(tmp_path: Path) -> None:
+@pytest.fixture
+def contributed(tmp_path: Path) -> Path:
+    """A copy of the checkout with the examples of CONTRIBUTING.md, which replace no file."""
     for name in ("conf", "docs", "src", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "Makefile"):
@@ -258,18 +221,46 @@ def test_who_follows_contributing_to_the_letter_passes_the_tests(tmp_path: Path)
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert not before & {tmp_path / name for name in files("CONTRIBUTING.md")}
     write_files("CONTRIBUTING.md", tmp_path)
-    (rows,) = blocks("CONTRIBUTING.md", "markdown")
-    (tmp_path / "docs/guide.md").write_text(with_rows(GUIDE, rows.splitlines(keepends=True)))
-    own = "wine or linear or sparsity or embed or neighbour or laptop or reached or row"
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", own, "tests/configs", "tests/test_docs.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"},
+    return tmp_path
+
+
+def python(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python in a copy of the checkout, on its package."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def test_the_system_of_contributing_runs(contributed: Path) -> None:
+    """By the real command, without a row in the guide or any other edit."""
+    process = python(contributed, "-m", "stagesweep", "experiment=wine", "hydra.run.dir=run")
+    assert process.returncode == 0, process.stderr
+    result = json.loads((contributed / "run" / "result.json").read_text())
+    assert result["objective"]["name"] == "train/val_neighbour"
+    assert result["objective"]["value"] >= 0.9
+
+
+def test_the_examples_of_contributing_keep_the_import_rules(contributed: Path) -> None:
+    script = Path(sys.executable).with_name("lint-imports")
+    process = python(contributed, str(script), "--no-cache", "--no-logo")
+    assert process.returncode == 0, process.stdout
+
+
+def test_the_examples_of_contributing_pass_all_tests(contributed: Path) -> None:
+    """Their own, and those that find every YAML, package and page."""
+    (rows,) = (body for body in blocks("CONTRIBUTING.md", "markdown") if body[:1] == "|")
+    (contributed / "docs/guide.md").write_text(with_rows(GUIDE, rows.splitlines(keepends=True)))
+    own = "wine or linear or sparsity or embed or laptop or reached"
+    places = [name for name in files("CONTRIBUTING.md") if name.startswith("tests/")]
+    assert {Path(name).parent.name for name in places} == {"wine", "stage"}
+    places += ["tests/configs", "tests/test_docs.py", "tests/test_rules.py"]
+    process = python(contributed, "-m", "pytest", "-q", "-k", own, *places)
     assert process.returncode == 0, process.stdout
 
 
@@ -314,6 +305,79 @@ def test_the_readmes_tree_is_that_of_the_disk() -> None:
     assert drawn["conf/"]
 
 
+ARCHITECTURE = text("docs/architecture.md")
+SOURCE = ROOT / "src" / "stagesweep"
+
+
+def drawn_map() -> list[str]:
+    """The paths of the architecture's map, below src/stagesweep; packages end with a slash."""
+    _, body = BLOCK.findall(ARCHITECTURE.partition("\n## The map\n")[2])[0]
+    head, *lines = body.splitlines()
+    assert head == "src/stagesweep/"
+    found, above = [], [""]
+    for line in lines:
+        indent, name = re.match(r"((?:  )+)(\S+) +\S", line).groups()  # type: ignore[union-attr]
+        above = above[: len(indent) // 2]
+        found.append(above[-1] + name)
+        above.append(above[-1] + name)
+    return found
+
+
+def test_the_map_names_every_package() -> None:
+    """Those inside a system have no line: a new system needs no edit here."""
+    packages = {f"{file.parent.relative_to(SOURCE)}/" for file in SOURCE.rglob("__init__.py")}
+    packages = {name for name in packages if name != "./" and not name.startswith("systems/")}
+    drawn = drawn_map()
+    assert len(drawn) == len(set(drawn))
+    assert packages | {"systems/"} == {name for name in drawn if name.endswith("/")}
+    assert [name for name in drawn if not (SOURCE / name).exists()] == []
+
+
+def test_the_map_has_the_order_of_the_import_rules() -> None:
+    rules = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = {rule["id"]: rule["layers"] for rule in rules if rule["type"] == "layers"}
+    names = [name.removesuffix(".py").strip("/") for name in drawn_map()]
+    top = [each for layer in layers["layers"] for each in layer.split(" | ")]
+    assert [name for name in names if "/" not in name] == top
+    inside = [name.partition("/")[2] for name in names if name.startswith("sweep/")]
+    assert inside == layers["sweep"]
+
+
+def defined(file: Path) -> set[str]:
+    """Functions, classes and methods (`Class.method`) of a module."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            members = node.body if isinstance(node, ast.ClassDef) else []
+            names = (each.name for each in members if isinstance(each, ast.FunctionDef))
+            found |= {f"{node.name}.{name}" for name in names}
+    return found
+
+
+def test_files_and_functions_that_the_architecture_names_are_there() -> None:
+    quoted = re.findall(r"`([^`]+)`", BLOCK.sub("", ARCHITECTURE))
+    files = [each for each in quoted if re.fullmatch(r"[\w/]+\.py(: [\w.]+)?", each)]
+    folders = [each for each in quoted if each.startswith("conf/")]
+    assert len(files) > 30
+    assert folders
+    wrong = [each for each in folders if not (ROOT / each).is_dir()]
+    for each in files:
+        place, _, name = each.partition(": ")
+        file = SOURCE / place
+        if not file.is_file() or (name and name not in defined(file)):
+            wrong.append(each)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("heading", ["The way of a run", "The way of a trial"])
+def test_a_way_has_at_most_twelve_steps_with_file_and_function(heading: str) -> None:
+    body = ARCHITECTURE.partition(f"\n### {heading}\n")[2].partition("\n#")[0]
+    steps = re.split(r"^\d+\. ", body, flags=re.MULTILINE)[1:]
+    assert 6 <= len(steps) <= 12
+    assert [step for step in steps if not re.search(r"`\S+\.py: \S+`", step)] == []
+
+
 def anchors(page: str) -> set[str]:
     """What a heading is called in a link."""
     prose = BLOCK.sub("", text(page))
@@ -347,8 +411,10 @@ def options() -> list[str]:
 
 @pytest.mark.parametrize("option", options())
 def test_every_option_has_a_row(option: str) -> None:
+    """In the guide or on the page of its system."""
     group, _, name = option.partition("/")
-    tables = re.findall(rf"^\| {group} \|.*?(?=\n\n)", GUIDE, re.MULTILINE | re.DOTALL)
+    docs = "\n\n".join(text(page) for page in PAGES if page.startswith("docs/"))
+    tables = re.findall(rf"^\| {group} \|.*?(?=\n\n|\Z)", docs, re.MULTILINE | re.DOTALL)
     assert re.search(rf"^\| [^|]*`{name}`.* \|", "\n".join(tables), re.MULTILINE)
 
 

@@ -1,0 +1,266 @@
+"""The rules of the house: who may import whom, how long code may be, what a package says of itself.
+
+The import rules are in pyproject.toml. What import-linter cannot see is read here from the syntax.
+"""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src"
+PACKAGE = SRC / "stagesweep"
+PACKAGES = sorted(file.parent for file in PACKAGE.rglob("__init__.py"))
+# The one file that touches the private names of Hydra, OmegaConf, Optuna and torch.
+COMPAT = PACKAGE / "base" / "compat.py"
+
+
+def short(path: Path) -> str:
+    return path.relative_to(PACKAGE.parent).as_posix()
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """The syntax tree of every module."""
+    return {file: ast.parse(file.read_text(), file) for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+# ------------------------------------------------------------------------------ imports
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the package and of its import rules."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "src" / "stagesweep", ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def lint(checkout: Path) -> "subprocess.CompletedProcess[str]":
+    """Run import-linter as `make check` does."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"],
+        cwd=checkout,
+        env={"PYTHONPATH": str(checkout / "src"), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_import_rules_hold(checkout: Path) -> None:
+    process = lint(checkout)
+    assert process.returncode == 0, process.stdout
+
+
+DOWNWARDS = "Imports go downwards only"
+FREE = "Framework and shared parts import no system"
+# The rule that is broken, and what is added to which file.
+FORBIDDEN = {
+    "upwards": (DOWNWARDS, {"base/__init__.py": "import stagesweep.cli"}),
+    "inside a function": (DOWNWARDS, {"data/__init__.py": "def f():\n    import stagesweep.run"}),
+    "upwards inside sweep": (
+        "Imports inside sweep go downwards only",
+        {"sweep/space/__init__.py": "import stagesweep.sweep.report"},
+    ),
+    "framework to system": (FREE, {"run/__init__.py": "import stagesweep.systems.audiogram"}),
+    "shared part to system": (FREE, {"loss/new.py": "from stagesweep.systems import audiogram"}),
+    "system to system": (
+        "No system imports another",
+        {"systems/audiogram/new.py": "import stagesweep.systems.singlecell"},
+    ),
+    "circle": (
+        "No circles between siblings",
+        {
+            "stage/one.py": "import stagesweep.stage.two",
+            "stage/two.py": "import stagesweep.stage.one",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FORBIDDEN)
+def test_a_forbidden_import_breaks_its_rule(checkout: Path, case: str) -> None:
+    rule, additions = FORBIDDEN[case]
+    for place, line in additions.items():
+        with (checkout / "src/stagesweep" / place).open("a") as file:
+            file.write(f"\n{line}\n")
+    process = lint(checkout)
+    assert process.returncode == 1, process.stderr
+    assert f"{rule} BROKEN" in process.stdout
+    _, _, said = process.stdout.partition("Broken contracts")
+    for place in additions:
+        *_, package, name = Path(place).with_suffix("").parts
+        assert (package if name == "__init__" else name) in said
+
+
+def test_a_package_in_no_layer_is_found(checkout: Path) -> None:
+    for folder in ("attic", "sweep/attic"):
+        package = checkout / "src/stagesweep" / folder
+        package.mkdir()
+        (package / "__init__.py").touch()
+    process = lint(checkout)
+    assert process.returncode == 1
+    assert "stagesweep.attic" in process.stdout
+    assert "stagesweep.sweep.attic" in process.stdout
+
+
+def outcome(checkout: Path) -> list[str]:
+    """How many imports there are, and which rules hold."""
+    return re.findall(r"Analyzed .*|.* (?:KEPT|BROKEN)", lint(checkout).stdout)
+
+
+def test_imports_for_type_checkers_are_no_imports(checkout: Path) -> None:
+    before = outcome(checkout)
+    with (checkout / "src/stagesweep/base/errors.py").open("a") as file:
+        lines = "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    import stagesweep.cli\n"
+        file.write(lines)
+    assert outcome(checkout) == before
+
+
+def private(name: str) -> bool:
+    """One underscore at the start; none at the end, as the keys of Hydra have it (`_target_`)."""
+    return bool(re.fullmatch(r"_[^_](.*[^_])?", name))
+
+
+def ours() -> set[str]:
+    """Private names that the package defines: functions, classes, variables and attributes."""
+    found = set()
+    for tree in trees().values():
+        for node in ast.walk(tree):
+            match node:
+                case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                    found.add(node.name)
+                case ast.Name(ctx=ast.Store()):
+                    found.add(node.id)
+                case ast.Attribute(ctx=ast.Store(), value=ast.Name("self" | "cls")):
+                    found.add(node.attr)
+    return {name for name in found if private(name)}
+
+
+def foreign(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
+    """Lines that touch a private name of another package, and the name."""
+    own = own | {"_replace", "_asdict", "_fields", "_make"}  # public: named tuples
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(module=str(module)) if module.partition(".")[0] != "stagesweep":
+                for alias in node.names:
+                    name = f"{module}.{alias.name}"
+                    if any(map(private, name.split("."))):
+                        yield node.lineno, name
+            case ast.Import():
+                for alias in node.names:
+                    if any(map(private, alias.name.split("."))):
+                        yield node.lineno, alias.name
+            case ast.Attribute(value=ast.Name(module)) if module in sys.stdlib_module_names:
+                pass
+            case ast.Attribute(attr=name) if private(name) and name not in own:
+                yield node.lineno, ast.unparse(node)
+            case ast.Call(
+                func=ast.Name("import_module") | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(str(name)), *_],
+            ) if any(map(private, name.split("."))):
+                yield node.lineno, name
+            case ast.Call(
+                func=ast.Name("getattr" | "setattr" | "hasattr" | "delattr"),
+                args=[_, ast.Constant(str(name)), *_],
+            ) if private(name) and name not in own:
+                yield node.lineno, ast.unparse(node)
+
+
+def test_private_names_of_other_packages_are_touched_in_one_file() -> None:
+    own = ours()
+    found = [
+        f"{short(file)}:{line}: {name}"
+        for file, tree in trees().items()
+        if file != COMPAT
+        for line, name in foreign(tree, own)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from hydra._internal.utils import get_args_parser",
+        "from hydra_plugins.hydra_optuna_sweeper._impl import something",
+        "from torch import _dynamo",
+        "import optuna.storages._rdb",
+        "study._storage.get_all_trials()",
+        "self._cached_storage",
+        "torch._C._cuda_init()",
+        "getattr(study, '_storage')",
+        "importlib.import_module('torch._dynamo')",
+    ],
+)
+def test_a_private_name_is_found(line: str) -> None:
+    assert list(foreign(ast.parse(line), {"_parser"}))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from stagesweep.store.command import _parser", "command._parser()", "point._replace(x=1)",
+     "os._exit(0)", "node._target_", "type(x).__name__"],
+)  # fmt: skip
+def test_other_names_are_not(line: str) -> None:
+    assert not list(foreign(ast.parse(line), {"_parser"}))
+
+
+# ------------------------------------------------------------------------------ limits
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text().splitlines())
+
+
+def functions(tree: ast.Module) -> dict[str, int]:
+    """Every function and method, and its lines, decorators left out."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            found[node.name] = max(length, found.get(node.name, 0))
+    return found
+
+
+def test_the_core_is_thin() -> None:
+    assert sum(map(lines, (PACKAGE / "core").rglob("*.py"))) <= 1300
+
+
+def test_the_loop_is_read_in_one_sitting() -> None:
+    """The loop over epochs is the only `while` of its file."""
+    file = PACKAGE / "core" / "fit.py"
+    assert lines(file) <= 300
+    every = [node for node in ast.walk(trees()[file]) if isinstance(node, ast.FunctionDef)]
+    (loop,) = (f for f in every if any(isinstance(node, ast.While) for node in ast.walk(f)))
+    assert loop.end_lineno is not None
+    assert loop.end_lineno - loop.lineno < 60
+
+
+def test_a_function_fits_on_a_screen() -> None:
+    long = {
+        f"{short(file)}: {name}": length
+        for file, tree in trees().items()
+        for name, length in functions(tree).items()
+        if length > 80
+    }
+    assert long == {}
+
+
+# ------------------------------------------------------------------------------ packages
+
+
+@pytest.mark.parametrize("package", [short(package) for package in PACKAGES])
+def test_a_package_says_what_belongs_in_it(package: str) -> None:
+    """In two to four sentences: what, what it may import, which file to read first."""
+    said = ast.get_docstring(trees()[SRC / package / "__init__.py"]) or ""
+    assert 2 <= len(re.findall(r"[.!?](?=\s|$)", said)) <= 4, said
