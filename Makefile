@@ -26,7 +26,7 @@ test: $(READY)  ## run the tests (real data: set STAGESWEEP_TEST_DATA)
 # In an environment of its own: what is optional must not be needed by the other tests. Of Ray only
 # what runs tasks: what its dashboard wants does not go with the other pins.
 test-extras: .venv-extras/.ready  ## test PostgreSQL, joblib, submitit and Ray for real
-	OMP_NUM_THREADS=1 .venv-extras/bin/pytest tests/sweep/test_servers.py tests/sweep/test_launchers.py
+	OMP_NUM_THREADS=1 .venv-extras/bin/pytest tests/sweep/test_servers.py tests/sweep/engine/test_backends.py
 
 .venv-extras/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-extras

@@ -1,4 +1,4 @@
-"""Private names of Hydra and torch: a failure here says what upstream has changed."""
+"""Private names of torch: a failure here says what upstream has changed."""
 
 import inspect
 import os
@@ -13,23 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from hydra.core.utils import configure_log
 
 from stagesweep.base import compat
 
 
 def test_compat_imports_nothing_heavy(needs_torch: Callable[[str], bool]) -> None:
     assert not needs_torch("import stagesweep.base.compat")
-
-
-def test_hydra_logging() -> None:
-    name = "hydra._internal.logging_config"
-    assert name in inspect.getsource(configure_log), (
-        f"hydra.core.utils.configure_log no longer imports {name}; preload_hydra_logging must "
-        "import what it imports instead"
-    )
-    compat.preload_hydra_logging()
-    assert name in sys.modules
 
 
 def test_optimizer_imports() -> None:

@@ -9,7 +9,7 @@ from stagesweep.base.errors import UserError
 from stagesweep.config.schema import Device, Hardware, Precision
 from stagesweep.hardware import detection, numerics, profile
 from stagesweep.hardware.profile import choose
-from stagesweep.sweep.engine.slots import leases
+from stagesweep.sweep.engine.slots import local_slots
 
 
 def outcome(decide: Callable[[Hardware], Precision], settings: Hardware) -> str:
@@ -87,5 +87,5 @@ def test_gpu_ids_are_those_of_the_slot_in_a_trial(
 def test_a_slot_holds_the_gpus_that_its_trial_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detection, "may_be_there", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    found = leases("auto", Hardware(devices=2))
+    found = local_slots("auto", Hardware(devices=2))
     assert [each.environment["CUDA_VISIBLE_DEVICES"] for each in found] == ["0,1", "2,3"]

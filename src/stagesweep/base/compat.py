@@ -1,24 +1,11 @@
-"""Private names of Hydra and torch that stagesweep needs, each with the reason.
+"""Private names of torch that stagesweep needs, each with the reason.
 
 A private name may change in any release. No other module touches one, so that an upgrade is
 mended here; ``tests/base/test_compat.py`` says which name has changed. Imports nothing at module
 level: a command that only prints help reads this module, too.
 """
 
-from importlib import import_module
 from typing import Any
-
-# ------------------------------------------------------------------------------------ Hydra
-
-
-def preload_hydra_logging() -> None:
-    """Import what ``hydra.core.utils.configure_log`` imports when it is called.
-
-    ``configure_log`` imports this module lazily. The fork server imports it once, so that not
-    every trial spends that time.
-    """
-    import_module("hydra._internal.logging_config")
-
 
 # ------------------------------------------------------------------------------------ torch
 

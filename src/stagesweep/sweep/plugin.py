@@ -1,5 +1,6 @@
-"""The sweeper and the launcher that Hydra finds. Imports neither torch nor Optuna: Hydra loads
-this for every command.
+"""The sweeper and the launcher that Hydra finds.
+
+Hydra imports this module for every command, so it imports neither torch nor Optuna.
 """
 
 import os
@@ -16,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from stagesweep.base.errors import UserError
 
 if TYPE_CHECKING:
-    from stagesweep.sweep.engine.slots import Slots
+    from stagesweep.sweep.engine.slots import SlotBackend
 
 
 class StudySweeper(Sweeper):
-    """A sweep is an Optuna study: resumed by the same command, one process writes it."""
+    """Runs a sweep as an Optuna study, which the same command continues."""
 
     def __init__(self, sampler: Any, storage: str, study_name: str) -> None:
         self.settings = OmegaConf.create(
@@ -34,14 +35,15 @@ class StudySweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Remember what a sweep needs."""
+        """Keep the config, and create the launcher."""
         self.config, self.hydra_context = config, hydra_context
         self.launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=hydra_context, task_function=task_function
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the sweep to its end."""
+        """Run the sweep until all trials have finished."""
+        # Not at the top: it imports Optuna.
         from stagesweep.sweep.engine.controller import sweep
 
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -52,7 +54,7 @@ class StudySweeper(Sweeper):
 
 
 class SlotsLauncher(Launcher):
-    """Runs trials on this machine, several at once, each in a process of its own."""
+    """Runs jobs on this machine, several at once, each in a process of its own."""
 
     def __init__(self, slots: str | int) -> None:
         self.slots = slots
@@ -60,40 +62,41 @@ class SlotsLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Remember what a process needs."""
+        """Keep the config and the task."""
         self.config, self.hydra_context, self.task = config, hydra_context, task_function
 
-    def open(self) -> "Slots":
-        """The slots, for a sweeper that fills each as soon as it is free."""
+    def open_backend(self) -> "SlotBackend":
+        """The backend, for `StudySweeper`: it fills each slot as soon as it is free."""
         from stagesweep.config.nodes import hardware_settings
         from stagesweep.hardware import environment
-        from stagesweep.sweep.engine.slots import Slots, leases
+        from stagesweep.sweep.engine.slots import SlotBackend, local_slots
 
         settings = hardware_settings(self.config)
-        environment.prepare(settings)  # of the server that trials are forked from
-        given = leases(self.slots, settings)
-        return Slots(given, self.hydra_context, self.config, self.task)
+        environment.prepare(settings)  # the fork server inherits it
+        slots = local_slots(self.slots, settings)
+        return SlotBackend(slots, self.hydra_context, self.config, self.task)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run all and wait, for any other sweeper."""
-        from stagesweep.sweep.engine.slots import Ended, Job
+        """Run all jobs and wait for them, for any other sweeper."""
+        from stagesweep.sweep.engine.job import Finished, Job
 
-        slots = self.open()
+        backend = self.open_backend()
         numbered = enumerate(job_overrides, initial_job_idx)
-        jobs = [Job(number, str(number), list(given)) for number, given in numbered]
-        waiting, returns = list(jobs), {}
-        while waiting or slots.running:
-            while waiting and slots.free:
-                slots.start(waiting.pop(0))
-            for event in slots.wait():
-                if isinstance(event, Ended):
-                    returned = JobReturn(overrides=event.job.overrides)
-                    done = event.outcome.state == "complete"
+        jobs = [Job(number, str(number), list(overrides)) for number, overrides in numbered]
+        queue, returns = list(jobs), dict[int, JobReturn]()
+        while queue or backend.busy:
+            while queue and backend.free:
+                backend.start(queue.pop(0))
+            for event in backend.wait():
+                if isinstance(event, Finished):
+                    job, outcome = event.job, event.outcome
+                    complete = outcome.state == "complete"
+                    returned = JobReturn(overrides=job.overrides)
                     returned.return_value = (
-                        event.outcome.value if done else UserError(event.outcome.message)
+                        outcome.value if complete else UserError(outcome.message)
                     )
-                    returned.status = JobStatus.COMPLETED if done else JobStatus.FAILED
-                    returns[event.job.number] = returned
+                    returned.status = JobStatus.COMPLETED if complete else JobStatus.FAILED
+                    returns[job.number] = returned
         return [returns[job.number] for job in jobs]

@@ -7,8 +7,8 @@ import optuna
 import pytest
 from omegaconf import OmegaConf
 
-from stagesweep.sweep.engine.console import Board
-from stagesweep.sweep.engine.slots import Job
+from stagesweep.sweep.engine.console import Console
+from stagesweep.sweep.engine.job import Job
 from stagesweep.sweep.study.states import Outcome
 from stagesweep.sweep.study.study import Trial
 
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 
 class Opened:
-    """What a board wants of a study."""
+    """The parts of a study that the console reads."""
 
     total = 3
 
@@ -44,15 +44,15 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 def test_a_line_a_slot_and_one_for_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = at_a_terminal(monkeypatch)
     opened = Opened()
-    board = Board(opened, OmegaConf.create({"objective": {"metric": "a/b", "mode": "max"}}))  # type: ignore[arg-type]
+    console = Console(opened, OmegaConf.create({"objective": {"metric": "a/b", "mode": "max"}}))  # type: ignore[arg-type]
     trial, job = Trial(0, ["model.latent=16"]), Job(0, "0", [])
-    board.started(job, trial)
-    board.at(job, "joint 3/5")
+    console.job_started(job, trial)
+    console.job_progress(job, "joint 3/5")
     assert "  #0 joint 3/5        model.latent=16" in screen.getvalue()
     opened.optuna.tell(opened.optuna.ask(), 0.25)
-    board.ended(job)
-    board.concluded(trial, Outcome("complete", 0.25), 1.5)
-    board.close()
+    console.job_finished(job)
+    console.trial_finished(trial, Outcome("complete", 0.25), 1.5)
+    console.close()
     lines = screen.getvalue().replace("\r", "\n").splitlines()
     said = "#0: a/b 0.25 in 1.5 s (best 0.25, #0); 2 to go, about 0 s"
     assert said in [line.strip() for line in lines], "a line of its own, not behind a bar"

@@ -1,6 +1,6 @@
-"""The controller of a sweep: what ends is recorded, what is free is filled, until all is done.
+"""The controller of a sweep: proposes trials, starts their jobs and records how they end.
 
-The only writer of the study. Trials say how far they are and are told whether to go on.
+It is the only writer of the study. Jobs report to it, and it tells them whether to stop.
 """
 
 import logging
@@ -16,13 +16,14 @@ from types import FrameType
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from stagesweep.base.errors import Interrupted, NotFinite, UserError
+from stagesweep.base.errors import Interrupted, NotFinite
 from stagesweep.base.signals import SIGNALS
 from stagesweep.config.schema import Search, objectives
-from stagesweep.sweep.engine import console, setup
-from stagesweep.sweep.engine.backends import Places, opened_by
-from stagesweep.sweep.engine.slots import At, Ended, Event, Job, Report
-from stagesweep.sweep.space.grammar import parse
+from stagesweep.sweep.engine import setup, summary
+from stagesweep.sweep.engine.backends import Backend, open_backend
+from stagesweep.sweep.engine.console import Console
+from stagesweep.sweep.engine.job import Finished, Job, JobEvent, Progress, Report
+from stagesweep.sweep.engine.trial_results import constraint_violations, total_seconds
 from stagesweep.sweep.study import manifest
 from stagesweep.sweep.study.budget import BEHIND, Clock
 from stagesweep.sweep.study.controllers import Sharing, explained
@@ -31,158 +32,151 @@ from stagesweep.sweep.study.study import Study, Trial
 
 log = logging.getLogger(__name__)
 
-# Reasons to start a trial again: the next attempt may end otherwise.
+# A job that failed for one of these reasons may succeed when it is run again.
 RETRIED = ("killed", "oom")
 
 
 def sweep(
     config: DictConfig, sweeper: DictConfig, launcher: Launcher, arguments: Sequence[str]
 ) -> None:
-    """Run a sweep, or what is left of it; UserError for what no trial could do."""
+    """Run a sweep, or continue it; UserError if no trial could run with this config."""
     settings = OmegaConf.to_object(config.search)
     assert isinstance(settings, Search)
-    space = parse(
-        config.search.space,
-        setup.without_hydra(arguments),
-        together=settings.zip,
-        when=settings.when,
-        variants=settings.ablation.variants,
-        leave_one_out=settings.ablation.leave_one_out,
-    )
-    grid = str(sweeper.sampler.get("_target_", "")).endswith("GridSampler")
-    if not space.parameters and not grid:
-        raise UserError(
-            "nothing to search; choose search/space=<name>, or sweep a key: "
-            "'stage.<name>.optimizer.lr=interval(1e-4, 1e-2)'"
-        )
-    points = list(space.points(settings.max_points)) if grid else None
-    aims = objectives(config.objective)
-    pruner = setup.chosen_pruner(settings, list(aims))
+    space, points = setup.search_space(config, sweeper, settings, arguments)
+    modes = objectives(config.objective)
+    pruner = setup.make_pruner(settings, list(modes))
     about = manifest.about(space, config)
     sharing = Sharing(sweeper.storage)
-    with explained(sweeper.storage), ExitStack() as held:
+    with explained(sweeper.storage), ExitStack() as stack:
         with sharing.alone():
-            folder, begun = setup.place(config, sweeper, space, about)
-            places = None if begun else opened_by(launcher)
-            if places is not None:  # what was begun has been checked
-                setup.check(config, space, launcher, places)
+            folder, resumed = setup.choose_folder(config, sweeper, space, about)
+            backend = None if resumed else open_backend(launcher)
+            if backend is not None:  # a resumed sweep was validated when it began
+                setup.validate_sweep(config, space, launcher, backend)
             folder.mkdir(parents=True, exist_ok=True)
             if sharing.shared:
-                setup.keep_secret(config, sharing.url)
+                setup.remove_password(config, sharing.url)
             else:
-                held.enter_context(setup.locked(folder))
-            setup.record(folder, sweeper, arguments, about)
+                stack.enter_context(setup.folder_lock(folder))
+            setup.write_manifest(folder, sweeper, arguments, about)
             sharing.url = sweeper.storage
-            modes = list(aims.values())
-            opened = Study(folder, sweeper, settings, space, points, pruner, modes, sharing)
+            study = Study(
+                folder, sweeper, settings, space, points, pruner, list(modes.values()), sharing
+            )
         try:
-            if not opened.over:
-                places = places or opened_by(launcher)
-                places.prune_on = setup.pruned_on(pruner, settings, next(iter(aims)))
-                Controller(opened, places, config, settings).run()
+            if not study.over:
+                backend = backend or open_backend(launcher)
+                backend.prune_on = setup.pruning_metric(pruner, settings, next(iter(modes)))
+                Controller(study, backend, config, settings).run()
         finally:
-            console.sum_up(config, opened)
-    console.judge(opened)
+            summary.write_results(study)
+    summary.check_failures(study)
 
 
 class Controller:
-    """One sweep under way."""
+    """Runs the trials of a study on a backend."""
 
-    def __init__(self, opened: Study, places: Places, config: DictConfig, settings: Search) -> None:
-        self.study, self.places, self.config, self.settings = opened, places, config, settings
+    def __init__(
+        self, study: Study, backend: Backend, config: DictConfig, settings: Search
+    ) -> None:
+        self.study, self.backend, self.config, self.settings = study, backend, config, settings
         self.queue = deque[Job]()
+        # Running trials by number.
         self.trials: dict[int, Trial] = {}
-        # The runs of a trial by folder, None before they have ended; and those still to begin.
+        # For each of them: outcomes by the job's folder, None until it has finished; and the jobs
+        # that are not in the queue yet.
         self.outcomes: dict[int, dict[str, Outcome | None]] = {}
-        self.left: dict[int, deque[Job]] = {}
-        # Repeats of which a pruner may leave some out are run one after another.
-        self.one_by_one = opened.pruner is not None and settings.repeats > 1
-        self.by_repeats = self.one_by_one and places.prune_on is None
+        self.pending: dict[int, deque[Job]] = {}
+        # Repeats run one after another if a pruner may skip the later ones.
+        self.repeats_in_turn = study.pruner is not None and settings.repeats > 1
+        self.prune_by_repeats = self.repeats_in_turn and backend.prune_on is None
         self.retries: dict[str, int] = {}
-        self.clock = Clock(opened.optuna)
+        self.clock = Clock(study.optuna)
         self.out_of_time = False
-        self.stopped: int | None = None
-        # Reports of a metric that is better the other way are recorded with the other sign.
+        self.stop_signal: int | None = None
+        # The pruner compares values by the mode of the objective. The sign of a metric with the
+        # other mode is flipped.
         mode = next(iter(objectives(config.objective).values()))
         self.sign = 1.0 if settings.prune_mode in (None, mode) else -1.0
-        self.board = console.Board(opened, config)
+        self.console = Console(study, config)
 
     def run(self) -> None:
-        """Until every trial has ended; Interrupted when a signal came and the trials have saved."""
+        """Run until every trial has finished; Interrupted if a signal stopped the sweep."""
         try:
-            with signals(self), self.study.sharing.joined(self.study.optuna):
+            with handle_signals(self), self.study.sharing.joined(self.study.optuna):
                 self.loop()
         finally:
-            self.board.close()
-        if self.stopped is not None:
-            said = "the same command goes on with what is left"
-            name = signal.Signals(self.stopped).name
-            raise Interrupted(self.stopped, f"sweep stopped by {name}; {said}")
+            self.console.close()
+        if self.stop_signal is not None:
+            name = signal.Signals(self.stop_signal).name
+            raise Interrupted(
+                self.stop_signal,
+                f"sweep stopped by {name}; the same command goes on with what is left",
+            )
 
     def loop(self) -> None:
-        """Record what ends and fill what is free, until nothing is left."""
-        if not self.study.sharing.shared:  # or else each takes what it has room for
+        """Start jobs and handle their events, until nothing is left."""
+        if not self.study.sharing.shared:  # several controllers take unfinished trials one by one
             for trial in self.study.unfinished():
-                self.begin(trial)
+                self.start_trial(trial)
         try:
             while True:
-                self.fill()
-                if not self.trials and not self.others():
+                self.fill_backend()
+                if not self.trials and not self.waits_for_others():
                     return
                 self.clock.tick()
-                for event in self.places.wait(self.study.sharing.pause or BEHIND):
+                for event in self.backend.wait(self.study.sharing.pause or BEHIND):
                     self.handle(event)
-                self.give_up()
-                if self.stopped is not None and not self.places.busy:
+                self.drop_lost_trials()
+                if self.stop_signal is not None and not self.backend.busy:
                     return
         finally:
             self.clock.tick(last=True)
 
-    def others(self) -> bool:
-        """Whether to wait for trials of other controllers: they may leave them to this one."""
-        if not self.study.sharing.shared or self.stopped is not None or self.out_of_time:
+    def waits_for_others(self) -> bool:
+        """Whether another controller runs trials, which this one takes over if that one dies."""
+        if not self.study.sharing.shared or self.stop_signal is not None or self.out_of_time:
             return False
         return bool(self.study.running())
 
-    def give_up(self) -> None:
-        """End what others have taken over, if they may have taken this controller for dead."""
+    def drop_lost_trials(self) -> None:
+        """Stop the trials that another controller has taken over from this one."""
         if not self.study.sharing.late.is_set():
             return
         self.study.sharing.late.clear()
         for number in set(self.study.lost()) & self.trials.keys():
             log.warning("#%d was taken over by another controller while this one stood", number)
             self.queue = deque(job for job in self.queue if job.number != number)
-            self.places.stop(number)
-            del self.trials[number], self.outcomes[number], self.left[number]
+            self.backend.stop(number)
+            del self.trials[number], self.outcomes[number], self.pending[number]
 
-    def fill(self) -> None:
-        """Start what waits, and new trials while there is room."""
-        while self.stopped is None and self.places.free:
+    def fill_backend(self) -> None:
+        """Start queued jobs, and new trials, while the backend has room."""
+        while self.stop_signal is None and self.backend.free:
             if self.queue:
-                self.start(self.queue.popleft())
-            elif self.spent() or (trial := self.study.ask()) is None:
+                self.start_job(self.queue.popleft())
+            elif self.is_budget_spent() or (trial := self.study.ask()) is None:
                 return
             else:
-                self.begin(trial)
+                self.start_trial(trial)
 
-    def spent(self) -> bool:
-        """Whether the sweep has had its time, and begins no more trials."""
+    def is_budget_spent(self) -> bool:
+        """Whether ``search.budget`` is spent, so that no more trials start."""
         budget, spent = self.settings.budget, self.clock.spent
         over = budget is not None and spent > budget
         if over and not self.out_of_time:
-            begun = len(self.study.trials())
             log.info(
                 "search.budget=%g s is spent (%.0f s): no more trials begin (%d of %d have)",
                 budget,
                 spent,
-                begun,
+                len(self.study.trials()),
                 self.study.total,
             )
         self.out_of_time = over
         return over
 
-    def begin(self, trial: Trial) -> None:
-        """Put the runs of a trial into the queue, but for those that are done."""
+    def start_trial(self, trial: Trial) -> None:
+        """Queue the jobs of a trial. A repeated point gets the outcome of the first one instead."""
         if (first := self.study.first(trial)) != trial.number:
             log.info("#%d is #%d again and is not run", trial.number, first)
             if (known := self.study.told(first)) is not None:
@@ -192,40 +186,14 @@ class Controller:
         self.trials[trial.number] = trial
         jobs = self.jobs(trial)
         self.outcomes[trial.number] = {job.subdir: None for job in jobs}
-        self.left[trial.number] = deque(jobs)
-        self.go_on(trial)
-
-    def go_on(self, trial: Trial) -> None:
-        """Queue what is left of a trial, or the next of it; record its end when all is done."""
-        left = self.left[trial.number]
-        while left:
-            job = left.popleft()
-            if (done := on_disk(self.study.folder / job.subdir)) is not None:
-                self.keep(job, done)
-                continue
-            self.queue.append(job)
-            if self.one_by_one:
-                break
-        if None not in self.outcomes[trial.number].values():
-            self.conclude(trial)
-
-    def keep(self, job: Job, outcome: Outcome) -> None:
-        """Remember how a run ended; when it decides for its trial, the rest is left out."""
-        outcomes, left = self.outcomes[job.number], self.left[job.number]
-        outcomes[job.subdir] = outcome = valid(outcome)
-        over = outcome.state != "complete"
-        if self.by_repeats and not over:
-            over = self.study.report(job.number, outcome.value, job.repeat)
-            self.trials[job.number].pruned = over and bool(left)
-        if over:
-            for rest in left:
-                del outcomes[rest.subdir]
-            left.clear()
+        self.pending[trial.number] = deque(jobs)
+        self.continue_trial(trial)
 
     def jobs(self, trial: Trial) -> list[Job]:
-        """The runs of a trial: one, or one for each repeat.
+        """The jobs of a trial: one, or one for each repeat.
 
-        Its own overrides come last, so that a variant can take out what the command line changes.
+        The trial's overrides come last, so that an ablation can remove a key that the command line
+        sets.
         """
         timeout, number = self.settings.timeout, trial.number
         fixed = self.study.space.fixed
@@ -233,73 +201,101 @@ class Controller:
             return [Job(number, str(number), [*fixed, *trial.overrides], timeout)]
         first = int(self.config.seed)
         seeds = [f"seed={first + n}" for n in range(self.settings.repeats)]
-        rest = [each for each in fixed if not each.startswith("seed=")]
+        fixed = [each for each in fixed if not each.startswith("seed=")]
         return [
-            Job(number, f"{number}/{n}", [*rest, *trial.overrides, seed], timeout, n)
+            Job(number, f"{number}/{n}", [*fixed, *trial.overrides, seed], timeout, n)
             for n, seed in enumerate(seeds)
         ]
 
-    def start(self, job: Job) -> None:
-        """Start a run."""
-        self.board.started(job, self.trials[job.number])
-        self.places.start(job)
+    def continue_trial(self, trial: Trial) -> None:
+        """Queue the pending jobs of a trial, or the next one; finish it when all have finished."""
+        pending = self.pending[trial.number]
+        while pending:
+            job = pending.popleft()
+            if (outcome := on_disk(self.study.folder / job.subdir)) is not None:
+                self.record_outcome(job, outcome)
+                continue
+            self.queue.append(job)
+            if self.repeats_in_turn:
+                break
+        if None not in self.outcomes[trial.number].values():
+            self.finish_trial(trial)
 
-    def handle(self, event: Event) -> None:
-        """Answer a report, or record an end."""
+    def record_outcome(self, job: Job, outcome: Outcome) -> None:
+        """Keep the outcome of a job; drop the pending jobs if it decides the trial."""
+        outcomes, pending = self.outcomes[job.number], self.pending[job.number]
+        outcomes[job.subdir] = outcome = valid(outcome)
+        decided = outcome.state != "complete"
+        if self.prune_by_repeats and not decided:
+            decided = self.study.report(job.number, outcome.value, job.repeat)
+            self.trials[job.number].pruned = decided and bool(pending)
+        if decided:
+            for skipped in pending:
+                del outcomes[skipped.subdir]
+            pending.clear()
+
+    def start_job(self, job: Job) -> None:
+        """Start a job on the backend."""
+        self.console.job_started(job, self.trials[job.number])
+        self.backend.start(job)
+
+    def handle(self, event: JobEvent) -> None:
+        """Handle an event of a job."""
         match event:
             case Report(job, value, step):
-                # Of repeats, which all take the same steps, the first speaks for its trial.
-                known = job.number in self.trials and job.repeat == 0
-                stop = known and self.study.report(job.number, self.sign * value, step)
-                self.places.answer(job, stop)
-            case At(job, text):
-                self.board.at(job, text)
-            case Ended(job, outcome):
-                self.board.ended(job)
-                self.end(job, outcome)
+                # All repeats report the same steps. Only the first decides about pruning.
+                counts = job.number in self.trials and job.repeat == 0
+                stop = counts and self.study.report(job.number, self.sign * value, step)
+                self.backend.answer(job, stop)
+            case Progress(job, text):
+                self.console.job_progress(job, text)
+            case Finished(job, outcome):
+                self.console.job_finished(job)
+                self.finish_job(job, outcome)
 
-    def end(self, job: Job, outcome: Outcome) -> None:
-        """Record the end of a run; one that was killed starts again."""
+    def finish_job(self, job: Job, outcome: Outcome) -> None:
+        """Record the outcome of a job, or queue the job again if the reason is worth a retry."""
         if outcome.state == "interrupted" or job.number not in self.trials:
             return
-        tried = self.retries.get(job.subdir, 0)
-        if outcome.reason in RETRIED and tried < self.settings.max_retries:
-            self.retries[job.subdir] = tried + 1
-            self.study.note(job.number, retries=tried + 1)
+        retries = self.retries.get(job.subdir, 0)
+        if outcome.reason in RETRIED and retries < self.settings.max_retries:
+            self.retries[job.subdir] = retries + 1
+            self.study.note(job.number, retries=retries + 1)
             log.warning("#%s %s (%s); again", job.subdir, outcome.reason, outcome.message)
-            self.queue.appendleft(replace(job, stopping=None, deadline=float("inf")))
+            self.queue.appendleft(replace(job, stop_reason=None, deadline=float("inf")))
             return
-        self.keep(job, outcome)
-        self.go_on(self.trials[job.number])
+        self.record_outcome(job, outcome)
+        self.continue_trial(self.trials[job.number])
 
-    def conclude(self, trial: Trial) -> None:
-        """Record the end of a trial."""
+    def finish_trial(self, trial: Trial) -> None:
+        """Record the end of a trial in the study."""
         outcomes = self.outcomes.pop(trial.number)
-        seconds = console.cost(self.study.folder, outcomes)
+        seconds = total_seconds(self.study.folder, outcomes)
         if seconds is None:
             seconds = time.monotonic() - trial.begun
-        runs = [each for each in outcomes.values() if each is not None]
-        runs += [Outcome("pruned")] if trial.pruned else []
-        over = console.excess(self.study.folder, outcomes, self.settings.constraints)
-        if unknown := [name for name, value in over.items() if math.isnan(value)]:
+        ended = [outcome for outcome in outcomes.values() if outcome is not None]
+        ended += [Outcome("pruned")] if trial.pruned else []
+        violations = constraint_violations(self.study.folder, outcomes, self.settings.constraints)
+        if unknown := [name for name, value in violations.items() if math.isnan(value)]:
             why = f"{unknown[0]}, which search.constraints bounds, is no number"
-            runs += [Outcome("failed", None, NotFinite.reason, why)]
-        ended = self.study.tell(trial, runs, over, seconds=seconds)
-        del self.trials[trial.number], self.left[trial.number]
-        self.board.concluded(trial, ended, seconds)
+            ended += [Outcome("failed", None, NotFinite.reason, why)]
+        outcome = self.study.tell(trial, ended, violations, seconds=seconds)
+        del self.trials[trial.number], self.pending[trial.number]
+        self.console.trial_finished(trial, outcome, seconds)
 
     def stop(self, signum: int) -> bool:
-        """Let every trial save and end; those under way go on with the next start.
+        """Tell all jobs to save and exit; the next start of the sweep continues their trials.
 
-        Returns False when there is nothing to wait for.
+        Returns False at the second signal, or if the backend cannot reach its jobs: then nothing is
+        worth waiting for.
         """
-        again, self.stopped = self.stopped is not None, signum
-        return not again and self.places.stop()
+        again, self.stop_signal = self.stop_signal is not None, signum
+        return not again and self.backend.stop()
 
 
 @contextmanager
-def signals(controller: Controller) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM, SIGUSR1 into the orderly end of a sweep; a second does not wait."""
+def handle_signals(controller: Controller) -> Iterator[None]:
+    """Stop the sweep in order on SIGINT, SIGTERM and SIGUSR1, and at once on a second signal."""
 
     def handle(signum: int, _: FrameType | None) -> None:
         if not controller.stop(signum):

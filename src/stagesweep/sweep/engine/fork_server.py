@@ -1,6 +1,7 @@
-"""What the server that trials are forked from has done once for all of them.
+"""Warm-up that the fork server does once, before it forks trials.
 
-Nothing here may start threads or initialise CUDA: neither survives a fork.
+The server imports this module last. It must not start threads or initialise CUDA: neither survives
+a fork.
 """
 
 import gc
@@ -11,22 +12,23 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.core.utils import setup_globals
+from hydra.core.utils import configure_log, setup_globals
 from omegaconf import OmegaConf, open_dict
 
-from stagesweep.base.compat import preload_hydra_logging
-from stagesweep.config import register, validation
+from stagesweep.config import register, trust, validation
 from stagesweep.config.nodes import hardware_settings
 from stagesweep.hardware.numerics import numerics
+from stagesweep.run import context, runner  # noqa: F401  each trial needs them
 from stagesweep.store import fingerprint, stage_inputs
 
-# What the values of a sweep look like.
+# Examples of every kind of value in an override.
 VALUES = ("1", "0.125", "-2.5e-05", "1e-3", "word", "two-words_3", "'a, b'", "null", "true")
 
 
 def rehearse() -> None:
-    """Read and check a config as trials do: Hydra's grammars learn while they read, and the
-    signatures that a config is checked against are remembered.
+    """Compose and validate a config as a trial does.
+
+    Hydra's parsers build their tables while they parse, and validation caches signatures.
     """
     with initialize_config_dir(str(register.folder())):
         given = ["experiment=digits", "seed=0", "stage.joint.optimizer.lr=1e-3"]
@@ -42,16 +44,19 @@ def rehearse() -> None:
     OverridesParser.create().parse_overrides([f"a.b_1={value}" for value in VALUES])
 
 
+register.register()
 Plugins.instance()
 setup_globals()
-preload_hydra_logging()
-# Slurm sends it to every process of a job; the controller says who is to save and end.
+# Changes no logger, but imports what Hydra imports when it configures logging.
+nothing = OmegaConf.create({"version": 1, "incremental": True, "root": {}})
+configure_log(nothing, execution_whitelist=trust.trusted())
+# Slurm sends SIGUSR1 to every process of a job; the controller decides which trials save and exit.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-# What is swept has brought what a rehearsal imports; if not, it has no use for that.
+# A rehearsal imports modules such as scikit-learn, which not every sweep needs.
 if "sklearn" in sys.modules:
     rehearse()
-# It is read once for all trials, which run it as it is now.
+# Hash the source code once for all trials: they run it as it is now.
 fingerprint.freeze(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
-# A collection in a trial leaves all this alone: it would copy the memory that they share.
+# A garbage collection in a trial must not touch these objects: it would copy the shared memory.
 gc.collect()
 gc.freeze()

@@ -1,26 +1,33 @@
-"""A trial's side of its pipe to the controller of the sweep. Imports no torch."""
+"""The process of a job in a slot: it communicates with the controller through a pipe.
+
+Imports no torch.
+"""
 
 import math
 import os
+import pickle
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from stagesweep.base import signals
-from stagesweep.base.trial import Trial, become
+from stagesweep.base import signals, trial
+from stagesweep.base.trial import Trial
+from stagesweep.sweep.engine.worker import redirect_output, run_to_outcome
+from stagesweep.sweep.space.compose import Work
 
-# Between being told to end (SIGTERM: save a checkpoint) and being ended.
+# Seconds between SIGTERM, upon which a fit saves its checkpoint, and SIGKILL.
 GRACE = 15.0
 
 
-class Child(Trial):
-    """The trial that this process runs.
+class PipeTrial(Trial):
+    """A trial with a pipe to its controller.
 
-    A thread reads the pipe. When the controller is gone it ends this process: by SIGTERM, so that
-    a fit saves its checkpoint, and after `GRACE` seconds at once.
+    A thread reads the pipe. If the controller dies, the thread ends this process: by SIGTERM, so
+    that a fit saves its checkpoint, and after `GRACE` seconds at once.
     """
 
     def __init__(self, connection: "Connection[Any, Any]", prune_on: str | None) -> None:
@@ -32,19 +39,19 @@ class Child(Trial):
     def report(
         self, stage: str, metrics: Mapping[str, float], step: int, of: int | None = None
     ) -> None:
-        """Tell the controller; with a pruner, wait for what it decides."""
-        self.say("at", f"{stage} {step}/{of}" if of else f"{stage} {step}")
+        """Send the progress, and the metric to prune on; then wait for the controller's answer."""
+        self.send("progress", f"{stage} {step}/{of}" if of else f"{stage} {step}")
         name, _, metric = (self.prune_on or "").partition("/")
         value = metrics.get(metric, math.nan)
-        if name == stage and math.isfinite(value) and self.say("report", float(value), step):
+        if name == stage and math.isfinite(value) and self.send("report", float(value), step):
             self.stopped = self._answers.get()
 
     def should_stop(self) -> bool:
-        """What the controller decided on the latest report."""
+        """The controller's answer to the latest report."""
         return self.stopped
 
-    def say(self, *message: Any) -> bool:
-        """Send a message; whether the controller is there to read it."""
+    def send(self, *message: Any) -> bool:
+        """Send a message; returns False when the controller is gone."""
         try:
             self.connection.send(message)
         except OSError:
@@ -63,8 +70,27 @@ class Child(Trial):
             os._exit(143)
 
 
-def attach(connection: "Connection[Any, Any]", prune_on: str | None) -> Child:
-    """Make this process a trial of the controller at the other end."""
-    child = Child(connection, prune_on)
-    become(child)
-    return child
+def run_in_slot(
+    connection: "Connection[Any, Any]",
+    pickled: bytes,
+    number: int,
+    subdir: str,
+    overrides: list[str],
+    environment: dict[str, str],
+    prune_on: str | None,
+) -> None:
+    """Run one job in this process, and send its outcome through the pipe."""
+    # A new session: Ctrl-C reaches the controller only, which can kill all processes of a job.
+    os.setsid()
+    os.environ.update(environment)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    work: Work = pickle.loads(pickled)
+    redirect_output(work.folder / subdir / "trial.log")
+    current = PipeTrial(connection, prune_on)
+    trial.become(current)
+    try:
+        outcome = run_to_outcome(current, work, number, subdir, overrides)
+    except (SystemExit, KeyboardInterrupt) as error:
+        current.send("finished", "interrupted", None, "killed", "it was told to end")
+        raise SystemExit(getattr(error, "code", 130)) from None
+    current.send("finished", outcome.state, outcome.value, outcome.reason, outcome.message)

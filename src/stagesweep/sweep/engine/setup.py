@@ -1,4 +1,4 @@
-"""What comes before the first trial: checks of the whole sweep, its folder, its lock."""
+"""What happens before the first trial: the search space, validation, the folder and its lock."""
 
 import logging
 import shlex
@@ -18,9 +18,9 @@ from optuna.pruners import BasePruner, WilcoxonPruner
 
 from stagesweep.base.errors import UserError
 from stagesweep.config.schema import Search
-from stagesweep.sweep.engine.backends import Places
-from stagesweep.sweep.engine.slots import Slots
-from stagesweep.sweep.space.grammar import ABLATION
+from stagesweep.sweep.engine.backends import Backend
+from stagesweep.sweep.engine.slots import SlotBackend
+from stagesweep.sweep.space.grammar import ABLATION, parse
 from stagesweep.sweep.space.space import Space
 from stagesweep.sweep.study import manifest
 from stagesweep.sweep.study.url import without_password
@@ -30,13 +30,34 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 
 
-def without_hydra(arguments: Sequence[str]) -> list[str]:
-    """The overrides that are the trials' own."""
+def search_space(
+    config: DictConfig, sweeper: DictConfig, settings: Search, arguments: Sequence[str]
+) -> tuple[Space, list[dict[str, Any]] | None]:
+    """The space of a sweep and, for a grid, its points; UserError if there is nothing to search."""
+    space = parse(
+        config.search.space,
+        trial_overrides(arguments),
+        together=settings.zip,
+        when=settings.when,
+        variants=settings.ablation.variants,
+        leave_one_out=settings.ablation.leave_one_out,
+    )
+    is_grid = str(sweeper.sampler.get("_target_", "")).endswith("GridSampler")
+    if not space.parameters and not is_grid:
+        raise UserError(
+            "nothing to search; choose search/space=<name>, or sweep a key: "
+            "'stage.<name>.optimizer.lr=interval(1e-4, 1e-2)'"
+        )
+    return space, list(space.points(settings.max_points)) if is_grid else None
+
+
+def trial_overrides(arguments: Sequence[str]) -> list[str]:
+    """The overrides of the command line, without those of Hydra itself."""
     return [each for each in arguments if not each.lstrip("+~").startswith(("hydra.", "hydra/"))]
 
 
-def chosen_pruner(settings: Search, objectives: Sequence[str]) -> BasePruner | None:
-    """The pruner; None when every trial runs to its end."""
+def make_pruner(settings: Search, objectives: Sequence[str]) -> BasePruner | None:
+    """The pruner of a sweep, or None; UserError if it does not fit the objectives or repeats."""
     if not settings.pruner:
         return None
     if len(objectives) > 1:
@@ -53,15 +74,18 @@ def chosen_pruner(settings: Search, objectives: Sequence[str]) -> BasePruner | N
     return made
 
 
-def pruned_on(pruner: BasePruner | None, settings: Search, objective: str) -> str | None:
-    """The metric of a fit that the pruner looks at; None when it looks at none."""
+def pruning_metric(pruner: BasePruner | None, settings: Search, objective: str) -> str | None:
+    """The metric that jobs report after each epoch, or None if the pruner needs no reports."""
     if pruner is None or isinstance(pruner, WilcoxonPruner):
         return None
     return settings.prune_on or objective
 
 
-def check(config: DictConfig, space: Space, launcher: Launcher, places: Places) -> None:
-    """Validate what the trials share; what is swept may still be open and is checked in each."""
+def validate_sweep(config: DictConfig, space: Space, launcher: Launcher, backend: Backend) -> None:
+    """Validate the config that all trials share, before the first one.
+
+    Skipped if a config group or a mandatory value is swept: then each trial is validated alone.
+    """
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
     swept |= {key for name in space.distributions for key in name.split(",")} - {ABLATION}
@@ -69,20 +93,21 @@ def check(config: DictConfig, space: Space, launcher: Launcher, places: Places) 
         raise UserError("search.repeats runs each point under several seeds; do not sweep seed")
     if swept & set(config.hydra.runtime.choices):
         return
-    for key in filter(partial(absent, config), sorted(swept)):
-        # Composition says it as for a single run.
+    for key in filter(partial(is_unknown_key, config), sorted(swept)):
+        # Composition raises the same error as for a single run.
         context: Any = getattr(launcher, "hydra_context", None)
         context.config_loader.load_sweep_config(config, [f"{key}=null"])
     if any(OmegaConf.is_missing(config, key) for key in swept):
         return
-    if isinstance(places, Slots):  # in a process that has imported torch already: this one need not
-        places.call(validate_shared, config)
+    if isinstance(backend, SlotBackend):  # its server has imported torch; this process need not
+        backend.call(validate_config, config)
     else:
-        validate_shared(config)
+        validate_config(config)
 
 
-def validate_shared(config: DictConfig) -> None:
-    """Validate the config of a sweep as that of a run."""
+def validate_config(config: DictConfig) -> None:
+    """Validate the config of a sweep like that of a run."""
+    # Not at the top: it may run in the fork server only.
     from stagesweep.config.validation import validate
 
     HydraConfig.instance().set_config(config)
@@ -93,30 +118,35 @@ def validate_shared(config: DictConfig) -> None:
     validate(shared)
 
 
-def absent(config: DictConfig, key: str) -> bool:
-    """Whether no trial can have that key, whatever its value."""
+def is_unknown_key(config: DictConfig, key: str) -> bool:
+    """Whether the config has no such key."""
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     return key[0].isalpha() and isinstance(node, DictConfig) and leaf not in node.keys()  # noqa: SIM118
 
 
-def place(
+def choose_folder(
     config: DictConfig, sweeper: DictConfig, space: Space, about: dict[str, Any]
 ) -> tuple[Path, bool]:
-    """The folder of the sweep, and whether the sweep was begun there with these very settings."""
-    base, wanted = Path(config.hydra.sweep.dir), config.sweep.on_change
-    if wanted not in ("refuse", "continue", "new"):
-        raise UserError(f"sweep.on_change={wanted} must be refuse, continue or new")
-    folder, count, name, lines = base, 1, str(sweeper.study_name), list[str]()
+    """The folder of a sweep, and whether the same sweep began in it before.
+
+    ``sweep.on_change`` decides if the folder has a sweep with other settings: refuse raises
+    UserError, continue takes the folder, new takes the first free one of <folder>_2, <folder>_3 …
+    Writes folder and study name into ``config`` and ``sweeper``.
+    """
+    base, on_change = Path(config.hydra.sweep.dir), config.sweep.on_change
+    if on_change not in ("refuse", "continue", "new"):
+        raise UserError(f"sweep.on_change={on_change} must be refuse, continue or new")
+    folder, count, name, changes = base, 1, str(sweeper.study_name), list[str]()
     while (before := manifest.read(folder)) is not None:
-        lines = manifest.changes(space, about, before)
-        if not lines or wanted == "continue":
+        changes = manifest.changes(space, about, before)
+        if not changes or on_change == "continue":
             sweeper.study_name = before["study"]
-            if lines:
-                log.warning("going on with what has changed: %s", "; ".join(lines))
+            if changes:
+                log.warning("going on with what has changed: %s", "; ".join(changes))
             break
-        if wanted == "refuse":
-            raise manifest.refuse_changed(folder, lines)
+        if on_change == "refuse":
+            raise manifest.refuse_changed(folder, changes)
         count += 1
         folder = base.with_name(f"{base.name}_{count}")
     if before is None and folder.exists() and {path.name for path in folder.iterdir()} - {LOCK}:
@@ -128,19 +158,20 @@ def place(
         sweeper.storage = str(sweeper.storage).replace(str(base), str(folder))
         if before is None:
             sweeper.study_name = f"{name}_{count}"
-    # Each trial is composed anew: its folder stays here, even when the experiment is swept.
+    # An override, because each trial is composed anew: without it a swept experiment would have a
+    # folder for each of its values.
     quoted = str(folder).replace("'", r"\'")
     with read_write(config.hydra), read_write(config.search):
         config.hydra.sweep.dir = str(folder)
         config.search.study = sweeper.study_name
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
-    return folder, before is not None and not lines
+    return folder, before is not None and not changes
 
 
-def record(
+def write_manifest(
     folder: Path, sweeper: DictConfig, arguments: Sequence[str], about: dict[str, Any]
 ) -> None:
-    """Write down what a sweep is begun with, if it was not; no password."""
+    """Write the manifest of a new sweep, without the password of its storage."""
     if manifest.read(folder) is None:
         url, bare = str(sweeper.storage), without_password(str(sweeper.storage))
         command = shlex.join(["stagesweep", "-m", *arguments]).replace(url, bare)
@@ -148,18 +179,18 @@ def record(
         manifest.write(folder, {"command": command, **names, **about})
 
 
-def keep_secret(config: DictConfig, storage: str) -> None:
-    """Take the password of a storage out of what each trial writes down."""
+def remove_password(config: DictConfig, storage: str) -> None:
+    """Remove the password of the storage from the config that each trial saves."""
     bare = without_password(storage)
     with read_write(config.hydra):
         config.hydra.sweeper.storage = bare
-        given = config.hydra.overrides.hydra
-        config.hydra.overrides.hydra = [each.replace(storage, bare) for each in given]
+        overrides = config.hydra.overrides.hydra
+        config.hydra.overrides.hydra = [each.replace(storage, bare) for each in overrides]
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One controller at a time: UserError for a second."""
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a sweep's folder; UserError if another controller holds it."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 # The command on a machine whose driver has left a device file; its trials find no GPU.
 GPUS = """
-from stagesweep.hardware import gpu
+from stagesweep.hardware import detection
 from stagesweep.cli import main
-gpu.may_be_there = lambda: True
+detection.may_be_there = lambda: True
 main()
 """
 
@@ -100,7 +100,7 @@ def test_a_changed_sweep_is_refused_with_the_differences(lab: "Lab") -> None:
 def test_changed_code_is_refused_as_well(lab: "Lab") -> None:
     module = lab.folder / "code" / "toy.py"
     module.parent.mkdir()
-    module.write_text((Path(__file__).parent / "toy.py").read_text())
+    module.write_text((Path(__file__).parents[1] / "toy.py").read_text())
     lab.environment["PYTHONPATH"] = f"{module.parent}{os.pathsep}{lab.environment['PYTHONPATH']}"
     lab.sweep("stage.toy.x=0,1")
     with module.open("a") as file:

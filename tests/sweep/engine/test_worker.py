@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import register, trust
-from stagesweep.sweep.engine.job import run
+from stagesweep.sweep.engine.worker import run_task
 from stagesweep.sweep.space.compose import Work, with_example
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,8 @@ def work(folder: Path, *watching: Watching) -> Work:
 def test_leaves_and_shows_what_hydra_does(tmp_path: Path) -> None:
     ours, theirs, watching = tmp_path / "a", tmp_path / "b", Watching()
     before = Path.cwd()
-    cfg, hydra, *rest = run(work(ours), 7, "7", ["seed=2", FIXED[0]])
-    known, shown, *others = run(work(theirs, watching), 7, "7", ["seed=2", FIXED[0]])
+    cfg, hydra, *rest = run_task(work(ours), 7, "7", ["seed=2", FIXED[0]])
+    known, shown, *others = run_task(work(theirs, watching), 7, "7", ["seed=2", FIXED[0]])
     assert watching.told[0] == 7  # Hydra ran that one
     assert watching.told[1][0] == known
     assert cfg == known
@@ -105,7 +105,7 @@ def test_leaves_and_shows_what_hydra_does(tmp_path: Path) -> None:
 
 def test_what_went_wrong_is_in_its_log(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="seed=3 is wrong"):
-        run(work(tmp_path), 0, "0", ["seed=3", FIXED[0]])
+        run_task(work(tmp_path), 0, "0", ["seed=3", FIXED[0]])
     said = (tmp_path / "0" / "run.log").read_text()
     assert "Job failed" in said
     assert "Traceback" in said
