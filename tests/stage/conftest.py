@@ -17,7 +17,7 @@ from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import View
 from stagesweep.config import schema, trust
 from stagesweep.core.tensorboard import Board
-from stagesweep.model.clusters import Clusters
+from stagesweep.model.cluster_centres import StudentTAssignment
 from stagesweep.run.context import Run
 from stagesweep.store.store import Store
 
@@ -56,7 +56,7 @@ class Mirror(nn.Module):
 
     def __init__(self, centres: Tensor, scale: float = 1.0) -> None:
         super().__init__()
-        self.clusters = Clusters(*centres.shape)
+        self.clusters = StudentTAssignment(*centres.shape)
         self.clusters.set_centres(centres)
         self.scale = scale
 

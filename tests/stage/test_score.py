@@ -8,13 +8,14 @@ import pytest
 from torch import Tensor, nn
 
 from stagesweep.base.errors import UserError
-from stagesweep.metric.classification import Classification, LatentClusters
+from stagesweep.metric.classification import Classification
+from stagesweep.metric.clustering import LatentKMeans
 from stagesweep.run.context import Run
 from stagesweep.stage.score import Score
 from stagesweep.systems.singlecell.simulate import simulated_cohort
 
 MakeRun = Callable[..., Run]
-METRICS = {"types": Classification("label"), "clusters": LatentClusters("label")}
+METRICS = {"types": Classification("label"), "clusters": LatentKMeans("label")}
 SPLITS = ("train", "val", "test")
 
 

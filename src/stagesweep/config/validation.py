@@ -276,7 +276,8 @@ def order(cfg: DictConfig, stages: Stages) -> None:
             trained = True
             for term, weight in stage.loss.items():
                 module = cfg.loss[term]._target_.rpartition(".")[0]
-                if module == "stagesweep.loss.clustering" and weight.weight > 0 and not placed:
+                uses_centres = module == "stagesweep.loss.deep_embedded_clustering"
+                if uses_centres and weight.weight > 0 and not placed:
                     raise UserError(
                         f"stage.{name}.loss.{term} needs cluster centres; put an init_clusters "
                         f"stage before stage.{name}"

@@ -28,7 +28,7 @@ from stagesweep.core.metric_log import MetricLog, Unwritten
 from stagesweep.core.predict import predict
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.tensorboard import Board, read_rows
-from stagesweep.data.derived import Made, restored
+from stagesweep.data.derived import DerivedData
 from stagesweep.hardware.profile import resolve
 from stagesweep.hardware.profiler import tracing
 from stagesweep.parallel.process_group import team
@@ -66,7 +66,7 @@ class Run:
         # the model, the data of the run.
         self.part: str | None = None
         self.made: str | None = None
-        self._made: Made | None = None
+        self._made: DerivedData | None = None
         # How fast its fit was, and every time that memory ran out.
         self.measured: dict[str, Any] = {"speed": {}, "oom": []}
         self._entry: Entry | None = None
@@ -121,7 +121,8 @@ class Run:
         if self.made is None:
             return self.given
         if self._made is None:
-            self._made = restored(self.load(f"{self.made}.npz"), self.load(f"{self.made}.json"))
+            arrays, metadata = self.load(f"{self.made}.npz"), self.load(f"{self.made}.json")
+            self._made = DerivedData.from_arrays(arrays, metadata)
         return self._made
 
     @data.setter
@@ -260,10 +261,10 @@ class Run:
             state = {**others, **{f"{self.part}.{key}": value for key, value in state.items()}}
         checkpoint.save(self._entry.path / "weights.pt", {"model": state})
 
-    def save_data(self, name: str, data: Made) -> None:
+    def save_data(self, name: str, data: DerivedData) -> None:
         """Leave data for stages after this one, whose `view` names them."""
         self.save(f"{name}.npz", data.arrays())
-        self.save(f"{name}.json", data.about())
+        self.save(f"{name}.json", data.metadata())
 
     def forget_checkpoints(self) -> None:
         """Remove the checkpoints of this stage, of whose fits nothing more is wanted."""

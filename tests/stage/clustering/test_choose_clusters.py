@@ -12,7 +12,7 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from stagesweep.base.errors import UserError
-from stagesweep.metric.clustering import k_means
+from stagesweep.metric.k_means import k_means
 from stagesweep.stage.clustering.choose_clusters import (
     ChooseClusters,
     agreements,

@@ -18,7 +18,7 @@ from stagesweep.base.errors import UserError
 from stagesweep.base.view import Batch
 from stagesweep.config import schema
 from stagesweep.core.predict import predict
-from stagesweep.metric.clustering import k_means
+from stagesweep.metric.k_means import k_means
 from stagesweep.stage.clustering.choose_clusters import Points
 from stagesweep.stage.clustering.init_clusters import number_of_clusters
 

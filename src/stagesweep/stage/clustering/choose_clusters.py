@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
 from stagesweep.metric import clustering
-from stagesweep.metric.clustering import k_means
+from stagesweep.metric.k_means import k_means
 from stagesweep.metric.latent import active_units
 
 if TYPE_CHECKING:

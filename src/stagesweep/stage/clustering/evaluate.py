@@ -14,8 +14,8 @@ from stagesweep.base.errors import UserError
 from stagesweep.config import schema
 from stagesweep.data.labels import label_names
 from stagesweep.metric import clustering
-from stagesweep.metric.clustering import k_means
 from stagesweep.metric.enrichment import enrichment
+from stagesweep.metric.k_means import k_means
 from stagesweep.metric.latent import active_units
 from stagesweep.metric.reconstruction import reconstruction_error
 

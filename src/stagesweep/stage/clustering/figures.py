@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from stagesweep.base.spec import Features
 from stagesweep.config import schema
-from stagesweep.stage.drawing import (
+from stagesweep.stage.plotting import (
     BLUE,
     GREY,
     MAX_KINDS,
@@ -23,11 +23,11 @@ from stagesweep.stage.drawing import (
     MAX_ROWS,
     ORANGE,
     heatmap,
-    leave,
-    neighbours,
-    principal,
+    pca_projection,
+    save_figures,
     scatter,
-    tidy,
+    style_axes,
+    umap_projection,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Figures(schema.Figures):
 
     def __call__(self, run: "Run") -> dict[str, float]:
         """Return how many figures there are."""
-        return leave(run, self.draw(run), self.dpi)
+        return save_figures(run, self.draw(run), self.dpi)
 
     def metric_names(self) -> set[str] | None:
         """Metrics this stage gives."""
@@ -117,7 +117,7 @@ def curves(ax: Axes, history: pd.DataFrame, row: str) -> None:
         ax.set_yscale("log")
     if row == "loss":
         ax.legend(frameon=False)
-    tidy(ax)
+    style_axes(ax)
 
 
 # ------------------------------------------------------------------------------ choice of k
@@ -142,7 +142,7 @@ def k_selection(table: pd.DataFrame, chosen: int) -> Figure:
         ax.set_title(title, fontsize="medium")
         ax.set_xlabel("number of clusters k")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        tidy(ax)
+        style_axes(ax)
     best = table.loc[table["stability"].idxmax()]
     within = best["stability"] - best["stability_se"]
     axes["A"].axhline(within, color=GREY, lw=1, ls="--")
@@ -162,9 +162,9 @@ def embedding(means: NDArray[np.floating], samples: pd.DataFrame, seed: int | No
     """
     rows = np.random.default_rng(0).permutation(len(means))[:MAX_POINTS]
     shown = samples.iloc[rows]
-    maps = [principal(means[rows])]
+    maps = [pca_projection(means[rows])]
     if seed is not None and len(rows) > 3:
-        points = neighbours(means[rows], maps[0][0], seed)
+        points = umap_projection(means[rows], maps[0][0], seed)
         maps.append((points, "UMAP 1", "UMAP 2"))
     colourings = ["cluster", *few_valued(samples)]
     size = (1 + 5.2 * len(maps), 0.6 + 4.4 * len(colourings))
@@ -175,7 +175,7 @@ def embedding(means: NDArray[np.floating], samples: pd.DataFrame, seed: int | No
             scatter(ax, points, shown[colouring], numbered=colouring == "cluster")
             ax.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
             ax.set_title(f"by {colouring}")
-            tidy(ax, grid=False)
+            style_axes(ax, grid=False)
         if colouring != "cluster":
             legend = axes[-1].legend(
                 loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2
@@ -265,7 +265,7 @@ def line(ax: Axes, profile: pd.DataFrame, everyone: pd.Series, features: Feature
             ax.fill_between(x[part], mean - spread, mean + spread, color=BLUE, alpha=0.2, lw=0)
         else:
             ax.errorbar(x[part], mean, spread, color=BLUE, **style, capsize=3)
-    tidy(ax)
+    style_axes(ax)
 
 
 def label_profiles(grid: NDArray[Any], used: int, label: str, features: Features) -> None:
@@ -329,7 +329,7 @@ def comparison(table: pd.DataFrame) -> Figure:
         unit = low == 0 and high > 0.3
         ax.set_xlim(low - room * (low < 0), 1.2 if unit else high + room + 0.01)
         ax.set_title(title, fontsize="medium")
-        tidy(ax)
+        style_axes(ax)
     figure.suptitle(f"The model and the baselines (n = {table['n'].iloc[0]:,}, those trained on)")
     return figure
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import View
-from stagesweep.data.split import split_groups, tied
-from stagesweep.data.table import numbers, read_table, require
+from stagesweep.data.split import connected_groups, split_groups
+from stagesweep.data.table import numeric_columns, read_table, require_columns
 
 LOWEST, HIGHEST = 0.0, 100.0
 SPLITS = ("train", "val", "test")
@@ -109,15 +109,15 @@ class Audiogram:
             raise UserError(f"data.tile={tile} must be at least 1")
         source = path if isinstance(path, str) else "the table"
         table = read_table(path) if isinstance(path, str) else path
-        require(table, columns.used(), source)
+        require_columns(table, columns.used(), source)
         decibels = _decibels(table, columns.thresholds, source, clip)
-        metadata = numbers(table, [c for c in columns.metadata.values() if c], source)
+        metadata = numeric_columns(table, [c for c in columns.metadata.values() if c], source)
         heard = ~np.isnan(decibels).all(axis=1)
         if not heard.all():
             log.warning("%s: left out %d animals without any threshold", source, (~heard).sum())
             table, decibels, metadata = table[heard], decibels[heard], metadata[heard]
         self.label_names, labels = _labels(table, columns)
-        ties = tied([labels[name] for name in split_by if name in labels], len(table))
+        ties = connected_groups([labels[name] for name in split_by if name in labels], len(table))
         rows = split_groups(ties, dict(zip(SPLITS, fractions, strict=True)), split_seed)
         groups, train = _scaling_groups(standardise, labels, len(table)), rows["train"]
 
@@ -162,7 +162,7 @@ def _decibels(
 ) -> Values:
     """Return the thresholds in dB SPL, (n, w), NaN where missing."""
     names = [column for column in columns.values() if column]
-    decibels = numbers(table, names, source)
+    decibels = numeric_columns(table, names, source)
     if np.isnan(decibels).all():
         raise UserError(f"{source} holds no thresholds")
     if clip:

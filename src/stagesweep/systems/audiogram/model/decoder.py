@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import Batch
-from stagesweep.systems.audiogram.model.encoder import stack
+from stagesweep.systems.audiogram.model.encoder import mlp
 
 
 def to_native(
@@ -36,7 +36,7 @@ class Head(nn.Module):
 
     def __init__(self, inner: int, width: int, columns: dict[str, int]) -> None:
         super().__init__()
-        self.hidden = stack([inner, width])
+        self.hidden = mlp([inner, width])
         self.columns = columns
         self.output = nn.Linear(width, sum(columns.values()))
         # Small weights: the first reconstruction is the mean, and its gradient mild.
@@ -64,7 +64,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.features = spec.features
-        self.hidden = stack([latent, *reversed(hidden)])
+        self.hidden = mlp([latent, *reversed(hidden)])
         self.heads = nn.ModuleList()
         rest = dict(spec.categories)
         for name, features in spec.features.items():

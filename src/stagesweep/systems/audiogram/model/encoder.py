@@ -11,7 +11,7 @@ from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import Batch
 
 
-def stack(widths: Sequence[int]) -> nn.Sequential:
+def mlp(widths: Sequence[int]) -> nn.Sequential:
     """Linear layers of these widths, each followed by layer norm and SiLU."""
     layers: list[nn.Module] = []
     for inner, outer in pairwise(widths):
@@ -19,7 +19,7 @@ def stack(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def observed(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
+def masked_input(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
     """Input (B, w) of a feature with 0 where it is missing, and its mask (B, w) as floats."""
     value = batch[name]
     if (mask := batch.get(f"{name}/mask")) is None:
@@ -43,7 +43,7 @@ class FrequencyAttention(nn.Module):
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.mix = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
-        self.join = stack([count * dim, width])
+        self.join = mlp([count * dim, width])
 
     def forward(self, value: Tensor, mask: Tensor) -> Tensor:
         """Map values and their mask (B, w) to features (B, width)."""
@@ -71,7 +71,7 @@ class PixelPath(nn.Module):
         self.convolutions = nn.Sequential(*layers)
         with torch.no_grad():
             flat = self.convolutions(torch.zeros(1, 1, *self.grid)).numel()
-        self.join = stack([flat, width])
+        self.join = mlp([flat, width])
 
     def forward(self, value: Tensor) -> Tensor:
         """Map pixels (B, height * width), row by row, to features (B, width)."""
@@ -90,11 +90,11 @@ class TabularPath(nn.Module):
         self.embeddings = nn.ModuleDict(
             {name: nn.Embedding(count, embedding) for name, count in categories.items()}
         )
-        self.join = stack([2 * sum(widths.values()) + embedding * len(categories), width])
+        self.join = mlp([2 * sum(widths.values()) + embedding * len(categories), width])
 
     def forward(self, batch: Batch) -> Tensor:
         """Map the columns of `batch` to features (B, width)."""
-        parts = [part for name in self.continuous for part in observed(batch, name)]
+        parts = [part for name in self.continuous for part in masked_input(batch, name)]
         parts += [embed(batch[name]) for name, embed in self.embeddings.items()]
         return self.join(torch.cat(parts, 1))  # type: ignore[no-any-return]
 
@@ -136,14 +136,14 @@ class Encoder(nn.Module):
         if rest or spec.categories:
             self.tabular = TabularPath(rest, spec.categories, embedding, tabular_width)
             joined += tabular_width
-        self.hidden = stack([joined, *hidden])
+        self.hidden = mlp([joined, *hidden])
         self.mean = nn.Linear(hidden[-1], latent)
         self.logvar = nn.Linear(hidden[-1], latent)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Map the columns of `batch` to mean and log-variance, both (B, d) in fp32."""
-        parts = [path(*observed(batch, name)) for name, path in self.frequencies.items()]
-        parts += [path(observed(batch, name)[0]) for name, path in self.pixels.items()]
+        parts = [path(*masked_input(batch, name)) for name, path in self.frequencies.items()]
+        parts += [path(masked_input(batch, name)[0]) for name, path in self.pixels.items()]
         if self.tabular is not None:
             parts.append(self.tabular(batch))
         joined = self.hidden(torch.cat(parts, 1))

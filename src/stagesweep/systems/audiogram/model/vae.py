@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stagesweep.base.spec import Spec
 from stagesweep.base.view import Batch
-from stagesweep.model.clusters import Clusters
+from stagesweep.model.cluster_centres import StudentTAssignment
 from stagesweep.systems.audiogram.model.decoder import Decoder
 from stagesweep.systems.audiogram.model.encoder import Encoder
 
@@ -64,7 +64,7 @@ class ClusteringVAE(nn.Module):
             **widths,
         )
         self.decoder = Decoder(spec, latent=latent, hidden=hidden, **widths)
-        self.clusters = Clusters(clusters, latent)
+        self.clusters = StudentTAssignment(clusters, latent)
         self.projection = nn.Sequential(
             nn.Linear(latent, projection), nn.SiLU(), nn.Linear(projection, projection)
         )

@@ -31,7 +31,7 @@ BLUE, ORANGE, GREY = COLOURS[0], COLOURS[5], "#8C8C8C"
 MAX_POINTS, MAX_KINDS, MAX_ROWS = 3000, 20, 30
 
 
-def leave(run: "Run", figures: Iterator[tuple[str, Figure]], dpi: int) -> dict[str, float]:
+def save_figures(run: "Run", figures: Iterator[tuple[str, Figure]], dpi: int) -> dict[str, float]:
     """Leave every figure under its name as it is drawn; returns how many there are."""
     names = []
     with threadpool_limits(limits=1):
@@ -42,7 +42,7 @@ def leave(run: "Run", figures: Iterator[tuple[str, Figure]], dpi: int) -> dict[s
     return {"figures": len(names)}
 
 
-def principal(means: NDArray[np.floating]) -> tuple[NDArray[np.floating], str, str]:
+def pca_projection(means: NDArray[np.floating]) -> tuple[NDArray[np.floating], str, str]:
     """The two first principal components, and what to write on their axes."""
     pca = PCA(2, random_state=0)
     points = pca.fit_transform(means)
@@ -50,7 +50,9 @@ def principal(means: NDArray[np.floating]) -> tuple[NDArray[np.floating], str, s
     return points, f"PC 1 ({first:.0%} of variance)", f"PC 2 ({second:.0%} of variance)"
 
 
-def neighbours(means: NDArray[np.floating], start: NDArray[Any], seed: int) -> NDArray[np.floating]:
+def umap_projection(
+    means: NDArray[np.floating], start: NDArray[Any], seed: int
+) -> NDArray[np.floating]:
     """A UMAP of the means (McInnes et al. 2018) that begins with the points of `start` (n, 2).
 
     UMAP's own search for neighbours compiles for many seconds, and calls Python for every pair.
@@ -104,7 +106,7 @@ def heatmap(figure: Figure, ax: Axes, values: pd.DataFrame, legend: str, vmax: f
     figure.colorbar(image, label=legend, extend=beyond)
 
 
-def tidy(ax: Axes, grid: bool = True) -> None:
+def style_axes(ax: Axes, grid: bool = True) -> None:
     """Leave out what carries no information."""
     ax.spines[["top", "right"]].set_visible(False)
     if grid:

@@ -5,14 +5,14 @@ import torch
 from scipy.spatial.distance import pdist
 from sklearn.metrics.pairwise import nan_euclidean_distances
 
-from stagesweep.loss.geometry import PARTNERS, Geometry, distances, shrink
+from stagesweep.loss.raw_stress import PARTNERS, RawStress, distances, shrink
 
 
 def test_stress_is_that_of_all_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(7, 3, generator=generator)
     value = torch.randn(7, 5, generator=generator)
-    total, weight = Geometry("x", scale=0.5)({"mean": mean}, {"x": value})
+    total, weight = RawStress("x", scale=0.5)({"mean": mean}, {"x": value})
     expected = ((pdist(mean) - 0.5 * pdist(value)) ** 2).mean()
     np.testing.assert_allclose(total / weight, expected, rtol=1e-4)
 
@@ -21,7 +21,7 @@ def test_a_large_batch_is_cut_into_blocks() -> None:
     generator = torch.Generator().manual_seed(2)
     size = PARTNERS + 1
     mean, value = (torch.randn(2 * size + 1, w, generator=generator) for w in (3, 5))
-    total, weight = Geometry("x")({"mean": mean}, {"x": value})
+    total, weight = RawStress("x")({"mean": mean}, {"x": value})
     assert weight == 2 * size
     parts = [slice(0, size), slice(size, 2 * size)]
     expected = np.mean([((pdist(mean[p]) - pdist(value[p])) ** 2).mean() for p in parts])
@@ -51,7 +51,7 @@ def test_a_missing_value_takes_no_part() -> None:
 
 def test_equal_samples_have_a_finite_gradient() -> None:
     mean = torch.zeros(4, 3, requires_grad=True)
-    total, _ = Geometry("x")({"mean": mean}, {"x": torch.zeros(4, 2)})
+    total, _ = RawStress("x")({"mean": mean}, {"x": torch.zeros(4, 2)})
     total.backward()
     assert mean.grad is not None
     assert mean.grad.isfinite().all()
