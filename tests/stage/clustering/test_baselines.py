@@ -10,7 +10,7 @@ from stagesweep.base.errors import UserError
 from stagesweep.config import schema
 from stagesweep.metric.clustering import ari, nmi
 from stagesweep.stage.clustering import baselines
-from stagesweep.stage.clustering.baselines import FITS, Baselines, Plain, gmm, kmeans, spectral
+from stagesweep.stage.clustering.baselines import FITS, Baselines, NoiseFree, gmm, kmeans, spectral
 
 FIT = schema.Fit(epochs=2, batch_size=64, loss={"reconstruction": schema.Weight()})
 
@@ -56,7 +56,7 @@ def test_the_autoencoder_is_trained_anew_and_the_model_stays(run: Any) -> None:
     metrics = Baselines(column="points", methods=["autoencoder"], autoencoder=FIT)(run)
     assert metrics["autoencoder_loss"] > 0
     assert (run.model.clusters.centres == before).all()
-    assert not hasattr(Plain(Encoder()), "sample_noise")
+    assert not hasattr(NoiseFree(Encoder()), "sample_noise")
 
 
 def test_k_may_be_set(run: Any) -> None:
