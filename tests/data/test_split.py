@@ -1,4 +1,4 @@
-"""Splits keep tied samples together, whatever the ties are."""
+"""Splits keep connected samples together."""
 
 import numpy as np
 import pytest

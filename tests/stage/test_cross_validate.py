@@ -15,7 +15,6 @@ from stagesweep.metric.classification import Classification
 from stagesweep.metric.interval import mean_interval
 from stagesweep.run.context import Run
 from stagesweep.stage.cross_validate import CrossValidate, vote
-from stagesweep.stage.linear_baselines import Logistic, Ridge
 
 MakeRun = Callable[..., Run]
 
@@ -105,17 +104,3 @@ def test_votes_are_mean_predictions() -> None:
     found = vote(arrays, "patient")
     np.testing.assert_allclose(found["assignment"], [[0.75, 0.25], [0.4, 0.6]])
     assert found["label"].tolist() == [0, 1]
-
-
-def test_linear_baselines_learn_what_is_linear() -> None:
-    draw = np.random.default_rng(0)
-    x = draw.normal(size=(200, 5))
-    shares = np.clip(0.5 + 0.1 * x[:, :1], 0, 1)
-    columns = {"x": x, "p": np.hstack([shares, 1 - shares]), "y": (x[:, 1] > 0).astype(int)}
-    train, test = (
-        {k: v[rows] for k, v in columns.items()} for rows in (slice(150), slice(150, 200))
-    )
-    np.testing.assert_allclose(Ridge("x", "p")(train, test)["p"], test["p"], atol=0.02)
-    told = Logistic("x", "y")(train, test)["assignment"]
-    assert (told.argmax(1) == test["y"]).mean() > 0.9
-    np.testing.assert_allclose(told.sum(1), 1)

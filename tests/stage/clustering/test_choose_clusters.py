@@ -108,8 +108,3 @@ def test_more_clusters_than_samples_is_an_error(make_run: Any) -> None:
 def test_a_collapsed_latent_is_an_error(make_run: Any) -> None:
     with pytest.raises(UserError, match="it: posterior collapse: 0 of 4 latent units"):
         ChooseClusters()(make_run(scale=0.001))
-
-
-def test_fewer_distinct_points_than_clusters_gives_a_fit() -> None:
-    fit = k_means(np.array([[0.0], [0.0], [1.0]]), 3, seed=0)
-    assert fit.inertia_ == 0

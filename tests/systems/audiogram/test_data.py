@@ -146,6 +146,19 @@ def test_metadata_categories_and_labels(table):
     assert data.spec.labels["gene"] == len(names) - 1
 
 
+def test_thresholds_are_drawn_downwards_and_the_click_on_its_own(table):
+    features = Audiogram(table, COLUMNS).spec.features["thresholds"]
+    assert features.inverted
+    assert features.isolated == ("click",)
+    assert features.unit == "dB SPL"
+
+
+def test_without_frequencies_in_the_names_all_thresholds_are_connected(table):
+    columns = Columns({"low": "abr_6khz", "high": "abr_12khz"})
+    data = Audiogram(table, columns, standardise="global", pca=0)
+    assert data.spec.features["thresholds"].isolated == ()
+
+
 def test_genes_and_litters_stay_in_one_split(table):
     data = Audiogram(table, COLUMNS)
     for label in ("gene", "litter"):
