@@ -259,7 +259,7 @@ def test_every_target_lies_in_a_shared_package_or_in_one_system(name: str) -> No
 def test_an_experiment_mixes_no_two_systems(compose: Compose, tmp_path: Path, name: str) -> None:
     cfg = given(compose(f"experiment={name.partition('/')[2]}"), tmp_path)
     found = targets(OmegaConf.to_container(cfg, resolve=True))
-    assert len({system(target) for target in found} - {None}) == 1, sorted(found)
+    assert len({system(target) for target in found} - {None}) <= 1, sorted(found)
 
 
 def test_a_target_elsewhere_is_refused() -> None:

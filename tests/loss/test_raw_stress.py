@@ -1,4 +1,4 @@
-"""The stress of latent distances, against SciPy's and with values missing."""
+"""Raw stress against SciPy distances, also with missing values."""
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ def test_a_large_batch_is_cut_into_blocks() -> None:
     np.testing.assert_allclose(total / weight, expected, rtol=1e-4)
 
 
-def test_shrinking_is_the_filter_of_wiener() -> None:
+def test_shrinking_is_a_wiener_filter() -> None:
     """A point whose mean square is s keeps the share s / (s + noise^2) of each coordinate."""
     points = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 9.0]])
     seen = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]])

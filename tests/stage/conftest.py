@@ -1,4 +1,4 @@
-"""A run without a config: real artifacts and predictions, made-up data and model."""
+"""A run without a config: real artifacts and predictions, toy data and model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -52,7 +52,7 @@ class Blobs:
 
 
 class Mirror(nn.Module):
-    """Its latent is its input times `scale`, and what it decodes is one unit too high."""
+    """A model whose latent is its input times `scale`; decoded values are one unit too high."""
 
     def __init__(self, centres: Tensor, scale: float = 1.0) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Iterator[MakeRun]:
-    """A run in the middle of a stage called `it`; `scale` is the model's, the rest of `Blobs`."""
+    """Makes a run inside a stage called `it`; `scale` goes to the model, the rest to `Blobs`."""
 
     def make(scale: float = 1.0, **blobs: Any) -> Run:
         cfg = OmegaConf.create(

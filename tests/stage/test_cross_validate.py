@@ -1,4 +1,4 @@
-"""Folds: who is in them, who steers a fit, and what is made of the scores."""
+"""Cross-validation: the samples of folds and validation splits, and the scores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture
 def watched(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, list[Any]]:
-    """A run whose fits only say what they were given."""
+    """A run whose fits only record their views."""
     run, fits = make_run(n=120), []
     columns = run.data.columns
     columns["litter"] = torch.arange(120) // 6
@@ -36,7 +36,7 @@ def watched(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, li
     return run, fits
 
 
-def test_a_group_is_in_one_fold_and_never_steers_what_it_is_scored_by(
+def test_a_group_is_in_one_fold_and_not_in_the_validation_split_of_its_model(
     watched: tuple[Run, list[Any]],
 ) -> None:
     run, fits = watched
@@ -47,7 +47,7 @@ def test_a_group_is_in_one_fold_and_never_steers_what_it_is_scored_by(
     found = stage(run)
     out = run.load("out_of_fold.npz")
     litter = run.data.columns["litter"].numpy()[out["row"]]
-    assert out["row"].tolist() == list(range(120)), "every sample is told once"
+    assert out["row"].tolist() == list(range(120)), "every sample is predicted once"
     assert (pd.Series(out["fold"]).groupby(litter).nunique() == 1).all()
     sick = run.data.columns["sick"].numpy()
     for number, (name, views) in enumerate(fits, 1):
@@ -70,13 +70,13 @@ def test_baselines_see_all_but_the_fold_and_share_the_table(
     run, _ = watched
     seen = []
 
-    def told(train: Any, test: Any) -> dict[str, np.ndarray]:
+    def oracle(train: Any, test: Any) -> dict[str, np.ndarray]:
         seen.append((len(train["sick"]), len(test["sick"])))
         return {"assignment": np.eye(2)[test["sick"]]}
 
     stage = CrossValidate(
         fit=schema.Fit(epochs=1), group="litter", folds=4, metrics={"m": Classification("sick")},
-        vote="litter", voted={"v": Classification("sick")}, baselines={"oracle": told},
+        vote="litter", voted={"v": Classification("sick")}, baselines={"oracle": oracle},
     )  # fmt: skip
     found = stage(run)
     assert seen == [(90, 30)] * 4

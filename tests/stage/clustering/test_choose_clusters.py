@@ -35,7 +35,7 @@ def test_the_number_of_separate_clouds_is_found(make_run: Any) -> None:
 
 
 def test_clouds_in_groups_are_not_merged() -> None:
-    """Where a coarse partition repeats as perfectly as the true one, the finer one wins."""
+    """Where a coarse partition is as stable as the true one, the finer one is chosen."""
     group, cloud = np.divmod(np.arange(9), 3)
     angle = 2 * np.pi / 3 * np.arange(3)
     corner = np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -76,7 +76,7 @@ def test_error_of_the_mean_agreement_is_a_jackknife() -> None:
 
 
 @pytest.mark.parametrize(
-    ("k_range", "told"),
+    ("k_range", "message"),
     [
         ((2, 4), "k=4 is the largest tried, so a better one may lie outside; widen it: "
                  "stage.it.k_range=[2,8]"),
@@ -84,13 +84,13 @@ def test_error_of_the_mean_agreement_is_a_jackknife() -> None:
                  "stage.it.k_range=[2,6]"),
     ],
 )  # fmt: skip
-def test_a_choice_on_the_edge_is_said(
-    make_run: Any, caplog: pytest.LogCaptureFixture, k_range: tuple[int, int], told: str
+def test_a_choice_on_the_edge_of_the_range_is_logged(
+    make_run: Any, caplog: pytest.LogCaptureFixture, k_range: tuple[int, int], message: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
         metrics = ChooseClusters(k_range=k_range, resamples=4)(make_run())
     assert metrics["on_edge"] == 1
-    assert told in caplog.messages
+    assert message in caplog.messages
 
 
 def test_a_large_training_set_is_sampled(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,7 +40,7 @@ def history(epochs: int = 5) -> pd.DataFrame:
     )
 
 
-def test_everything_there_is_gets_drawn(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_figure_with_data_is_drawn(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(names=("6kHz", "12kHz", "18kHz", "click"), low=0.0, high=100.0, ordered=True)
     ChooseClusters(k_range=(3, 5), resamples=3)(run)
     Baselines(column="points", methods=["kmeans"])(run)
@@ -60,13 +60,13 @@ def test_everything_there_is_gets_drawn(make_run: Any, monkeypatch: pytest.Monke
         assert pixels.std() > 0.05, path
 
 
-def test_what_is_not_there_is_left_out(make_run: Any) -> None:
+def test_figures_without_data_are_left_out(make_run: Any) -> None:
     run = make_run()
     assert Figures(umap=False)(run) == {"figures": 0}
 
 
 class FakeUMAP:
-    """UMAP itself takes half a minute to compile."""
+    """Stands in for UMAP, which takes half a minute to compile."""
 
     def __init__(self, n_neighbors: int, random_state: int, **settings: Any) -> None:
         assert 0 <= random_state < 2**32

@@ -1,4 +1,4 @@
-"""The audiogram reader: scaling, masks, codes and what it says of bad files."""
+"""The audiogram reader: scaling, masks, codes and errors."""
 
 import logging
 from pathlib import Path
@@ -186,7 +186,7 @@ def test_tiling_repeats_the_rows_of_each_split(table):
         assert thrice.ids(split).tolist() == once.ids(split).tolist() * 3
 
 
-def test_animals_without_thresholds_are_left_out_and_said(table, caplog):
+def test_animals_without_thresholds_are_left_out_and_logged(table, caplog):
     table.loc[:4, list(COLUMNS.thresholds.values())] = np.nan
     with caplog.at_level(logging.WARNING):
         data = Audiogram(table, COLUMNS)
