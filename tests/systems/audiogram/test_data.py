@@ -257,7 +257,7 @@ def test_bad_maps_are_named(table):
     ],
 )
 def test_the_real_files_are_read_as_configured(real_data, name, file, animals, labels):
-    conf = Path(__file__).parents[2] / "conf" / "data" / f"{name}.yaml"
+    conf = Path(__file__).parents[3] / "conf" / "data" / f"{name}.yaml"
     node = yaml.safe_load(conf.read_text())
     del node["_target_"], node["columns"]["_target_"]
     node["columns"] = Columns(**node["columns"])
