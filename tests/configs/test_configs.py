@@ -1,4 +1,4 @@
-"""Every YAML there is composes, validates and binds: found by looking, never from a list."""
+"""Every YAML in conf/ composes, validates and binds; the files are discovered, not listed."""
 
 import inspect
 import re
@@ -18,6 +18,7 @@ from hydra.utils import execution_whitelist, instantiate
 from omegaconf import DictConfig, OmegaConf
 from optuna.pruners import BasePruner
 
+import stagesweep
 from stagesweep.config import register, schema, trust
 from stagesweep.config.nodes import target_nodes as nodes
 from stagesweep.config.signatures import SPECIAL, bind, locate
@@ -28,8 +29,8 @@ from stagesweep.sweep.space.grammar import parse
 Compose = Callable[..., DictConfig]
 
 CONF = register.folder()
-SRC = Path(schema.__file__).parent
-# What is composed but builds nothing.
+SRC = Path(stagesweep.__file__).parent
+# Groups that build no component.
 NO_COMPONENTS = ("experiment", "search", "hydra")
 # Arguments that the framework supplies.
 SUPPLIED = {"model": ("spec",)}
@@ -42,7 +43,7 @@ def options(*groups: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    """Groups whose options are built into something."""
+    """Groups whose options build a component."""
     return sorted({name.partition("/")[0] for name in options()} - set(NO_COMPONENTS))
 
 
@@ -52,30 +53,30 @@ def read(name: str) -> dict[str, Any]:
 
 
 def components() -> dict[str, dict[str, Any]]:
-    """Every `_target_` node that a YAML of a component spells out."""
+    """Every `_target_` node in the YAML of a component."""
     found = ((name, path, node) for name in options(*groups()) for path, node in nodes(read(name)))
     return {f"{name}:{path}".rstrip(":"): node for name, path, node in found}
 
 
 def base(name: str) -> str | None:
-    """The schema that a YAML extends, of those that extend one."""
+    """The schema that a YAML extends, or None."""
     defaults = map(str, read(name).get("defaults", ()))
     return next((each for each in defaults if each.startswith("base_")), None)
 
 
 def extends(name: str) -> str:
-    """The first YAML in the chain of those of its group that a YAML is made from."""
+    """The YAML of its group that a YAML is based on, through all defaults."""
     group, first = name.partition("/")[0], read(name).get("defaults", ["_self_"])[0]
     return extends(f"{group}/{first}") if f"{group}/{first}" in options(group) else name
 
 
 COMPONENTS = components()
-# Those that extend one themselves, and so list every field.
+# Files that extend a schema themselves, and so list every field.
 SCHEMAS = [name for name in options("stage", "hardware") if base(name) is not None]
 
 
 def given(cfg: DictConfig, folder: Path) -> DictConfig:
-    """The config with a value for everything that only a person can give."""
+    """The config with values for its missing keys."""
     file = folder / "given.csv"
     file.touch()
     for key in OmegaConf.missing_keys(cfg):
@@ -106,11 +107,11 @@ def test_every_experiment_says_how_it_is_run(name: str) -> None:
     assert re.search(r"\d+ ?(s|seconds?|min|minutes?)\b", header), "expected time"
 
 
-# Those that are another and a number are composed below.
+# Profiles of several cards are composed below.
 PROFILES = [name for name in options("hardware") if not re.search(r"_x\d", name)]
 
 
-# A model of several parts fits stages that name one.
+# Models of one part: stages name a part of the others.
 MODELS = [name for name in options("model") if "_target_" in read(name)]
 
 
@@ -141,7 +142,6 @@ def test_every_stage_composes_and_validates(compose: Compose, tmp_path: Path, na
     extra = [f"+{each}" if "loss" in each else each for each in extra]
     cfg = given(compose("experiment=tiny", f"+stage@stage.this={option}", *extra), tmp_path)
     validate(cfg)  # raises at the first fault
-    assert cfg.stage.this._target_.startswith("stagesweep.stage.")
 
 
 def of_search(part: str) -> list[str]:
@@ -224,15 +224,51 @@ def test_a_method_searches_the_space_of_the_experiment(compose: Compose, method:
     assert compose("experiment=tiny", f"search={method}").search.space
 
 
-@pytest.mark.parametrize("group", groups())
-def test_a_group_of_components_is_a_package(group: str) -> None:
-    assert (SRC / group / "__init__.py").exists()
+# Packages whose classes a config may name, besides one system at a time.
+SHARED = ("data", "model", "loss", "stage", "metric")
+SYSTEMS = sorted(file.parent.name for file in (SRC / "systems").glob("*/__init__.py"))
+LIBRARIES = ("torch.", "sklearn.", "optuna.")
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
-def test_a_component_lies_in_the_package_of_its_group(name: str) -> None:
-    group = name.partition("/")[0]
-    assert COMPONENTS[name]["_target_"].startswith((f"stagesweep.{group}.", "torch."))
+def targets(value: Any) -> set[str]:
+    """Every `_target_` in plain nested values."""
+    return {node["_target_"] for _, node in nodes(value)}
+
+
+def system(target: str) -> str | None:
+    """The system a `_target_` belongs to; None for a shared part or a library.
+
+    A target in any other package fails the test.
+    """
+    if target.startswith(LIBRARIES):
+        return None
+    package, _, rest = target.removeprefix("stagesweep.").partition(".")
+    if package == "systems":
+        assert rest.partition(".")[0] in SYSTEMS, f"{target}: no such system"
+        return rest.partition(".")[0]
+    assert package in SHARED, f"{target}: neither in a shared package nor in a system"
+    assert target.startswith("stagesweep."), target
+    return None
+
+
+@pytest.mark.parametrize("name", [n for n in options() if not n.startswith("hydra/")])
+def test_every_target_lies_in_a_shared_package_or_in_one_system(name: str) -> None:
+    assert len({system(target) for target in targets(read(name))} - {None}) <= 1
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_an_experiment_mixes_no_two_systems(compose: Compose, tmp_path: Path, name: str) -> None:
+    cfg = given(compose(f"experiment={name.partition('/')[2]}"), tmp_path)
+    found = targets(OmegaConf.to_container(cfg, resolve=True))
+    assert len({system(target) for target in found} - {None}) <= 1, sorted(found)
+
+
+def test_a_target_elsewhere_is_refused() -> None:
+    assert system("stagesweep.loss.kl.KL") is system("torch.optim.SGD") is None
+    assert system(f"stagesweep.systems.{SYSTEMS[0]}.data.Some") == SYSTEMS[0]
+    for target in ("stagesweep.core.fit.Loop", "stagesweep.systems.none.X", "loss.kl.KL"):
+        with pytest.raises(AssertionError, match=target):
+            system(target)
 
 
 @pytest.mark.parametrize("name", [n for n in COMPONENTS if n.partition(":")[0] not in SCHEMAS])
@@ -288,17 +324,19 @@ def test_every_field_of_a_schema_is_shown_with_its_default(name: str) -> None:
         assert OmegaConf.to_container(merged) == OmegaConf.to_container(schema)
 
 
-# Building blocks for data sets outside this package.
+# A part for data sets that do not fit in memory.
 FOR_OTHERS = {"stagesweep.data.loader"}
 
 
-@pytest.mark.parametrize("group", ["model", "data", "loss", "stage"])
-def test_every_module_is_reached_from_a_yaml(group: str) -> None:
-    """Directly as a `_target_` of a component or an experiment, or imported by one."""
-    every = [node for name in options() for _, node in nodes(read(name))]
-    targets = {node["_target_"].rpartition(".")[0] for node in every}
-    reached = sources([*sorted(targets), "stagesweep.run.context"])
-    modules = {f"stagesweep.{group}.{file.stem}" for file in (SRC / group).glob("[!_]*.py")}
+@pytest.mark.parametrize("package", [*SHARED, *(f"systems.{name}" for name in SYSTEMS)])
+def test_every_module_is_reached_from_a_yaml(package: str) -> None:
+    """Each module is the `_target_` of a YAML, or is imported by one, or by the framework."""
+    every = {target.rpartition(".")[0] for name in options() for target in targets(read(name))}
+    reached = sources([*sorted(every), "stagesweep.run.context", "stagesweep.sweep.report"])
+    files = (SRC / package.replace(".", "/")).rglob("*.py")
+    modules = {".".join(file.relative_to(SRC.parent).with_suffix("").parts) for file in files}
+    modules = {name for name in modules if not name.endswith("__init__")}
+    assert modules
     assert modules - set(reached) <= FOR_OTHERS
 
 
@@ -334,4 +372,4 @@ def test_the_other_names_that_people_rely_on(compose: Compose) -> None:
     root = Path(__file__).parents[2]
     scripts = re.findall(r'^(stagesweep\S*) = "', (root / "pyproject.toml").read_text(), re.M)
     assert {"stagesweep", "stagesweep-store"} <= set(scripts)
-    assert "STAGESWEEP_STORE" in (SRC / "store.py").read_text()
+    assert "STAGESWEEP_STORE" in (SRC / "store" / "store.py").read_text()

@@ -13,8 +13,8 @@ from stagesweep.base.view import Batch
 from stagesweep.config import schema
 from stagesweep.core.step import WeightedLoss, split
 from stagesweep.hardware.profile import Machine, resolve
-from stagesweep.loss.consistency import Consistency
-from stagesweep.loss.contrastive import Contrastive
+from stagesweep.loss.alignment import Alignment
+from stagesweep.loss.supervised_contrastive import SupervisedContrastive
 from stagesweep.parallel.process_group import ALONE, Team
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -72,8 +72,8 @@ TERMS: dict[str, nn.Module] = {
     "square": Square(),
     "masked": Masked(),
     "pairs": Pairs(),
-    "contrastive": Contrastive(temperature=0.3, label="label"),
-    "consistency": Consistency("label"),
+    "contrastive": SupervisedContrastive(temperature=0.3, label="label"),
+    "consistency": Alignment("label"),
 }
 WEIGHTS = {"square": 0.7, "masked": 2.0, "pairs": 0.5, "contrastive": 1.5, "consistency": 0.3}
 

@@ -18,7 +18,7 @@ LABELS = torch.arange(N) % 3
 
 
 class Samples:
-    """Items of PIXELS; remembers which were read (in this process)."""
+    """Items of PIXELS; records which were read (in this process)."""
 
     def __init__(self) -> None:
         self.read: list[int] = []
@@ -61,7 +61,7 @@ def pair(workers: int) -> tuple[View, LoaderView]:
 
 
 def same(first: Iterator[Batch], second: Iterator[Batch]) -> int:
-    """Compare two streams of batches; returns how many there are."""
+    """Compare two streams of batches; returns their number."""
     count = 0
     for one, other in zip(first, second, strict=True):
         assert one.keys() == other.keys()
@@ -109,7 +109,7 @@ def test_a_split_without_columns_has_rows_all_the_same() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_global_generators_do_not_notice(workers: int) -> None:
+def test_global_generators_are_not_advanced(workers: int) -> None:
     _, loader = pair(workers)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -118,7 +118,7 @@ def test_global_generators_do_not_notice(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_a_sample_says_arrives_as_one_line(workers: int) -> None:
+def test_the_error_of_a_sample_arrives_as_one_line(workers: int) -> None:
     loader = LoaderView(Broken()).prepare(CPU, workers)
     with pytest.raises(UserError, match=r"^cannot read scan_9.png: give data.path another folder$"):
         list(loader.batches(4))
@@ -143,7 +143,7 @@ def test_a_mistake_in_the_data_set_keeps_its_own_error(workers: int, kind: type[
         list(loader.batches(4))
 
 
-def test_workers_leave_ctrl_c_to_the_run(tmp_path: Path) -> None:
+def test_workers_ignore_ctrl_c(tmp_path: Path) -> None:
     class Tells(Samples):
         def __getitem__(self, index: int) -> dict[str, Tensor]:
             os.kill(os.getpid(), signal.SIGINT)

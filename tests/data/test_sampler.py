@@ -1,4 +1,4 @@
-"""The pair sampler keeps its promises for any labels and batch size."""
+"""Properties of the pair sampler for any labels and batch size."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stagesweep.base.errors import UserError
-from stagesweep.data.table import numbers, read_table, require
+from stagesweep.data.table import numeric_columns, read_table, require_columns
 
 TEXT = "animal,abr_6khz,litter\na,35.0,001\nb,,002\nc,4e1,\n"
 
@@ -26,8 +26,8 @@ def test_plain_and_compressed_files_are_the_same(table, tmp_path):
 
 
 def test_numbers_are_parsed_and_gaps_are_nan(table):
-    np.testing.assert_array_equal(numbers(table, ["abr_6khz"], "x")[:, 0], [35, np.nan, 40])
-    assert numbers(table, [], "x").shape == (3, 0)
+    np.testing.assert_array_equal(numeric_columns(table, ["abr_6khz"], "x")[:, 0], [35, np.nan, 40])
+    assert numeric_columns(table, [], "x").shape == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -59,11 +59,11 @@ def test_a_truncated_archive_is_named(tmp_path):
 
 
 def test_a_missing_column_is_named_with_the_nearest(table):
-    require(table, ["animal", "litter"], "mice.csv")
+    require_columns(table, ["animal", "litter"], "mice.csv")
     with pytest.raises(
         UserError, match=r"no column 'abr_6hz' in mice.csv; the nearest is 'abr_6khz'"
     ):
-        require(table, ["animal", "abr_6hz"], "mice.csv")
+        require_columns(table, ["animal", "abr_6hz"], "mice.csv")
 
 
 @pytest.mark.parametrize("value", ["high", "1,5", "inf"])
@@ -72,4 +72,4 @@ def test_text_among_numbers_is_named_with_its_line(table, value):
     with pytest.raises(
         UserError, match=rf"'{value}' is not a number: column 'abr_6khz', line 3 of mice.csv"
     ):
-        numbers(table, ["abr_6khz"], "mice.csv")
+        numeric_columns(table, ["abr_6khz"], "mice.csv")

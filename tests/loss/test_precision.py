@@ -1,4 +1,4 @@
-"""Every loss term computes in fp32, whatever the model and its surroundings do: by discovery."""
+"""Every loss term of conf/loss computes in fp32, also for bf16 outputs and under autocast."""
 
 from collections.abc import Callable
 from functools import cache
@@ -24,7 +24,7 @@ OTHERWISE = "audiogram_simulated"
 
 @pytest.fixture(scope="module")
 def experiments(compose: Compose) -> dict[str, DictConfig]:
-    """Those that need no file, small."""
+    """Experiments that need no file, made small."""
     found = {name: compose(f"experiment={name}") for name in EXPERIMENTS}
     OmegaConf.update(found[OTHERWISE], "data.animals", 300)
     OmegaConf.update(found[OTHERWISE], "data.genes", 60)
@@ -32,7 +32,7 @@ def experiments(compose: Compose) -> dict[str, DictConfig]:
 
 
 def used(experiments: dict[str, DictConfig], loss: str) -> tuple[DictConfig, Any]:
-    """An experiment that uses a loss on its own data, and the loss as it is there."""
+    """An experiment that uses a loss on its own data, and its config of the loss."""
     node = OmegaConf.load(register.folder() / "loss" / f"{loss}.yaml")
     for cfg in experiments.values():
         for name, own in cfg.loss.items():
@@ -46,7 +46,7 @@ def used(experiments: dict[str, DictConfig], loss: str) -> tuple[DictConfig, Any
 
 
 def drawn() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What losses read of which the data are made by a stage: a batch, and a model's outputs."""
+    """Random batch columns and outputs for losses whose data a stage derives."""
     random = torch.Generator().manual_seed(0)
     values = [torch.rand(64, 5, generator=random) for _ in range(6)]
     names = ("predicted", "logvar", "target")
@@ -59,7 +59,7 @@ def drawn() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @cache
 def batch_and_outputs(text: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What an experiment's model, at its start, makes of a batch of its training data."""
+    """A training batch of an experiment, and the outputs of its untrained model."""
     cfg = OmegaConf.create(text)
     assert isinstance(cfg, DictConfig)
     seed_everything(0)

@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import cdist
 from scipy.stats import entropy
+from sklearn.datasets import make_blobs
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from stagesweep.metric.clustering import (
     ClusterScores,
+    ExternalClusterScores,
+    LatentKMeans,
     accuracy,
     ari,
     calinski_harabasz,
@@ -137,3 +141,39 @@ def test_cluster_scores_read_the_arrays_of_a_split():
     assert set(scores) == {"silhouette", "davies_bouldin", "calinski_harabasz", "clusters"}
     assert scores["clusters"] == 2
     assert ClusterScores(label="digit")(arrays)["acc"] == 1
+
+
+def test_k_means_finds_the_labels_of_a_latent_space_that_separates_them() -> None:
+    points, kinds = make_blobs(200, 5, centers=3, cluster_std=0.1, random_state=0)
+    assert LatentKMeans("kind")({"mean": points, "kind": kinds})["ari"] == 1
+    shuffled = np.random.default_rng(0).permutation(kinds)
+    assert LatentKMeans("kind")({"mean": points, "kind": shuffled})["ari"] < 0.1
+
+
+def test_cluster_numbers_need_not_match_label_codes() -> None:
+    random = np.random.default_rng(0)
+    kinds = random.integers(0, 3, 90)
+    renamed = np.array([2, 0, 1])[kinds]
+    found = ExternalClusterScores("kind")({"assignment": np.eye(4)[renamed], "kind": kinds})
+    assert found == dict.fromkeys(
+        ("cluster_acc", "cluster_nmi", "cluster_ari", "cluster_purity"), pytest.approx(1)
+    )
+    shares = random.dirichlet(np.ones(4), 90)
+    kinds[:5] = -1
+    found = ExternalClusterScores("kind")({"assignment": shares, "kind": kinds})
+    given = kinds[5:], shares.argmax(1)[5:]
+    assert found["cluster_ari"] == pytest.approx(adjusted_rand_score(*given))
+    assert found["cluster_nmi"] == pytest.approx(normalized_mutual_info_score(*given))
+
+
+@pytest.mark.parametrize("metric", [ExternalClusterScores("kind"), LatentKMeans("kind")])
+def test_missing_arrays_and_labels_give_nan(metric: ExternalClusterScores | LatentKMeans) -> None:
+    given = np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
+    assert all(map(isnan, metric({"kind": np.array([0, 1, 1])}).values()))
+    unknown = {"assignment": given, "mean": given, "kind": np.full(3, -1)}
+    assert all(map(isnan, metric(unknown).values()))
+
+
+def test_they_name_the_arrays_they_read() -> None:
+    assert ExternalClusterScores("kind").reads == ("assignment", "kind")
+    assert LatentKMeans("kind").reads == ("mean", "kind")

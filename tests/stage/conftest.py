@@ -1,4 +1,4 @@
-"""A run without a config: real artifacts and predictions, made-up data and model."""
+"""A run without a config: real artifacts and predictions, toy data and model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import View
 from stagesweep.config import schema, trust
 from stagesweep.core.tensorboard import Board
-from stagesweep.model.clusters import Clusters
+from stagesweep.model.cluster_centres import StudentTAssignment
 from stagesweep.run.context import Context
 from stagesweep.store.store import Store
 
@@ -52,11 +52,11 @@ class Blobs:
 
 
 class Mirror(nn.Module):
-    """Its latent is its input times `scale`, and what it decodes is one unit too high."""
+    """A model whose latent is its input times `scale`; decoded values are one unit too high."""
 
     def __init__(self, centres: Tensor, scale: float = 1.0) -> None:
         super().__init__()
-        self.clusters = Clusters(*centres.shape)
+        self.clusters = StudentTAssignment(*centres.shape)
         self.clusters.set_centres(centres)
         self.scale = scale
 
@@ -77,7 +77,7 @@ MakeRun = Callable[..., Context]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Iterator[MakeRun]:
-    """A run in the middle of a stage called `it`; `scale` is the model's, the rest of `Blobs`."""
+    """Makes a run inside a stage called `it`; `scale` goes to the model, the rest to `Blobs`."""
 
     def make(scale: float = 1.0, **blobs: Any) -> Context:
         cfg = OmegaConf.create(

@@ -1,4 +1,4 @@
-"""Folds: who is in them, who steers a fit, and what is made of the scores."""
+"""Cross-validation: the samples of folds and validation splits, and the scores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +15,13 @@ from stagesweep.metric.classification import Classification
 from stagesweep.metric.interval import mean_interval
 from stagesweep.run.context import Context
 from stagesweep.stage.cross_validate import CrossValidate, vote
-from stagesweep.stage.linear_baselines import Logistic, Ridge
 
 MakeRun = Callable[..., Context]
 
 
 @pytest.fixture
 def watched(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> tuple[Context, list[Any]]:
-    """A run whose fits only say what they were given."""
+    """A run whose fits only record their views."""
     run, fits = make_run(n=120), []
     columns = run.data.columns
     columns["litter"] = torch.arange(120) // 6
@@ -37,7 +36,7 @@ def watched(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> tuple[Context
     return run, fits
 
 
-def test_a_group_is_in_one_fold_and_never_steers_what_it_is_scored_by(
+def test_a_group_is_in_one_fold_and_not_in_the_validation_split_of_its_model(
     watched: tuple[Context, list[Any]],
 ) -> None:
     run, fits = watched
@@ -48,7 +47,7 @@ def test_a_group_is_in_one_fold_and_never_steers_what_it_is_scored_by(
     found = stage(run)
     out = run.load("out_of_fold.npz")
     litter = run.data.columns["litter"].numpy()[out["row"]]
-    assert out["row"].tolist() == list(range(120)), "every sample is told once"
+    assert out["row"].tolist() == list(range(120)), "every sample is predicted once"
     assert (pd.Series(out["fold"]).groupby(litter).nunique() == 1).all()
     sick = run.data.columns["sick"].numpy()
     for number, (name, views) in enumerate(fits, 1):
@@ -71,13 +70,13 @@ def test_baselines_see_all_but_the_fold_and_share_the_table(
     run, _ = watched
     seen = []
 
-    def told(train: Any, test: Any) -> dict[str, np.ndarray]:
+    def oracle(train: Any, test: Any) -> dict[str, np.ndarray]:
         seen.append((len(train["sick"]), len(test["sick"])))
         return {"assignment": np.eye(2)[test["sick"]]}
 
     stage = CrossValidate(
         fit=schema.Fit(epochs=1), group="litter", folds=4, metrics={"m": Classification("sick")},
-        vote="litter", voted={"v": Classification("sick")}, baselines={"oracle": told},
+        vote="litter", voted={"v": Classification("sick")}, baselines={"oracle": oracle},
     )  # fmt: skip
     found = stage(run)
     assert seen == [(90, 30)] * 4
@@ -105,17 +104,3 @@ def test_votes_are_mean_predictions() -> None:
     found = vote(arrays, "patient")
     np.testing.assert_allclose(found["assignment"], [[0.75, 0.25], [0.4, 0.6]])
     assert found["label"].tolist() == [0, 1]
-
-
-def test_linear_baselines_learn_what_is_linear() -> None:
-    draw = np.random.default_rng(0)
-    x = draw.normal(size=(200, 5))
-    shares = np.clip(0.5 + 0.1 * x[:, :1], 0, 1)
-    columns = {"x": x, "p": np.hstack([shares, 1 - shares]), "y": (x[:, 1] > 0).astype(int)}
-    train, test = (
-        {k: v[rows] for k, v in columns.items()} for rows in (slice(150), slice(150, 200))
-    )
-    np.testing.assert_allclose(Ridge("x", "p")(train, test)["p"], test["p"], atol=0.02)
-    told = Logistic("x", "y")(train, test)["assignment"]
-    assert (told.argmax(1) == test["y"]).mean() > 0.9
-    np.testing.assert_allclose(told.sum(1), 1)

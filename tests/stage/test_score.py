@@ -8,22 +8,23 @@ import pytest
 from torch import Tensor, nn
 
 from stagesweep.base.errors import UserError
-from stagesweep.metric.classification import Classification, LatentClusters
+from stagesweep.metric.classification import Classification
+from stagesweep.metric.clustering import LatentKMeans
 from stagesweep.run.context import Context
 from stagesweep.stage.score import Score
 from stagesweep.systems.singlecell.simulate import simulated_cohort
 
 MakeRun = Callable[..., Context]
-METRICS = {"types": Classification("label"), "clusters": LatentClusters("label")}
+METRICS = {"types": Classification("label"), "clusters": LatentKMeans("label")}
 SPLITS = ("train", "val", "test")
 
 
 class Wrong(nn.Module):
-    """Tells the type of every third cell wrong, and is sure of 0.7 of it."""
+    """Predicts a wrong type for every third cell, each with probability 0.7."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        told = batch["label"].clamp(min=0) + (batch["index"] % 3 == 0)
-        shares = 0.1 + 0.6 * nn.functional.one_hot(told % 4, 4)
+        predicted = batch["label"].clamp(min=0) + (batch["index"] % 3 == 0)
+        shares = 0.1 + 0.6 * nn.functional.one_hot(predicted % 4, 4)
         return {"assignment": shares, "mean": shares}
 
 
@@ -40,13 +41,13 @@ def artifact(run: Context, name: str) -> pd.DataFrame:
     return pd.read_csv(run._entry.path / "artifacts" / name)
 
 
-def test_scores_are_of_what_was_told(run: Context) -> None:
+def test_scores_of_the_predictions(run: Context) -> None:
     metrics = Score(label="label", metrics=METRICS)(run)
-    told = artifact(run, "predictions.csv")
+    predicted = artifact(run, "predictions.csv")
     table = artifact(run, "comparison.csv").set_index("split")
     assert table["method"].unique().tolist() == ["model"]
     for split in SPLITS:
-        own, n = told[told["split"] == split], len(run.view(split))
+        own, n = predicted[predicted["split"] == split], len(run.view(split))
         right = 1 - np.ceil(n / 3) / n
         assert own["id"].tolist() == run.data.ids(split).tolist()
         assert (own["label"] == own["predicted"]).mean() == pytest.approx(right)
@@ -73,12 +74,12 @@ def test_a_baseline_has_the_scores_of_the_arrays_it_left(run: Context) -> None:
     assert without == {name: value for name, value in metrics.items() if "oracle" not in name}
 
 
-def test_a_cell_without_a_type_is_told_but_not_scored(run: Context) -> None:
+def test_a_cell_without_a_type_is_predicted_but_not_scored(run: Context) -> None:
     rows = run.data._rows["val"]
     run.data._columns["label"][rows[:3]] = -1
     metrics = Score(label="label", metrics=METRICS)(run)
-    told = artifact(run, "predictions.csv")
-    val = told[told["split"] == "val"].reset_index()
+    predicted = artifact(run, "predictions.csv")
+    val = predicted[predicted["split"] == "val"].reset_index()
     assert val["label"].isna().to_numpy().nonzero()[0].tolist() == [0, 1, 2]
     assert val["predicted"].notna().all()
     known = val.dropna(subset="label")
@@ -86,7 +87,7 @@ def test_a_cell_without_a_type_is_told_but_not_scored(run: Context) -> None:
     assert metrics["val_accuracy"] == pytest.approx(right)
 
 
-def test_tables_of_made_data_are_beside_those_of_cells(run: Context) -> None:
+def test_tables_of_a_view_have_its_name(run: Context) -> None:
     Score(label="label", metrics=METRICS)(run)
     cells = artifact(run, "comparison.csv")
     clusters = {"clusters": METRICS["clusters"]}

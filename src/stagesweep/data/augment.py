@@ -13,24 +13,25 @@ from stagesweep.base.view import Batch
 
 
 def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Numbers from 0 to 1, on the device of `generator`."""
+    """Uniform random numbers in [0, 1), on the device of `generator`."""
     return torch.rand(tuple(shape), generator=generator, device=generator.device)
 
 
 def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Standard normal numbers, on the device of `generator`."""
+    """Standard normal random numbers, on the device of `generator`."""
     return torch.randn(tuple(shape), generator=generator, device=generator.device)
 
 
 class AugmentImages:
-    """Deform every image of a batch, each by its own draw.
+    """Deform every image of a batch, each with its own random parameters.
 
-    Uniform draws, of which these are the largest in either direction: `shift` in pixels, `rotate`
-    in degrees, `shear` and `stretch` (of height and width apart) in shares of the image, `stroke`
-    in thickness: a pixel p becomes p ** exp(stroke * u). Normal draws, of which these are the
-    standard deviations: `elastic`, the pixels by which a 3 x 3 net over the image is pulled about
-    (Simard et al. 2003, with a coarse net in place of a smoothed field), and `noise`, added to
-    each pixel.
+    Bounds of uniform draws in [-bound, bound]: `shift` in pixels; `rotate` in degrees; `shear`
+    and `stretch` (height and width independently) as fractions of the image; `stroke`, the
+    thickness: a pixel p becomes p ** exp(stroke * u).
+
+    Standard deviations of normal draws: `elastic`, the displacement in pixels of a 3 x 3 grid of
+    control points (Simard et al. 2003, with a coarse grid in place of a smoothed field), and
+    `noise`, added to each pixel.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class AugmentImages:
         self.noise = noise
 
     def __call__(self, batch: Batch, spec: Spec, generator: torch.Generator) -> Batch:
-        """`positive/<feature>` of every feature that is an image; its pixels lie in 0..1."""
+        """Return `positive/<feature>` for every feature with a grid; pixels are in 0..1."""
         images = {name: features for name, features in spec.features.items() if features.grid}
         if not images:
             raise UserError("augment: the data has no images (features on a grid) to augment")
@@ -65,22 +66,24 @@ class AugmentImages:
         assert features.grid is not None, "only images are augmented here"
         height, width = features.grid
         draw = 2 * uniform((7, len(pixels)), generator) - 1
-        # affine_grid's coordinates run from -1 to 1, so that a pixel is 2 / size
+        # The coordinates of affine_grid run from -1 to 1, so a pixel is 2 / size.
         pixel = torch.tensor([2 / width, 2 / height], device=pixels.device)
         grid = affine_grid(
             self._matrix(draw, pixel), [len(pixels), 1, height, width], align_corners=False
         )
-        net = self.elastic * normal((len(pixels), 2, 3, 3), generator)
-        pull = interpolate(net, (height, width), mode="bilinear", align_corners=True)
-        grid = grid + pull.permute(0, 2, 3, 1) * pixel
+        control_points = self.elastic * normal((len(pixels), 2, 3, 3), generator)
+        displacement = interpolate(
+            control_points, (height, width), mode="bilinear", align_corners=True
+        )
+        grid = grid + displacement.permute(0, 2, 3, 1) * pixel
         image = pixels.view(-1, 1, height, width)
         moved = grid_sample(image, grid, align_corners=False).view_as(pixels)
-        # interpolation may leave a rounding error below 0
+        # Interpolation can give values slightly below 0.
         stroked = moved.clamp(0, 1) ** torch.exp(self.stroke * draw[6]).unsqueeze(1)
         return stroked + self.noise * normal(pixels.shape, generator)
 
     def _matrix(self, draw: Tensor, pixel: Tensor) -> Tensor:
-        """Rotation after shear after stretch, and the shift: (B, 2, 3)."""
+        """Affine matrices (B, 2, 3): stretch, then shear, then rotation, then shift."""
         angle = draw[0] * self.rotate * pi / 180
         cosine, sine = angle.cos(), angle.sin()
         slant = draw[1] * self.shear
@@ -92,10 +95,11 @@ class AugmentImages:
 
 
 class AugmentTable:
-    """Disturb every continuous feature of a batch; categories stay as they are.
+    """Add noise to every continuous feature of a batch; categories are unchanged.
 
-    A value x becomes x * (1 + `scale` * a) + `noise` * b with normal a (one for each sample) and b
-    (one for each value), in standardised units, and is then hidden with probability `dropout`.
+    A value x becomes x * (1 + `scale` * a) + `noise` * b, in standardised units. a and b are
+    standard normal, a drawn for each sample, b for each value. Each value is then masked with
+    probability `dropout`.
     """
 
     def __init__(self, noise: float = 0.05, dropout: float = 0.1, scale: float = 0.1) -> None:
@@ -104,15 +108,15 @@ class AugmentTable:
         self.scale = scale
 
     def __call__(self, batch: Batch, spec: Spec, generator: torch.Generator) -> Batch:
-        """`positive/<feature>` and `positive/<feature>/mask`, and a copy of each category."""
+        """Return `positive/<feature>`, `positive/<feature>/mask` and a copy of each category."""
         positive = {f"positive/{name}": batch[name] for name in spec.categories}
         for name in spec.features:
             value = batch[name]
             factor = 1 + self.scale * normal((len(value), 1), generator)
-            disturbed = value * factor + self.noise * normal(value.shape, generator)
+            noisy = value * factor + self.noise * normal(value.shape, generator)
             kept = uniform(value.shape, generator) >= self.dropout
             if (mask := batch.get(f"{name}/mask")) is not None:
                 kept &= mask
-            positive[f"positive/{name}"] = disturbed.masked_fill(~kept, 0)
+            positive[f"positive/{name}"] = noisy.masked_fill(~kept, 0)
             positive[f"positive/{name}/mask"] = kept
         return positive

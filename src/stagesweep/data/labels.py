@@ -4,6 +4,6 @@ from typing import Any
 
 
 def label_names(data: Any, label: str) -> list[str]:
-    """What the codes of a label stand for; the codes themselves when the data does not say."""
+    """Names of the codes of a label; the codes themselves when the data has no names for them."""
     names: dict[str, list[str]] = getattr(data, "label_names", {})
     return names.get(label) or [str(code) for code in range(data.spec.labels[label])]

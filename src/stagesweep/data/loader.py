@@ -1,4 +1,4 @@
-"""A split that does not fit in memory: its samples are read in batches, ahead of their use."""
+"""A split that does not fit in memory: a DataLoader reads its batches ahead of their use."""
 
 import signal
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,11 +14,11 @@ from stagesweep.base.view import Batch, View
 
 
 class Samples(Protocol):
-    """Samples by number, as a torch ``Dataset`` gives them.
+    """Samples by index, as in a torch ``Dataset``.
 
-    An item is a dict of tensors whose shapes are the same for all, and depends on its number
-    alone: random augmentation has a place of its own (``augment`` of a fit). Samples that are read
-    faster together have ``batch(rows) -> columns`` as well, which a view of theirs may finish.
+    An item is a dict of tensors of the same shapes for every sample. It depends on the index
+    alone: random augmentation belongs in ``augment`` of a fit. Samples that are faster to read
+    together also define ``batch(rows) -> columns``, which a subclass of the view may complete.
     """
 
     def __len__(self) -> int: ...
@@ -27,10 +27,10 @@ class Samples(Protocol):
 
 
 class LoaderView(View):
-    """A view that reads `samples` when a batch needs them, in worker processes if there are any.
+    """A view that reads `samples` on demand, optionally in worker processes.
 
-    `columns` are those known without reading a sample (labels), for samplers; every batch carries
-    them, the columns of the samples and ``index``.
+    `columns` are known without reading a sample (labels), so that samplers can use them. Every
+    batch has these columns, those of the samples, and ``index``.
     """
 
     def __init__(self, samples: Samples, columns: Mapping[str, Tensor] | None = None) -> None:
@@ -39,22 +39,23 @@ class LoaderView(View):
         self.workers, self.pinned = 0, False
 
     def take(self, rows: Tensor) -> View:
-        """Raises UserError: samples that are read when they are needed are not dealt anew."""
+        """Raises UserError: a subset needs the samples in memory."""
         raise UserError("cross-validation needs data in memory; set data.backed=false")
 
     def join(self, others: Iterable[View]) -> View:
-        """Raises UserError, as `take`."""
+        """Raises UserError, as `take` does."""
         return self.take(torch.empty(0))
 
     def prepare(self, device: torch.device, workers: int, pinned: bool = True) -> "LoaderView":
-        """Read with so many processes, for use on `device`, into memory that a GPU can fetch from
-        (`pinned`); the columns stay on the CPU.
+        """Set the number of worker processes, and whether batches for a GPU are `pinned`.
+
+        The columns stay on the CPU.
         """
         self.workers, self.pinned = workers, pinned and device.type == "cuda"
         return self
 
     def gather(self, order: Iterable[Tensor], start: int = 0) -> Iterator[Batch]:
-        """The batches of `order`, from batch number `start` on; nothing before it is read.
+        """The batches of `order`, from batch number `start` on; earlier ones are not read.
 
         Raises:
             UserError: a sample raised it, or a worker process died.
@@ -66,14 +67,14 @@ class LoaderView(View):
             collate_fn=_as_is,
             num_workers=self.workers,
             pin_memory=self.pinned,
-            worker_init_fn=_leave_signals_to_the_run,
-            # Of its own: the loader draws a seed, and the global generators are not to notice.
+            worker_init_fn=_ignore_interrupt,
+            # The loader draws a seed, which must not advance the global generator.
             generator=torch.Generator(),
         )
         before = signal.getsignal(signal.SIGCHLD)
         batches = iter(loader)
-        # The loader would raise the death of a worker anywhere, even in the middle of a step;
-        # without its handler it is raised here, where the batch is missing.
+        # The loader's signal handler raises the death of a worker anywhere, even in the middle
+        # of a step. Without it, the error is raised here, where the batch is missing.
         if signal.getsignal(signal.SIGCHLD) is not before:
             signal.signal(signal.SIGCHLD, before)
         try:
@@ -95,7 +96,7 @@ class LoaderView(View):
 
 
 class _Batches(Dataset[Any]):
-    """The samples by lists of numbers, as the loader asks for them."""
+    """Reads a list of samples as one batch."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -106,17 +107,16 @@ class _Batches(Dataset[Any]):
                 columns: Batch = together(rows)
                 return columns
             items = [self.samples[row] for row in rows]
-        except (
-            UserError
-        ) as error:  # raised in a worker it would arrive with a traceback as its text
+        except UserError as error:
+            # Returned, because an error raised in a worker arrives with a traceback as its text.
             return error
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
 def _is_death(error: Exception) -> bool:
-    """Whether the loader found a worker gone, or lost it while it handed over a batch.
+    """Whether a worker process died, either between batches or while it sent one.
 
-    What a sample raises in a worker arrives as "Caught … in DataLoader worker process".
+    An error that a sample raises in a worker reads "Caught … in DataLoader worker process".
     """
     if isinstance(error, RuntimeError):
         return "DataLoader worker (pid" in str(error)
@@ -127,6 +127,6 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the run decides when its workers end."""
+def _ignore_interrupt(worker: int) -> None:
+    """Ignore Ctrl-C, which reaches every process of the terminal; the run stops its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

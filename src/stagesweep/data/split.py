@@ -1,4 +1,4 @@
-"""Seeded splits that keep what belongs together on one side."""
+"""Seeded splits that keep groups of samples together."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,11 @@ from stagesweep.base.errors import UserError
 Codes = NDArray[np.int64]
 
 
-def tied(keys: Sequence[Codes], rows: int) -> Codes:
-    """Number the connected components of samples that share a value of any key, (rows,).
+def connected_groups(keys: Sequence[Codes], rows: int) -> Codes:
+    """Number the connected components (rows,) of samples that share a value of any key.
 
-    Each key is (rows,) with codes below 0 for none: such a sample is tied to nobody by that key.
-    Two litters with one mutant gene between them are thus one component.
+    Each key holds codes (rows,); a code below 0 means none and connects to no other sample. Two
+    values of one key that share a value of another key are thus in one component.
     """
     nodes, edges = rows, [np.empty((0, 2), dtype=np.int64)]
     for key in keys:
@@ -30,10 +30,10 @@ def tied(keys: Sequence[Codes], rows: int) -> Codes:
 
 
 def split_groups(groups: Codes, fractions: Mapping[str, float], seed: int) -> dict[str, Codes]:
-    """Deal whole groups into named splits of about the given fractions; rows stay in file order.
+    """Assign whole groups to named splits of about the given fractions; rows keep their order.
 
-    `groups` is (n,), numbered from 0. The groups are laid end to end in a random order, and each
-    goes to the split in which its middle falls. Raises UserError when a split stays empty.
+    `groups` is (n,), numbered from 0. The groups are put in random order, end to end, and each
+    goes to the split that contains its midpoint. Raises UserError when a split is empty.
     """
     _check(fractions)
     sizes = np.bincount(groups)
@@ -54,20 +54,20 @@ def split_groups(groups: Codes, fractions: Mapping[str, float], seed: int) -> di
 
 
 def split_strata(strata: Codes, fractions: Mapping[str, float], seed: int) -> dict[str, Codes]:
-    """Deal the rows of each stratum into named splits of about the given fractions, in file order.
+    """Split the rows of each stratum by about the given fractions; rows keep their order.
 
-    `strata` is (n,), with codes below 0 a stratum of their own. The first split has a row of each.
-    Raises UserError when a split stays empty.
+    `strata` is (n,); codes below 0 are a stratum of their own. The first split has a row of every
+    stratum. Raises UserError when a split is empty.
     """
     _check(fractions)
     order = np.random.default_rng(seed).permutation(len(strata))
     order = order[np.argsort(strata[order], kind="stable")]
     sizes = np.unique(strata, return_counts=True)[1]
-    # The place of each row within its stratum, in 0..1.
-    place = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    # The position of each row within its stratum, in 0..1.
+    position = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
     bounds = np.cumsum(list(fractions.values()))[:-1]
     side = np.empty(len(strata), np.int64)
-    side[order] = np.searchsorted(bounds, place, side="right")
+    side[order] = np.searchsorted(bounds, position, side="right")
     splits = {name: np.flatnonzero(side == number) for number, name in enumerate(fractions)}
     for name, members in splits.items():
         if not len(members):

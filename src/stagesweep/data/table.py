@@ -1,4 +1,4 @@
-"""Read a CSV file, and say plainly what is wrong with it."""
+"""Reads CSV files and reports what is wrong with them."""
 
 import zlib
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if not file.is_file():
         raise UserError(f"no file {file}; give the CSV file to read with data.path=...")
     try:
-        # Everything stays text until a column map says what it is: "001" is a litter, not a number.
+        # Everything is read as text: "001" may be a name. The column map says what is a number.
         table = pd.read_csv(file, dtype=str)
     except pd.errors.EmptyDataError:
         table = pd.DataFrame()
@@ -29,8 +29,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     return table
 
 
-def require(table: pd.DataFrame, columns: Iterable[str], source: str) -> None:
-    """Raise UserError unless every column is there, naming the nearest one that is."""
+def require_columns(table: pd.DataFrame, columns: Iterable[str], source: str) -> None:
+    """Raise UserError for a missing column, naming the nearest one that exists."""
     for column in columns:
         if column not in table:
             nearest = get_close_matches(column, [str(name) for name in table], n=1, cutoff=0)
@@ -38,8 +38,10 @@ def require(table: pd.DataFrame, columns: Iterable[str], source: str) -> None:
             raise UserError(f"no column {column!r} in {source}{hint} (map it in data.columns)")
 
 
-def numbers(table: pd.DataFrame, columns: Iterable[str], source: str) -> NDArray[np.float64]:
-    """Return the columns as numbers, (n, w), NaN where empty; raises UserError at other text."""
+def numeric_columns(
+    table: pd.DataFrame, columns: Iterable[str], source: str
+) -> NDArray[np.float64]:
+    """Return the columns as numbers (n, w), NaN where empty; raises UserError for other text."""
     parsed = {}
     for column in columns:
         parsed[column] = pd.to_numeric(table[column], errors="coerce")

@@ -1,4 +1,4 @@
-"""How far predictions are from what was measured, for what the model says of its own doubt."""
+"""Gaussian likelihood with a predicted variance."""
 
 from torch import Tensor, nn
 
@@ -6,12 +6,11 @@ from stagesweep.base.view import Batch
 
 
 class BetaNLL(nn.Module):
-    """Gaussian negative log-likelihood weighed by variance^beta (Seitzer et al. 2022, eq. 5), a sum
-    over observed values.
+    """Gaussian negative log-likelihood weighted by variance^beta (Seitzer et al. 2022, eq. 5).
 
-    At `beta` 0 it is the likelihood itself, whose gradient neglects what is badly predicted; at 1
-    the mean learns as from a squared error. It reads ``<name>/predicted``, ``<name>/logvar``,
-    ``<name>/target`` and ``<name>/observed`` (B, n).
+    A sum over observed values. `beta` 0 is the plain likelihood, whose gradient is small where the
+    predicted variance is large; at 1 the mean has the gradient of the squared error. Reads
+    ``<name>/predicted``, ``<name>/logvar``, ``<name>/target`` and ``<name>/observed``, (B, n) each.
     """
 
     def __init__(self, name: str, beta: float = 0.5) -> None:

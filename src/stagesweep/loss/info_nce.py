@@ -1,18 +1,18 @@
-"""Samples of one group are drawn together, those of other groups apart."""
+"""InfoNCE between groups of samples."""
 
 import torch
 from torch import Tensor, nn
 
 from stagesweep.base.view import Batch
-from stagesweep.loss.pairs import same_label
+from stagesweep.loss.positive_pairs import positive_pairs
 
 
 class InfoNCE(nn.Module):
     """InfoNCE (van den Oord et al. 2018) of `projection` (B, d), which has length one.
 
-    The positives of a sample are the others with its value of the column `group` (pseudobulks of
-    one patient), its negatives the samples of other groups alone: what is of one group is never
-    pushed apart. A mean over positives, summed over the samples that have one.
+    The positives of a sample are the other samples with its value of the column `group`. Its
+    negatives are the samples of other groups only. A mean over positives, a sum over the samples
+    that have one.
     """
 
     whole_batch = ("projection",)
@@ -24,7 +24,7 @@ class InfoNCE(nn.Module):
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum over samples with a positive, and their number."""
         points = outputs["projection"].float()
-        together = same_label(batch, "info_nce", self.group)
+        together = positive_pairs(batch, "info_nce", self.group)
         itself = torch.eye(len(points), dtype=torch.bool, device=points.device)
         positives = together & ~itself
         with torch.autocast(points.device.type, enabled=False):

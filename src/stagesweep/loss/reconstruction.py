@@ -1,4 +1,4 @@
-"""How well the decoder gives back what was observed."""
+"""Reconstruction error of the decoder."""
 
 from collections.abc import Mapping
 
@@ -11,17 +11,17 @@ from stagesweep.base.view import Batch
 
 
 def standardised(native: Tensor, batch: Batch, name: str) -> Tensor:
-    """Bring decoded values (B, w) from native units to those of the model's input, in fp32."""
+    """Convert decoded values (B, w) from native units to those of the model's input, in fp32."""
     shift, scale = batch.get(f"{name}/shift"), batch.get(f"{name}/scale")
     value = native.float()
     return value if shift is None or scale is None else (value - shift) / scale
 
 
 class Reconstruction(nn.Module):
-    """Squared error of standardised features and cross-entropy of categories, summed over what
-    was observed of a sample; a sum over samples.
+    """Squared error of standardised features plus cross-entropy of categories.
 
-    `weights` says how much a feature or category counts; those it does not name count 1.
+    A sum over the observed values of a sample and over samples. `weights` are factors by feature
+    or category; the default is 1.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
@@ -29,7 +29,7 @@ class Reconstruction(nn.Module):
         self.weights = dict(weights or {})
 
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Add up the error of every column that the model decodes."""
+        """Sum over samples of the error of every decoded column, and the number of samples."""
         decoded = [name for name in outputs if name in batch]
         if unknown := sorted(self.weights.keys() - set(decoded)):
             raise UserError(
@@ -43,7 +43,7 @@ class Reconstruction(nn.Module):
 
     def _error(self, output: Tensor, batch: Batch, name: str) -> Tensor:
         target = batch[name]
-        if not target.is_floating_point():  # a category, of which 0 is unknown
+        if not target.is_floating_point():  # a category, where 0 means unknown
             return cross_entropy(output.float(), target, ignore_index=0, reduction="sum")
         error = (standardised(output, batch, name) - target).square()
         mask = batch.get(f"{name}/mask")

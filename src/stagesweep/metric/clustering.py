@@ -1,20 +1,18 @@
-"""How good a clustering is: against labels, by its own geometry, and between repeats.
+"""Scores of a clustering: against labels (external), by geometry (internal), between repeats.
 
-Labels and clusters are integer arrays (n,); a label below 0 means none, and that sample is left
-out. Whatever is undefined (no label, one cluster) is NaN, never 0.
+Labels and clusters are integer arrays (n,); samples with a label below 0 are left out. Undefined
+scores (no label, one cluster) are NaN, never 0.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import nan
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import (
     adjusted_rand_score,
     calinski_harabasz_score,
@@ -23,15 +21,21 @@ from sklearn.metrics import (
     silhouette_score,
 )
 from sklearn.metrics.cluster import contingency_matrix
+from threadpoolctl import threadpool_limits
+
+from stagesweep.metric.k_means import k_means
 
 Labels = NDArray[np.integer]
 Points = NDArray[np.floating]
+Arrays = Mapping[str, NDArray[Any]]
+# Of more samples, k-means is fitted to a random sample of this many.
+ROWS = 5000
 
 
 def accuracy(labels: Labels, clusters: Labels) -> float:
-    """Share of samples right under the best one-to-one match of clusters to labels.
+    """Accuracy under the best one-to-one match of clusters to labels.
 
-    The match is the Hungarian assignment (Kuhn 1955); Xie et al. 2016, eq. 10.
+    Found by the Hungarian method (Kuhn 1955); Xie et al. 2016, eq. 10.
     """
     table = _contingency(labels, clusters)
     rows, columns = linear_sum_assignment(table, maximize=True)
@@ -39,7 +43,7 @@ def accuracy(labels: Labels, clusters: Labels) -> float:
 
 
 def purity(labels: Labels, clusters: Labels) -> float:
-    """Share of samples that carry the commonest label of their cluster."""
+    """Share of samples that have the most frequent label of their cluster."""
     table = _contingency(labels, clusters)
     return _share(table.max(axis=0, initial=0).sum(), table)
 
@@ -59,7 +63,7 @@ def ari(labels: Labels, clusters: Labels) -> float:
 
 
 def external(labels: Labels, clusters: Labels) -> dict[str, float]:
-    """Every score against labels: acc, nmi, ari, purity."""
+    """All scores against labels: acc, nmi, ari, purity."""
     return {
         "acc": accuracy(labels, clusters),
         "nmi": nmi(labels, clusters),
@@ -71,7 +75,7 @@ def external(labels: Labels, clusters: Labels) -> dict[str, float]:
 def silhouette(points: Points, clusters: Labels, *, sample: int = 5000, seed: int = 0) -> float:
     """Mean silhouette (Rousseeuw 1987) of points (n, d), in [-1, 1].
 
-    It needs all pairwise distances, so above `sample` points a seeded sample stands for all.
+    Needs all pairwise distances, so with more than `sample` points a seeded sample is scored.
     """
     rows = np.arange(len(points))
     if len(rows) > sample:
@@ -82,17 +86,17 @@ def silhouette(points: Points, clusters: Labels, *, sample: int = 5000, seed: in
 
 
 def davies_bouldin(points: Points, clusters: Labels) -> float:
-    """Davies-Bouldin index of points (n, d): mean overlap of neighbouring clusters, low is good."""
+    """Davies-Bouldin index of points (n, d): mean overlap of close clusters, lower is better."""
     return float(davies_bouldin_score(points, clusters)) if _partitioned(clusters) else nan
 
 
 def calinski_harabasz(points: Points, clusters: Labels) -> float:
-    """Calinski-Harabasz index of points (n, d): between over within variance, high is good."""
+    """Calinski-Harabasz index of points (n, d): between/within variance, higher is better."""
     return float(calinski_harabasz_score(points, clusters)) if _partitioned(clusters) else nan
 
 
 def internal(points: Points, clusters: Labels) -> dict[str, float]:
-    """Every score that needs no label: silhouette, davies_bouldin, calinski_harabasz."""
+    """All scores without labels: silhouette, davies_bouldin, calinski_harabasz."""
     return {
         "silhouette": silhouette(points, clusters),
         "davies_bouldin": davies_bouldin(points, clusters),
@@ -107,16 +111,16 @@ def stability(repeats: Sequence[Labels]) -> list[float]:
 
 @dataclass
 class ClusterScores:
-    """Scores of the model's clustering, for the metrics of a fit.
+    """Internal scores of the model's clustering, and external ones with a `label` column.
 
-    Reads `assignment` (n, k) and `latent` (n, d); with a `label` column, the scores against it too.
+    Reads `assignment` (n, k) and `latent` (n, d).
     """
 
     label: str | None = None
     latent: str = "mean"
 
     def __call__(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, float]:
-        """Return silhouette, davies_bouldin, calinski_harabasz, clusters (how many are in use)."""
+        """Return silhouette, davies_bouldin, calinski_harabasz, clusters (the number in use)."""
         clusters = np.asarray(arrays["assignment"]).argmax(axis=1)
         scores = internal(np.asarray(arrays[self.latent]), clusters)
         scores["clusters"] = float(len(np.unique(clusters)))
@@ -125,8 +129,54 @@ class ClusterScores:
         return scores
 
 
+@dataclass
+class ExternalClusterScores:
+    """Scores of the clusters with the largest `assignment` (n, k) against a label.
+
+    For labels that the model was not trained on.
+    """
+
+    label: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Arrays that the metric reads."""
+        return ("assignment", self.label)
+
+    def __call__(self, arrays: Arrays) -> dict[str, float]:
+        """Return cluster_acc, cluster_nmi, cluster_ari and cluster_purity."""
+        if "assignment" not in arrays:
+            return dict.fromkeys((f"cluster_{n}" for n in ("acc", "nmi", "ari", "purity")), nan)
+        scores = external(arrays[self.label], arrays["assignment"].argmax(1))
+        return {f"cluster_{name}": score for name, score in scores.items()}
+
+
+@dataclass
+class LatentKMeans:
+    """Scores of k-means on `mean` (n, d) against a label, with one cluster per label value."""
+
+    label: str
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Arrays that the metric reads."""
+        return ("mean", self.label)
+
+    def __call__(self, arrays: Arrays) -> dict[str, float]:
+        """Return ari and nmi."""
+        rows = np.flatnonzero(arrays[self.label] >= 0)
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:ROWS])
+        labels = arrays[self.label][rows]
+        kinds = len(np.unique(labels))
+        if "mean" not in arrays or kinds < 2:
+            return dict.fromkeys(("ari", "nmi"), nan)
+        with threadpool_limits(limits=1):
+            clusters = k_means(arrays["mean"][rows], kinds, 0).labels_
+        return {"ari": ari(labels, clusters), "nmi": nmi(labels, clusters)}
+
+
 def _contingency(labels: Labels, clusters: Labels) -> NDArray[np.int64]:
-    """Counts (labels, clusters) over the samples that have a label."""
+    """Counts (labels, clusters) over the labelled samples."""
     known = labels >= 0
     table: NDArray[np.int64] = contingency_matrix(labels[known], clusters[known])
     return table
@@ -139,12 +189,3 @@ def _share(count: int, table: NDArray[np.int64]) -> float:
 def _partitioned(clusters: Labels) -> bool:
     """Whether the geometric scores are defined: at least two clusters, and not all singletons."""
     return 2 <= len(np.unique(clusters)) < len(clusters)
-
-
-def k_means(points: Points, k: int, seed: int, n_init: int = 10, max_iter: int = 300) -> KMeans:
-    """Best of `n_init` k-means fits to points (n, d)."""
-    with warnings.catch_warnings():
-        # Fewer distinct points than clusters: some clusters stay empty, and the scores show it.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fit = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed % 2**32)
-        return fit.fit(points.astype(np.float64))

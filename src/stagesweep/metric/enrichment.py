@@ -1,4 +1,4 @@
-"""Which labels (genes) are found in a cluster more often than chance would put them there."""
+"""Enrichment: labels that are more frequent in a cluster than expected by chance."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,12 @@ def enrichment(
     *,
     smallest: int = 2,
 ) -> pd.DataFrame:
-    """Test every label that has at least `smallest` samples in every cluster.
+    """Test each label with at least `smallest` samples in each cluster.
 
-    `clusters` and `labels` are (n,); labels index `names`, and below 0 mean none. Such samples
-    (controls) stay in the background: they are draws that do not carry the label. p is the
-    hypergeometric probability of as many or more; q is p after Benjamini & Hochberg 1995, over
-    all pairs tested. Returns cluster, label, observed, expected, fold, p, q, most certain first.
+    `clusters` and `labels` are (n,); labels index `names`. Samples with a label below 0 have none
+    and stay in the background. p is the hypergeometric probability of the observed count or more;
+    q is p after Benjamini & Hochberg 1995, over all pairs tested. Returns cluster, label, observed,
+    expected, fold, p, q, sorted by q.
     """
     sizes = np.bincount(clusters)
     counts = np.zeros((len(sizes), len(names)), dtype=np.int64)

@@ -1,15 +1,15 @@
-"""A figure from several seeds: its mean and how sure it is."""
+"""Mean and confidence interval of a score over several seeds or folds."""
 
 from collections.abc import Sequence
 from math import nan
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit  # scipy.stats has the same, and takes a second to import
+from scipy.special import stdtrit  # scipy.stats has it too, but takes a second to import
 
 
 class Interval(NamedTuple):
-    """A mean and the interval around it; `low` and `high` are NaN for fewer than two values."""
+    """A mean and its interval; `low` and `high` are NaN for fewer than two values."""
 
     mean: float
     low: float

@@ -1,4 +1,4 @@
-"""What a latent space holds: how many of its dimensions are in use."""
+"""Scores of a latent space: the number of active units."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How far a reconstruction is from what was measured, feature by feature."""
+"""Reconstruction error of each feature."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ def reconstruction_error(
     mask: NDArray[np.bool_] | None,
     names: Sequence[str],
 ) -> pd.DataFrame:
-    """Errors of each feature over its observed values, in the unit of the arrays (dB: thresholds).
+    """Errors of each feature over its observed values, in the unit of the arrays.
 
-    `predicted`, `measured` and `mask` (True = observed; None: all) are (n, w), `names` has w.
-    Returns one row a feature: feature, n, mae, rmse, bias; NaN where nothing was observed.
+    `predicted`, `measured` and `mask` (True = observed; None: all) are (n, w), `names` has length
+    w. Returns a row per feature: feature, n, mae, rmse, bias; NaN where nothing was observed.
     """
     error = predicted.astype(np.float64) - measured
     if mask is not None:

@@ -24,7 +24,7 @@ from stagesweep.core.metric_log import MetricLog, Unwritten
 from stagesweep.core.predict import predict
 from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.core.tensorboard import Board, read_rows
-from stagesweep.data.derived import Made, restored
+from stagesweep.data.derived import DerivedData
 from stagesweep.hardware.profile import resolve
 from stagesweep.hardware.profiler import tracing
 from stagesweep.parallel.process_group import team
@@ -65,7 +65,7 @@ class Context:
         # None: the whole model, the data of the run.
         self.part: str | None = None
         self.data_name: str | None = None
-        self._derived: Made | None = None
+        self._derived: DerivedData | None = None
         # Speed of the current stage's fit, and each out-of-memory.
         self.measured: dict[str, Any] = {"speed": {}, "oom": []}
         # The current stage in the store, and the newest weights of an earlier stage.
@@ -126,7 +126,9 @@ class Context:
             return self._run_data
         if self._derived is None:
             name = self.data_name
-            self._derived = restored(self.load(f"{name}.npz"), self.load(f"{name}.json"))
+            self._derived = DerivedData.from_arrays(
+                self.load(f"{name}.npz"), self.load(f"{name}.json")
+            )
         return self._derived
 
     @data.setter
@@ -252,10 +254,10 @@ class Context:
             state = {**others, **{f"{self.part}.{key}": value for key, value in state.items()}}
         checkpoint.save(self._entry.path / "weights.pt", {"model": state})
 
-    def save_data(self, name: str, data: Made) -> None:
+    def save_data(self, name: str, data: DerivedData) -> None:
         """Save data for later stages, which use it by ``view: <name>``."""
         self.save(f"{name}.npz", data.arrays())
-        self.save(f"{name}.json", data.about())
+        self.save(f"{name}.json", data.metadata())
 
     def forget_checkpoints(self) -> None:
         """Delete the checkpoints of this stage, which a finished stage does not need."""

@@ -1,4 +1,4 @@
-"""The stage that trains and scores anew for each fold."""
+"""The stage that trains and scores a model on each fold of a cross-validation."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,20 +29,20 @@ Codes = NDArray[np.int64]
 class CrossValidate(schema.CrossValidate):
     """Train a new model for each fold of the pooled `splits` and score it on that fold.
 
-    All samples of a `group` are in one fold, and folds have about equal shares of `stratify`
-    (scikit-learn's StratifiedGroupKFold). The rest is divided in the same way once more: what
-    chooses the epoch is never what is reported. A model that learns scales or chooses genes
-    (``look_at``) sees only what it is fitted to; what the data set itself has learnt from its own
-    training split stays as it is. Baselines see all but the fold. Where only one group is left to
-    learn from, its samples are divided.
+    All samples of a `group` are in one fold, and `stratify` has about the same distribution in each
+    fold (scikit-learn's StratifiedGroupKFold). The rest is split again in the same way into
+    training and validation samples, so the epoch is never chosen on the fold that is reported. A
+    model that fits preprocessing (``look_at``) sees its training samples only. Preprocessing that
+    the data set fitted to its own training split is not repeated. Baselines are fitted to all
+    samples outside the fold. If only one group remains outside it, its samples are split.
 
-    Leaves ``folds.csv`` (a row for each method and fold), ``cross_validation.csv`` (mean and 95 %
+    Saves ``folds.csv`` (a row for each method and fold), ``cross_validation.csv`` (mean and 95 %
     interval over folds) and ``out_of_fold.npz``: the `fold` and `row` of each sample in the pooled
-    data, and ``<method>/<array>`` for what the metrics read.
+    data, and ``<method>/<array>`` for each array that the metrics read.
     """
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return ``<score>`` of the model, its ``_low`` and ``_high``, and ``<method>_<score>``."""
+        """Return ``<score>`` of the model with ``_low`` and ``_high``, and ``<method>_<score>``."""
         if self.fit is None:
             raise UserError(f"stage.{run.stage}.fit is not set: say how a model is trained")
         run.select(self.fit.part, self.fit.view)
@@ -50,7 +50,7 @@ class CrossValidate(schema.CrossValidate):
         pool = first.join(others)
         rows: list[dict[str, Any]] = []
         found: list[Arrays] = []
-        for number, (rest, fold) in enumerate(self.deal(run, pool, self.folds, self.group), 1):
+        for number, (rest, fold) in enumerate(self.split(run, pool, self.folds, self.group), 1):
             methods = self.methods(run, pool, rest, fold, f"fold_{number}")
             for method, arrays in methods.items():
                 scores = self.scores(arrays)
@@ -67,11 +67,12 @@ class CrossValidate(schema.CrossValidate):
         run.save("cross_validation.csv", means)
         return summary(means)
 
-    def deal(
+    def split(
         self, run: "Context", pool: View, parts: int, by: str | None
     ) -> Iterator[tuple[Codes, Codes]]:
-        """The rows that are not in a part, and those that are, for each of so many parts, in which
-        samples with one value of column `by` are together.
+        """Yield the rows outside and inside each of `parts` parts of the pool.
+
+        Samples with the same value of column `by` are in the same part.
         """
         n = len(pool)
         group = np.arange(n) if by is None else self.column(run, pool, by)
@@ -83,12 +84,12 @@ class CrossValidate(schema.CrossValidate):
                 f"stage.{run.stage}: {groups} groups ({by or 'samples'}) make no {parts} parts; "
                 f"set stage.{run.stage}.folds to fewer"
             )
-        dealt = StratifiedGroupKFold(parts, shuffle=True, random_state=run.seed % 2**32)
+        splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=run.seed % 2**32)
         with warnings.catch_warnings():
-            # Of a class with fewer groups than there are parts some parts have none.
+            # A class with fewer groups than parts is missing in some parts.
             warnings.simplefilter("ignore", UserWarning)
             try:
-                yield from dealt.split(np.zeros(n), strata, group)
+                yield from splitter.split(np.zeros(n), strata, group)
             except ValueError:
                 raise UserError(
                     f"stage.{run.stage}: every {self.stratify} has fewer than {parts} samples; set "
@@ -96,7 +97,7 @@ class CrossValidate(schema.CrossValidate):
                 ) from None
 
     def column(self, run: "Context", pool: View, name: str) -> Codes:
-        """Codes (n,) of a column that the config names."""
+        """Codes (n,) of a column; UserError when the data has no such column."""
         if name not in pool:
             raise UserError(
                 f"stage.{run.stage}: the data has no column '{name}'; there are "
@@ -108,11 +109,11 @@ class CrossValidate(schema.CrossValidate):
     def methods(
         self, run: "Context", pool: View, rest: Codes, fold: Codes, name: str
     ) -> dict[str, Arrays]:
-        """What the model and each baseline say of a fold, and the columns to compare with."""
+        """Predictions of the model and of each baseline for a fold, with the true columns."""
         assert self.fit is not None
         held_out = pool.take(torch.from_numpy(fold))
         outer = pool.take(torch.from_numpy(rest))
-        train, val = self.within(run, outer)
+        train, val = self.inner_split(run, outer)
         views = {"train": outer.take(torch.from_numpy(train))}
         views["val"] = outer.take(torch.from_numpy(val))
         model = run.build_model()
@@ -121,28 +122,28 @@ class CrossValidate(schema.CrossValidate):
         if names is None:
             raise UserError(f"stage.{run.stage}: a metric does not say which arrays it `reads`")
         names |= {each for each in (self.vote, self.group) if each is not None}
-        seen = predict(model, run.prepared(held_out), names, run.profile, oom=run.measured["oom"])
-        found = {"model": {key: value.numpy() for key, value in seen.items()}}
+        predicted = predict(
+            model, run.prepared(held_out), names, run.profile, oom=run.measured["oom"]
+        )
+        found = {"model": {key: value.numpy() for key, value in predicted.items()}}
         columns, given = arrays_of(outer), arrays_of(held_out)
-        # A column that is asked for by `input/` as well is one that methods predict.
+        # Methods predict the columns that are also read as `input/<name>`.
         true = {n: given.get(n.removeprefix("input/")) for n in names if f"input/{n}" not in names}
         known = {name: array for name, array in true.items() if array is not None}
         for method, fit in self.baselines.items():
-            told = {key: array for key, array in fit(columns, given).items() if key in names}
-            found[method] = known | told
+            own = {key: array for key, array in fit(columns, given).items() if key in names}
+            found[method] = known | own
         return found
 
-    def within(self, run: "Context", outer: View) -> tuple[Codes, Codes]:
-        """The rows that a model is fitted to, and those that steer the fit; by group as long as
-        there are two groups.
-        """
+    def inner_split(self, run: "Context", outer: View) -> tuple[Codes, Codes]:
+        """Training and validation rows of a model, split by group if there are two or more."""
         groups = len(outer if self.group is None else outer[self.group].unique())
         if groups < 2:
-            return next(self.deal(run, outer, self.inner, None))
-        return next(self.deal(run, outer, min(self.inner, groups), self.group))
+            return next(self.split(run, outer, self.inner, None))
+        return next(self.split(run, outer, min(self.inner, groups), self.group))
 
     def scores(self, arrays: Mapping[str, Array]) -> dict[str, float]:
-        """The scores of a fold, and as ``voted_<score>`` those of the votes."""
+        """Scores of a fold, and ``voted_<score>`` of the predictions averaged by `vote`."""
         found = {k: v for metric in self.metrics.values() for k, v in metric(arrays).items()}
         if self.vote is not None:
             means = vote(arrays, self.vote)
@@ -151,17 +152,17 @@ class CrossValidate(schema.CrossValidate):
         return found
 
     def metric_names(self) -> set[str] | None:
-        """Metrics this stage gives: not known before, for they are those of its metrics."""
+        """None: the names depend on `metrics`."""
         return None
 
 
 def arrays_of(view: View) -> Arrays:
-    """The columns of a view in memory."""
+    """Columns of a view, as arrays."""
     return {name: column.cpu().numpy() for name, column in view.columns.items()}
 
 
 def vote(arrays: Mapping[str, Array], column: str) -> Arrays:
-    """The mean of what is said of the samples with one value of a column; of codes, the first."""
+    """Average the arrays over samples with the same value of a column; codes: take the first."""
     first, group = np.unique(arrays[column], return_index=True, return_inverse=True)[1:]
     number = np.bincount(group).astype(float)
 
@@ -189,7 +190,7 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(means: pd.DataFrame) -> dict[str, float]:
-    """The means by method and score, and the interval of the model's."""
+    """Means by method and score, with the interval for the model."""
     found: dict[str, float] = {}
     for row in means.to_dict("records"):
         if row["method"] != "model":

@@ -1,4 +1,4 @@
-"""The stage that trains."""
+"""The stage that trains a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Fit(schema.Fit):
-    """Train the run's model by gradient descent and leave its weights."""
+    """Train the run's model by gradient descent and save its weights."""
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Returns ``train_<term>``, ``val_<term>`` … of the epoch whose weights it leaves, and how
-        many ``epochs`` it trained.
+        """Return ``train_<term>``, ``val_<term>`` … of the epoch whose weights are saved, and the
+        number of ``epochs`` trained.
         """
         metrics = run.fit(run.model, self, run.stage)
         run.save_weights()
         return metrics
 
     def metric_names(self, terms: Mapping[str, Any]) -> set[str] | None:
-        """Metrics known before training; None when custom metrics or terms may add to them.
+        """Names of the metrics; None when custom metrics or terms may add to them.
 
         `terms` are the loss terms, or their classes.
         """

@@ -1,4 +1,4 @@
-"""Linear baselines that are fitted to each fold of a cross-validation."""
+"""Linear baselines for the folds of a cross-validation."""
 
 import warnings
 from collections.abc import Mapping
@@ -19,26 +19,26 @@ Columns = Mapping[str, Array]
 
 @dataclass
 class Ridge:
-    """Ridge regression of the column `target` (n, k), a composition, on z-scores of `column`.
+    """Ridge regression of the proportions in column `target` (n, k) on z-scores of `column`.
 
-    The penalty is chosen by leave-one-out error. What is told is cut off at 0 and adds up to 1.
+    The penalty is chosen by leave-one-out error. Predictions are clipped at 0 and normalised to 1.
     """
 
     column: str
     target: str
 
     def __call__(self, train: Columns, test: Columns) -> dict[str, Array]:
-        """Return what is told of the test samples, under the name of the target."""
+        """Return the predictions (n, k) for the test samples, named as the target."""
         with threadpool_limits(limits=1):
             model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 6, 17)))
             model.fit(train[self.column], train[self.target])
-            told = np.maximum(model.predict(test[self.column]), 0)
-        return {self.target: told / np.maximum(told.sum(1, keepdims=True), 1e-12)}
+            predicted = np.maximum(model.predict(test[self.column]), 0)
+        return {self.target: predicted / np.maximum(predicted.sum(1, keepdims=True), 1e-12)}
 
 
 @dataclass
 class Logistic:
-    """Logistic regression of `label` on z-scores of `column`; values of a row may have any shape.
+    """Logistic regression of `label` on z-scores of `column`, whose rows may have any shape.
 
     `penalty` is the inverse of scikit-learn's C.
     """

@@ -1,4 +1,4 @@
-"""The stage that scores a model and baselines in one table, by metrics that a config names."""
+"""The stage that scores a model and baselines by the metrics of its config."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,11 +23,13 @@ SPLITS = ("train", "val", "test")
 class Score:
     """Score probabilities (`assignment`) and latent means (`mean`) of every split.
 
-    `metrics` are called with the arrays of a method: the model's outputs, or those that a stage
-    before left in `baselines`, a file of ``<method>/<array>/<split>``; what a method does not give
-    is NaN. Leaves ``comparison.csv`` (a row for each method and split), ``embeddings.npz``
-    (``<split>/mean``) and ``predictions.csv`` (of each sample its label, what it was told to be,
-    and how surely); of a `view`, with its name before theirs.
+    `metrics` are called with the arrays of a method: the outputs of the model, or the arrays
+    ``<method>/<array>/<split>`` in the file `baselines` of an earlier stage. Scores that need an
+    array that a method does not give are NaN.
+
+    Saves ``comparison.csv`` (a row for each method and split), ``embeddings.npz``
+    (``<split>/mean``) and ``predictions.csv`` (label, prediction and confidence of each sample).
+    With a `view`, the file names begin with its name.
     """
 
     label: str
@@ -37,7 +39,7 @@ class Score:
     view: str | None = None
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return ``<split>_<score>`` of the model, ``<split>_<method>_<score>`` of the others."""
+        """Return ``<split>_<score>`` of the model and ``<split>_<method>_<score>`` of baselines."""
         if self.label not in run.data.spec.labels:
             raise UserError(
                 f"stage.{run.stage}.label={self.label}, but the data has no such label; choose "
@@ -45,7 +47,7 @@ class Score:
             )
         names = {"assignment", "mean", self.label} | (read_by(self.metrics.values()) or set())
         parts = {s: run.predict(s, names) for s in SPLITS}
-        methods = {"model": parts} | self.others(run, parts)
+        methods = {"model": parts} | self.baseline_arrays(run, parts)
         rows = []
         for method, splits in methods.items():
             for split, arrays in splits.items():
@@ -55,18 +57,20 @@ class Score:
                     {"method": method, "split": split, "n": len(arrays[self.label])} | merged
                 )
         table = pd.DataFrame(rows)
-        # Those of the cells stay beside those of data that a stage has made of them.
+        # Scores of the run's data and of a view are in separate files.
         prefix = "" if self.view is None else f"{self.view}_"
         run.save(f"{prefix}comparison.csv", table)
         run.save(
             f"{prefix}embeddings.npz", {f"{s}/mean": part["mean"] for s, part in parts.items()}
         )
-        told = [self.predictions(run, split, part) for split, part in parts.items()]
-        run.save(f"{prefix}predictions.csv", pd.concat(told, ignore_index=True))
+        predictions = [self.predictions(run, split, part) for split, part in parts.items()]
+        run.save(f"{prefix}predictions.csv", pd.concat(predictions, ignore_index=True))
         return summary(table)
 
-    def others(self, run: "Context", parts: Mapping[str, Arrays]) -> dict[str, dict[str, Arrays]]:
-        """The arrays of each baseline by split, the label among them."""
+    def baseline_arrays(
+        self, run: "Context", parts: Mapping[str, Arrays]
+    ) -> dict[str, dict[str, Arrays]]:
+        """Arrays of each baseline by split, including the label."""
         found: dict[str, dict[str, Arrays]] = {}
         if self.baselines is not None and run.has(self.baselines):
             for key, array in run.load(self.baselines).items():
@@ -76,8 +80,8 @@ class Score:
         return found
 
     def predictions(self, run: "Context", split: str, part: Arrays) -> pd.DataFrame:
-        """What each sample of a split was told to be."""
-        # The last name is what a code of -1 finds.
+        """Label, prediction and confidence of each sample of a split."""
+        # Index -1, the code of an unknown label, finds the last name: None.
         names = np.array([*label_names(run.data, self.label), None], dtype=object)
         return pd.DataFrame(
             {
@@ -91,7 +95,7 @@ class Score:
 
 
 def summary(table: pd.DataFrame) -> dict[str, float]:
-    """The scores of a table that are numbers, by split, method and name."""
+    """Scores of a table that are not NaN, by split, method and name."""
     scores: dict[str, float] = {}
     for row in table.to_dict("records"):
         prefix = row["split"] if row["method"] == "model" else f"{row['split']}_{row['method']}"

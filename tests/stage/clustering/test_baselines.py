@@ -10,13 +10,13 @@ from stagesweep.base.errors import UserError
 from stagesweep.config import schema
 from stagesweep.metric.clustering import ari, nmi
 from stagesweep.stage.clustering import baselines
-from stagesweep.stage.clustering.baselines import FITS, Baselines, Plain, gmm, kmeans, spectral
+from stagesweep.stage.clustering.baselines import FITS, Baselines, NoiseFree, gmm, kmeans, spectral
 
 FIT = schema.Fit(epochs=2, batch_size=64, loss={"reconstruction": schema.Weight()})
 
 
 class Encoder(nn.Module):
-    """A latent of its own, noise as a variational autoencoder has it."""
+    """A model with the noise of a variational autoencoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def test_the_autoencoder_is_trained_anew_and_the_model_stays(run: Any) -> None:
     metrics = Baselines(column="points", methods=["autoencoder"], autoencoder=FIT)(run)
     assert metrics["autoencoder_loss"] > 0
     assert (run.model.clusters.centres == before).all()
-    assert not hasattr(Plain(Encoder()), "sample_noise")
+    assert not hasattr(NoiseFree(Encoder()), "sample_noise")
 
 
 def test_k_may_be_set(run: Any) -> None:
@@ -65,15 +65,15 @@ def test_k_may_be_set(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"methods": ["dbscan"]}, "stage.it.methods names 'dbscan'; choose from kmeans, gmm"),
         ({"methods": ["autoencoder"]}, "names 'autoencoder', which needs stage.it.autoencoder"),
         ({"methods": ["kmeans"], "k": 121}, "it: 121 clusters, but only 120 training samples"),
     ],
 )
-def test_what_cannot_work_is_an_error(run: Any, settings: Any, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_settings_are_errors(run: Any, settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Baselines(column="points", **settings)(run)
 
 
@@ -95,7 +95,7 @@ def test_spectral_clustering_follows_curves_that_k_means_cuts() -> None:
 
 
 def test_a_mixture_of_gaussians_sees_principal_components_of_wide_data() -> None:
-    """Of 64 pixels as many features as samples a cluster: in full, covariances would not fit."""
+    """With 64 pixels, a full covariance per cluster has more parameters than samples."""
     pixels, digits = load_digits(return_X_y=True)
     clusters = gmm(pixels[:600].astype(np.float32), 10, 0)(pixels)
     assert clusters.shape == (1797,)

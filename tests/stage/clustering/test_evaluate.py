@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from stagesweep.base.errors import UserError
-from stagesweep.data.labels import label_names
 from stagesweep.metric.clustering import ari, davies_bouldin, silhouette
 from stagesweep.stage.clustering.baselines import Baselines
 from stagesweep.stage.clustering.evaluate import Evaluate, agreement, dimensions
@@ -139,15 +138,15 @@ def test_one_cluster_is_a_failed_run(make_run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"column": "pixels"}, "stage.it.column=pixels, .* choose from: points"),
         ({"column": "points", "label": "gene"}, "stage.it.label=gene, .* choose from: blob, site"),
         ({"column": "points", "leakage": "x"}, "stage.it.leakage=x, but the data has no such"),
     ],
 )
-def test_unknown_columns_are_errors(make_run: Any, settings: Any, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_unknown_columns_are_errors(make_run: Any, settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Evaluate(**settings)(make_run())
 
 
@@ -174,7 +173,3 @@ def test_effective_dimensions_see_units_that_vary_together(
     assert metrics["active_units"] == 4
     assert metrics["latent_dimensions"] == pytest.approx(1, abs=1e-3)
     assert "it: the latent means lie close to a line (1.00 effective dimensions)" in caplog.text
-
-
-def test_labels_without_names_go_by_their_codes(make_run: Any) -> None:
-    assert label_names(make_run().data, "site") == ["0", "1", "2"]

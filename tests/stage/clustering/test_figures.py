@@ -8,27 +8,23 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from stagesweep.base.spec import Features
-from stagesweep.run.result import StageResult
+from stagesweep.run.runner import StageResult
 from stagesweep.stage.clustering.baselines import Baselines
 from stagesweep.stage.clustering.choose_clusters import ChooseClusters
 from stagesweep.stage.clustering.evaluate import Evaluate
 from stagesweep.stage.clustering.figures import (
     Figures,
-    cluster_profiles,
     comparison,
     confusion,
     embedding,
     enrichment,
     few_valued,
     k_selection,
-    training,
-    weighted_mean,
 )
 
 
 def picture(figure: Figure) -> None:
-    """Draw it, so that what only fails in drawing fails here."""
+    """Draw it, so that errors at draw time fail the test."""
     figure.canvas.draw()
 
 
@@ -44,16 +40,7 @@ def history(epochs: int = 5) -> pd.DataFrame:
     )
 
 
-def profile_table(names: tuple[str, ...], clusters: int = 3) -> pd.DataFrame:
-    rows = [
-        {"cluster": c, "feature": name, "count": 10 * (c + 1), "mean": 10.0 * c, "std": 5.0}
-        for c in range(clusters)
-        for name in names
-    ]
-    return pd.DataFrame(rows)
-
-
-def test_everything_there_is_gets_drawn(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_figure_with_data_is_drawn(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(names=("6kHz", "12kHz", "18kHz", "click"), low=0.0, high=100.0, ordered=True)
     ChooseClusters(k_range=(3, 5), resamples=3)(run)
     Baselines(column="points", methods=["kmeans"])(run)
@@ -73,13 +60,13 @@ def test_everything_there_is_gets_drawn(make_run: Any, monkeypatch: pytest.Monke
         assert pixels.std() > 0.05, path
 
 
-def test_what_is_not_there_is_left_out(make_run: Any) -> None:
+def test_figures_without_data_are_left_out(make_run: Any) -> None:
     run = make_run()
     assert Figures(umap=False)(run) == {"figures": 0}
 
 
 class FakeUMAP:
-    """UMAP itself takes half a minute to compile."""
+    """Stands in for UMAP, which takes half a minute to compile."""
 
     def __init__(self, n_neighbors: int, random_state: int, **settings: Any) -> None:
         assert 0 <= random_state < 2**32
@@ -110,55 +97,6 @@ def test_a_map_of_many_points_is_of_a_sample() -> None:
     figure = embedding(np.random.default_rng(0).normal(size=(4000, 3)), samples, seed=None)
     assert "n = 3,000 of 4,000" in texts(figure)
     assert len(figure.axes) == 1
-
-
-def test_audiograms_are_drawn_with_soft_sounds_on_top() -> None:
-    names = ("6kHz", "12kHz", "18kHz", "click")
-    features = Features(names, low=0.0, high=100.0, ordered=True, unit="dB SPL")
-    figure = cluster_profiles(profile_table(names), "thresholds", features)
-    picture(figure)
-    ax = figure.axes[0]
-    assert ax.get_ylim() == (100, 0)
-    assert ax.get_ylabel() == "thresholds (dB SPL)"
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == list(names)
-    # No line leads from the highest tone to the click.
-    assert [len(line.get_xdata()) for line in ax.lines if line.get_linestyle() == "-"][:2] == [3, 3]
-    assert "1 (n = 20)" in texts(figure)
-
-
-def test_images_are_drawn_as_images() -> None:
-    names = tuple(f"pixel_{i}" for i in range(6))
-    features = Features(names, 0.0, 1.0, grid=(2, 3), unit="intensity")
-    figure = cluster_profiles(profile_table(names), "image", features)
-    picture(figure)
-    assert [ax.images[0].get_array().shape for ax in figure.axes[:3]] == [(2, 3)] * 3  # type: ignore[union-attr]
-    assert figure.axes[-1].get_ylabel() == "image (intensity)"
-
-
-def test_images_without_a_range_share_their_scale() -> None:
-    names = ("a", "b", "c", "d")
-    figure = cluster_profiles(profile_table(names), "image", Features(names, grid=(2, 2)))
-    assert [ax.images[0].get_clim() for ax in figure.axes[:3]] == [(0, 20)] * 3
-
-
-def test_what_is_ordered_need_not_be_in_decibels() -> None:
-    names = ("500 nm", "600 nm")
-    features = Features(names, low=0.0, high=2.0, ordered=True, unit="V")
-    figure = cluster_profiles(profile_table(names), "spectrum", features)
-    assert figure.axes[0].get_ylabel() == "spectrum (V)"
-    assert figure.axes[0].get_ylim() == (0, 2)
-
-
-def test_features_without_order_range_or_unit_are_drawn_too() -> None:
-    names = ("age", "weight")
-    figure = cluster_profiles(profile_table(names, clusters=1), "body", Features(names))
-    picture(figure)
-    assert figure.axes[0].get_ylabel() == "body"
-
-
-def test_the_mean_of_all_weighs_clusters_by_their_size() -> None:
-    mean = weighted_mean(profile_table(("a",), clusters=3))
-    assert mean["a"] == pytest.approx((0 * 10 + 10 * 20 + 20 * 30) / 60)
 
 
 def test_clusters_are_put_beside_their_labels() -> None:
@@ -201,24 +139,6 @@ def test_the_chosen_k_is_marked() -> None:
     picture(figure)
     assert all(ax.lines[0].get_xdata()[0] == 4 for ax in figure.axes)  # type: ignore[index]
     assert "k = 4" in texts(figure)
-
-
-def test_every_fit_has_a_column_of_curves() -> None:
-    second = history().assign(train_kl=0.5, val_kl=[np.nan, 0.4, np.nan, 0.3, np.nan])
-    figure = training({"pretrain": history(), "joint": second})
-    picture(figure)
-    assert len(figure.axes) == 6
-    assert "joint (5 epochs)" in texts(figure)
-    assert figure.axes[1].get_title() == "joint (5 epochs)"
-    # A term of one fit alone is named beside its curve.
-    assert [ax.get_ylabel() for ax in figure.axes] == [
-        "total loss",
-        "",
-        "",
-        "kl",
-        "learning rate",
-        "",
-    ]
 
 
 @pytest.mark.parametrize("labelled", [True, False])

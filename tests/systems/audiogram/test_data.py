@@ -1,4 +1,4 @@
-"""The audiogram reader: scaling, masks, codes and what it says of bad files."""
+"""The audiogram reader: scaling, masks, codes and errors."""
 
 import logging
 from pathlib import Path
@@ -146,6 +146,19 @@ def test_metadata_categories_and_labels(table):
     assert data.spec.labels["gene"] == len(names) - 1
 
 
+def test_thresholds_are_drawn_downwards_and_the_click_on_its_own(table):
+    features = Audiogram(table, COLUMNS).spec.features["thresholds"]
+    assert features.inverted
+    assert features.isolated == ("click",)
+    assert features.unit == "dB SPL"
+
+
+def test_without_frequencies_in_the_names_all_thresholds_are_connected(table):
+    columns = Columns({"low": "abr_6khz", "high": "abr_12khz"})
+    data = Audiogram(table, columns, standardise="global", pca=0)
+    assert data.spec.features["thresholds"].isolated == ()
+
+
 def test_genes_and_litters_stay_in_one_split(table):
     data = Audiogram(table, COLUMNS)
     for label in ("gene", "litter"):
@@ -173,7 +186,7 @@ def test_tiling_repeats_the_rows_of_each_split(table):
         assert thrice.ids(split).tolist() == once.ids(split).tolist() * 3
 
 
-def test_animals_without_thresholds_are_left_out_and_said(table, caplog):
+def test_animals_without_thresholds_are_left_out_and_logged(table, caplog):
     table.loc[:4, list(COLUMNS.thresholds.values())] = np.nan
     with caplog.at_level(logging.WARNING):
         data = Audiogram(table, COLUMNS)
@@ -244,7 +257,7 @@ def test_bad_maps_are_named(table):
     ],
 )
 def test_the_real_files_are_read_as_configured(real_data, name, file, animals, labels):
-    conf = Path(__file__).parents[2] / "conf" / "data" / f"{name}.yaml"
+    conf = Path(__file__).parents[3] / "conf" / "data" / f"{name}.yaml"
     node = yaml.safe_load(conf.read_text())
     del node["_target_"], node["columns"]["_target_"]
     node["columns"] = Columns(**node["columns"])

@@ -13,7 +13,7 @@ from stagesweep.metric.clustering import ari
 from stagesweep.systems.audiogram.data import Columns
 from stagesweep.systems.audiogram.simulate import LOSSES, THRESHOLDS, simulate, simulated_audiogram
 
-CONF = Path(__file__).parents[2] / "conf" / "data"
+CONF = Path(__file__).parents[3] / "conf" / "data"
 SETTINGS = {
     "animals": 4000,
     "genes": 400,

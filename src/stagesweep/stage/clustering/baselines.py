@@ -1,4 +1,4 @@
-"""The stage that clusters with standard methods, for the same table as the model."""
+"""The stage that clusters with standard methods, for comparison with the model."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,17 +18,17 @@ from stagesweep.base.errors import UserError
 from stagesweep.base.view import Batch
 from stagesweep.config import schema
 from stagesweep.core.predict import predict
-from stagesweep.metric.clustering import k_means
+from stagesweep.metric.k_means import k_means
 from stagesweep.stage.clustering.choose_clusters import Points
 from stagesweep.stage.clustering.init_clusters import number_of_clusters
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
 
-# Components that a Gaussian mixture sees of wide data: full covariances of more fit noise.
+# Principal components for the Gaussian mixture: with more, full covariances fit noise.
 COMPONENTS = 20
 NEIGHBOURS = 10
-# Rows of the largest neighbour graph; its eigenvectors take minutes beyond.
+# Largest neighbour graph: the eigenvectors of a larger one take minutes.
 SPECTRAL_ROWS = 5000
 
 Clusters = NDArray[np.integer]
@@ -38,12 +38,13 @@ Assign = Callable[[Points], Clusters]
 
 @dataclass
 class Baselines(schema.Baselines):
-    """Cluster the inputs of one column by k-means, Gaussian mixture and spectral clustering, and
-    by k-means on the latent of a plain autoencoder; all with as many clusters as the model.
+    """Cluster one input column by k-means, Gaussian mixture and spectral clustering.
+
+    Also by k-means on the latent of a plain autoencoder. All have as many clusters as the model.
     """
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Leaves ``baselines.npz``: ``<method>/<split>`` (fits, n), each fitted on train alone."""
+        """Save ``baselines.npz``: ``<method>/<split>`` (fits, n), each fitted on train alone."""
         if unknown := [method for method in self.methods if method not in FITS]:
             raise UserError(
                 f"stage.{run.stage}.methods names '{unknown[0]}'; choose from {', '.join(FITS)}"
@@ -66,7 +67,7 @@ class Baselines(schema.Baselines):
     def cluster(
         self, run: "Context", method: str, points: Mapping[str, Points], k: int
     ) -> dict[str, Clusters]:
-        """Clusters (fits, n) of every split; the first fit is the one to score."""
+        """Clusters (fits, n) of every split; the first fit is scored."""
         if method == "spectral" and len(points["train"]) > SPECTRAL_ROWS:
             run.log.info("spectral clustering is fitted to %d rows", SPECTRAL_ROWS)
         with threadpool_limits(limits=1):
@@ -75,13 +76,13 @@ class Baselines(schema.Baselines):
             return {split: np.stack([fit(x) for fit in fits]) for split, x in points.items()}
 
     def encode(self, run: "Context") -> tuple[dict[str, Points], float]:
-        """Latent (n, d) of every split from a plain autoencoder, and its last training loss."""
+        """Latent (n, d) of every split of a plain autoencoder, and its last training loss."""
         if self.autoencoder is None:
             raise UserError(
                 f"stage.{run.stage}.methods names 'autoencoder', which needs "
                 f"stage.{run.stage}.autoencoder: the settings of its fit; set them or leave it out"
             )
-        model = Plain(run.build_model()).to(run.device)
+        model = NoiseFree(run.build_model()).to(run.device)
         metrics = run.fit(model, self.autoencoder, "autoencoder")
         views = {split: run.view(split) for split in ("train", "val", "test")}
         latent = {s: predict(model, view, ["mean"], run.profile) for s, view in views.items()}
@@ -92,15 +93,15 @@ class Baselines(schema.Baselines):
         return {"k"} | ({"autoencoder_loss"} if "autoencoder" in self.methods else set())
 
 
-class Plain(nn.Module):
-    """A variational autoencoder without its noise: the core finds no ``sample_noise`` here."""
+class NoiseFree(nn.Module):
+    """A variational autoencoder without noise: it hides ``sample_noise`` from the core."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the outputs of the model, at the mean of its posterior."""
+        """Return the outputs of the model at the posterior mean."""
         outputs: dict[str, Tensor] = self.model(batch)
         return outputs
 
@@ -112,8 +113,9 @@ def kmeans(points: Points, k: int, seed: int) -> Assign:
 
 
 def gmm(points: Points, k: int, seed: int) -> Assign:
-    """Fit Gaussians with full covariances, to 20 principal components of wide data; the likeliest
-    of 10 starts.
+    """Fit a Gaussian mixture with full covariances; the best of 10 starts.
+
+    Data with more than 20 columns is reduced to 20 principal components.
     """
     wide = min(points.shape) > COMPONENTS
     pca = PCA(COMPONENTS, random_state=seed).fit(points) if wide else None
@@ -130,7 +132,7 @@ def gmm(points: Points, k: int, seed: int) -> Assign:
 def spectral(points: Points, k: int, seed: int) -> Assign:
     """Fit spectral clustering on the graph of 10 nearest neighbours (Shi & Malik 2000).
 
-    It knows only the rows it was fitted to: another row takes the cluster of the nearest of them.
+    It clusters only the rows it was fitted to. Another row gets the cluster of the nearest of them.
     """
     rows = np.random.default_rng(seed).permutation(len(points))[:SPECTRAL_ROWS]
     fit = SpectralClustering(
@@ -140,7 +142,7 @@ def spectral(points: Points, k: int, seed: int) -> Assign:
         random_state=seed,
     )
     with warnings.catch_warnings():
-        # Separate parts of the graph are clusters, and so no fault here.
+        # Disconnected components of the graph are clusters.
         warnings.filterwarnings("ignore", "Graph is not fully connected")
         clusters = fit.fit_predict(points[rows])
     return KNeighborsClassifier(1).fit(points[rows], clusters).predict  # type: ignore[no-any-return]

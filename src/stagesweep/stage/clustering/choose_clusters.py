@@ -1,4 +1,4 @@
-"""The stage that chooses the number of clusters, and the k-means that other stages share."""
+"""The stage that chooses the number of clusters."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
 from stagesweep.metric import clustering
-from stagesweep.metric.clustering import k_means
+from stagesweep.metric.k_means import k_means
 from stagesweep.metric.latent import active_units
 
 if TYPE_CHECKING:
@@ -22,23 +22,24 @@ Points = NDArray[np.floating]
 
 @dataclass
 class ChooseClusters(schema.ChooseClusters):
-    """Choose k by how well k-means agrees with itself on bootstrap samples of the latent means.
+    """Choose k by the stability of k-means on bootstrap samples of the latent means.
 
-    Silhouette is no guide here, because it rises as a latent space collapses; stability does not.
-    For each k, k-means is fitted to bootstrap samples and every fit assigns all samples. Stability
-    is the mean adjusted Rand index of all pairs of fits (Ben-Hur et al. 2002; Lange et al. 2004),
-    and its standard error is a jackknife over the bootstrap samples.
+    Silhouette rises when a latent space collapses; stability does not. For each k, k-means is
+    fitted to bootstrap samples, and every fit assigns all samples. Stability is the mean adjusted
+    Rand index of all pairs of fits (Ben-Hur et al. 2002; Lange et al. 2004). Its standard error is
+    a jackknife over the bootstrap samples.
 
-    A coarser partition can be as stable as the true one: where clusters lie in groups, every merge
-    along them repeats perfectly. So the *largest* k within one standard error of the most stable is
-    taken; on separated blobs this finds their number where the maximum alone often falls short.
+    Where clusters form groups, merging along the groups is perfectly stable, so a coarser partition
+    can be as stable as the true one. The stage therefore takes the *largest* k within one standard
+    error of the most stable. On separated blobs this finds their number, where the maximum alone
+    is often too small.
     """
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Leaves ``k_selection.csv`` and ``clusters.json``; returns the row of the chosen k."""
+        """Save ``k_selection.csv`` and ``clusters.json``; return the row of the chosen k."""
         points = self.sample(run, latent_means(run))
         low, high = self.k_range
-        # One thread: sums would depend on their number, and small fits are slower with more.
+        # One thread: sums depend on the number of threads, and small fits are slower with more.
         with threadpool_limits(limits=1):
             tried = run.progress(range(low, high + 1), "k")
             table = pd.DataFrame([self.score(points, k, run.seed) for k in tried])
@@ -57,7 +58,7 @@ class ChooseClusters(schema.ChooseClusters):
         return {name: float(value) for name, value in chosen.items()} | {"on_edge": float(on_edge)}
 
     def sample(self, run: "Context", points: Points) -> Points:
-        """At most ``max_rows`` of the points (n, d); UserError when fewer than the largest k."""
+        """At most ``max_rows`` of the points (n, d); UserError when there are fewer than k."""
         if len(points) > self.max_rows:
             run.log.info("k is chosen on %d of %d samples", self.max_rows, len(points))
             rng = np.random.default_rng(run.seed)
@@ -71,7 +72,7 @@ class ChooseClusters(schema.ChooseClusters):
         return points
 
     def score(self, points: Points, k: int, seed: int) -> dict[str, float]:
-        """Stability of `k` clusters of points (n, d), and the usual indices of one fit to them."""
+        """Stability of `k` clusters of points (n, d), and internal scores of one fit to all."""
         rng = np.random.default_rng([seed, k])
         fits = []
         for _ in range(self.resamples):
@@ -103,8 +104,8 @@ def latent_means(run: "Context") -> Points:
 def agreements(fits: NDArray[np.integer]) -> Points:
     """Adjusted Rand index of every pair of r clusterings of n samples: (r, n) to (r, r).
 
-    Hubert & Arabie 1985, eq. 5, with the contingency tables of all pairs from one matrix product:
-    one call for each pair would take longer than the clusterings.
+    Hubert & Arabie 1985, eq. 5. One matrix product gives the contingency tables of all pairs;
+    a call per pair would take longer than the clusterings.
     """
     r, n = fits.shape
     members = np.eye(fits.max() + 1, dtype=np.float32)[fits]
@@ -118,9 +119,9 @@ def agreements(fits: NDArray[np.integer]) -> Points:
 
 
 def mean_and_error(pairs: Points) -> tuple[float, float]:
-    """Mean of a value of all pairs (r, r), and its jackknife standard error (Efron & Stein 1981).
+    """Mean over all pairs (r, r), and its jackknife standard error (Efron & Stein 1981).
 
-    Pairs share members, so the spread of the pairs themselves would be too small an error.
+    Pairs share members, so the standard error of independent pairs would be too small.
     """
     r = len(pairs)
     sums = pairs.sum(axis=0) - pairs.diagonal()

@@ -1,4 +1,4 @@
-"""The stage that scores a clustering and leaves its tables."""
+"""The stage that scores a clustering and saves its tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from stagesweep.base.errors import UserError
 from stagesweep.config import schema
 from stagesweep.data.labels import label_names
 from stagesweep.metric import clustering
-from stagesweep.metric.clustering import k_means
 from stagesweep.metric.enrichment import enrichment
+from stagesweep.metric.k_means import k_means
 from stagesweep.metric.latent import active_units
 from stagesweep.metric.reconstruction import reconstruction_error
 
@@ -26,8 +26,8 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 Fits = dict[str, dict[str, Array]]
 
-# What metrics of a split begin with. Train is what the run was fitted on, and so what a clustering
-# is judged by; val steers a search; test is looked at once, at its end.
+# Prefix of the metrics of a split. A clustering is scored on train, which it was fitted to; val
+# steers a search; test is used once, at its end.
 PREFIX = {"train": "", "val": "val_", "test": "test_"}
 EXTERNAL = ("acc", "nmi", "ari", "purity")
 INTERNAL = ("silhouette", "silhouette_input", "davies_bouldin", "clusters_used")
@@ -35,17 +35,17 @@ INTERNAL = ("silhouette", "silhouette_input", "davies_bouldin", "clusters_used")
 
 @dataclass
 class Evaluate(schema.Evaluate):
-    """Score the model's clusters, and those of the baselines in the same table.
+    """Score the clusters of the model and of the baselines in one table.
 
-    Leaves ``comparison.csv`` (a row for each method and split), ``clusters.csv`` (a row for each
-    sample: its cluster, and as ``cluster_<method>`` that of each baseline), ``embeddings.npz``
+    Saves ``comparison.csv`` (a row for each method and split), ``clusters.csv`` (a row for each
+    sample: its cluster, and ``cluster_<method>`` of each baseline), ``embeddings.npz``
     (``<split>/mean`` ...), ``profiles.csv`` (the mean input of each cluster),
-    ``reconstruction.csv`` (errors of each feature) and ``enrichment.csv``; features are in native
-    units there. A collapsed model is a failed run, but only after all of it is written.
+    ``reconstruction.csv`` (errors of each feature) and ``enrichment.csv``, with features in native
+    units. Raises UserError for a collapsed model, after all files are written.
     """
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return the model's scores, those on val and test as ``val_...`` and ``test_...``."""
+        """Return the model's scores on train, and as ``val_...`` and ``test_...`` on the others."""
         self.check(run)
         parts = {split: self.read(run, split) for split in PREFIX}
         fits = self.fits(run, parts)
@@ -74,11 +74,11 @@ class Evaluate(schema.Evaluate):
 
     @property
     def labels(self) -> list[str]:
-        """The label columns that are used, the scored one first."""
+        """Label columns in use, the scored one first."""
         return list(dict.fromkeys(n for n in (self.label, self.enrichment, self.leakage) if n))
 
     def check(self, run: "Context") -> None:
-        """Raise UserError when the data has no such column or label."""
+        """Raise UserError when the data lacks a column or label of the config."""
         spec = run.data.spec
         asked = [("column", self.column, spec.features)]
         asked += [(n, getattr(self, n), spec.labels) for n in ("label", "enrichment", "leakage")]
@@ -101,7 +101,7 @@ class Evaluate(schema.Evaluate):
         return part
 
     def fits(self, run: "Context", parts: Mapping[str, Arrays]) -> Fits:
-        """The clusters (fits, n) of every method and split, the model's first."""
+        """Clusters (fits, n) of every method and split, the model first."""
         found: Fits = {"model": {split: part["cluster"][None] for split, part in parts.items()}}
         if run.has("baselines.npz"):
             for key, clusters in run.load("baselines.npz").items():
@@ -110,7 +110,7 @@ class Evaluate(schema.Evaluate):
         return found
 
     def save_samples(self, run: "Context", parts: Mapping[str, Arrays], fits: Fits) -> None:
-        """Leave the embeddings, the clusters of all samples, and what each cluster looks like."""
+        """Save embeddings, clusters of all samples, cluster profiles and enrichment."""
         kept = ("mean", "logvar", "assignment", "index")
         embeddings = {f"{s}/{name}": part[name] for s, part in parts.items() for name in kept}
         run.save("embeddings.npz", embeddings)
@@ -135,13 +135,13 @@ class Evaluate(schema.Evaluate):
             again = list(splits["train"]) if method != "model" else self.refits(run, parts["train"])
             for split, clusters in splits.items():
                 scores = self.score(parts[split], clusters[0])
-                # Of the training split, on which methods are fitted.
+                # Stability is defined on the training split, which the methods are fitted to.
                 scores["stability"] = agreement(again) if split == "train" else nan
                 rows.append({"method": method, "split": split, "n": clusters.shape[1], **scores})
         return pd.DataFrame(rows)
 
     def refits(self, run: "Context", part: Arrays) -> list[Array]:
-        """The model's clusters of a split, and those of k-means on its latent from other starts."""
+        """The model's clusters of a split, and k-means refits of its latent with other seeds."""
         k = part["assignment"].shape[1]
         seeds = range(run.seed % 2**31, run.seed % 2**31 + self.stability_seeds)
         return [part["cluster"], *(k_means(part["mean"], k, seed).labels_ for seed in seeds)]
@@ -149,8 +149,7 @@ class Evaluate(schema.Evaluate):
     def score(self, part: Arrays, clusters: Array) -> dict[str, float]:
         """Scores of the clusters (n,) of a split; NaN where a label cannot score them.
 
-        Geometry is measured in the model's latent space, for every method, and `silhouette_input`
-        in that of the input.
+        Internal scores use the model's latent space for every method, `silhouette_input` the input.
         """
         scores = dict.fromkeys((*EXTERNAL, "leakage_ari"), nan)
         if self.label is not None and scorable(part[self.label]):
@@ -178,7 +177,7 @@ class Evaluate(schema.Evaluate):
         return metrics
 
     def warn_unscored(self, run: "Context", parts: Mapping[str, Arrays]) -> None:
-        """Say which labels cannot score which splits."""
+        """Log which labels cannot score which splits."""
         for split, part in parts.items():
             for label in filter(None, (self.label, self.leakage)):
                 if not scorable(part[label]):
@@ -189,7 +188,7 @@ class Evaluate(schema.Evaluate):
                     )
 
     def refuse_collapse(self, run: "Context", metrics: Mapping[str, float]) -> None:
-        """Raise UserError when the latent or the clusters are too few to mean anything."""
+        """Raise UserError when the posterior or the clustering has collapsed."""
         if metrics["latent_dimensions"] < 1.5:
             run.log.warning(
                 "%s: the latent means lie close to a line (%.2f effective dimensions): units vary "
@@ -211,43 +210,43 @@ class Evaluate(schema.Evaluate):
 
 
 def kinds(codes: Array) -> int:
-    """How many different labels there are; codes below 0 mean none."""
+    """Number of distinct labels; codes below 0 mean none."""
     return len(np.unique(codes[codes >= 0]))
 
 
 def scorable(codes: Array) -> bool:
-    """Whether label codes (n,) can score clusters: at least two samples that differ."""
+    """Whether label codes (n,) can score clusters: at least two distinct labels."""
     return kinds(codes) > 1
 
 
 def dimensions(means: Array) -> float:
     """Effective dimensions of latent means (n, d): the participation ratio of their variances.
 
-    Where units vary together it is near 1, however many are active; NaN where none varies.
+    Near 1 when all units vary together, however many are active; NaN when none varies.
     """
     variances = np.linalg.eigvalsh(np.cov(means.T))
     return float(variances.sum() ** 2 / (variances**2).sum()) if variances.any() else nan
 
 
 def agreement(fits: Sequence[Array]) -> float:
-    """Mean adjusted Rand index of the first of several clusterings with each of the others."""
+    """Mean adjusted Rand index of the first clustering with each of the others."""
     others = [clustering.ari(fits[0], other) for other in fits[1:]]
     return float(np.mean(others)) if others else nan
 
 
 def members(data: Any, split: str, part: Arrays, labels: Sequence[str]) -> pd.DataFrame:
-    """The cluster of each sample of a split, how sure it is, and its labels by name."""
+    """Cluster, confidence and label names of each sample of a split."""
     ids = data.ids(split) if hasattr(data, "ids") else part["index"]
     table = {"id": ids, "split": split, "cluster": part["cluster"]}
     table["confidence"] = part["assignment"].max(axis=1)
     for label in labels:
-        # The last name is what a code of -1 finds.
+        # Index -1, the code of an unknown label, finds the last name: None.
         table[label] = np.array([*label_names(data, label), None], dtype=object)[part[label]]
     return pd.DataFrame(table)
 
 
 def native(part: Arrays, column: str) -> Array:
-    """The measured values (n, w) of a feature in its own unit, NaN where none was observed."""
+    """Measured values (n, w) of a feature in native units, NaN where not observed."""
     values = part[f"input/{column}"].astype(np.float64)
     values = values * part.get(f"{column}/scale", 1.0) + part.get(f"{column}/shift", 0.0)
     observed: Array = part.get(f"{column}/mask", np.ones_like(values, dtype=bool))
@@ -255,7 +254,7 @@ def native(part: Arrays, column: str) -> Array:
 
 
 def profiles(clusters: Array, values: Array, names: Sequence[str]) -> pd.DataFrame:
-    """Each cluster's mean, standard deviation and count of every feature of values (n, w)."""
+    """Mean, standard deviation and count of every feature of values (n, w) in each cluster."""
     table = pd.DataFrame(values, columns=list(names)).assign(cluster=clusters)
     long = table.melt("cluster", var_name="feature")
     groups = long.groupby(["cluster", "feature"], sort=False)["value"]
@@ -263,7 +262,7 @@ def profiles(clusters: Array, values: Array, names: Sequence[str]) -> pd.DataFra
 
 
 def reconstruction(run: "Context", parts: Mapping[str, Arrays]) -> pd.DataFrame:
-    """Errors of every feature that the model decodes, by split."""
+    """Reconstruction errors of every feature, by split."""
     tables = []
     for split, part in parts.items():
         for column, features in run.data.spec.features.items():
@@ -277,6 +276,6 @@ def reconstruction(run: "Context", parts: Mapping[str, Arrays]) -> pd.DataFrame:
 
 
 def overall_mae(errors: pd.DataFrame, split: str, column: str) -> float:
-    """Mean absolute error of a column over all that was observed of it in a split."""
+    """Mean absolute error of a column over its observed values in a split."""
     rows = errors[(errors["split"] == split) & (errors["column"] == column) & (errors["n"] > 0)]
     return float(np.average(rows["mae"], weights=rows["n"])) if len(rows) else nan

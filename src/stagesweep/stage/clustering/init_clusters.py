@@ -1,4 +1,4 @@
-"""The stage that places the cluster centres."""
+"""The stage that initialises the cluster centres."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from threadpoolctl import threadpool_limits
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
-from stagesweep.metric.clustering import k_means
+from stagesweep.metric.k_means import k_means
 from stagesweep.metric.latent import active_units
 from stagesweep.stage.clustering.choose_clusters import latent_means
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class InitClusters(schema.InitClusters):
-    """Place the model's cluster centres by k-means on the latent means (Xie et al. 2016, 3.2)."""
+    """Initialise the cluster centres by k-means on the latent means (Xie et al. 2016, 3.2)."""
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Leaves weights with the new centres."""
+        """Save weights with the new centres; return k, inertia and active_units."""
         means = latent_means(run)
         k = number_of_clusters(run, self.k, len(means))
         with threadpool_limits(limits=1):
@@ -37,9 +37,9 @@ class InitClusters(schema.InitClusters):
 
 
 def number_of_clusters(run: "Context", k: int | None, samples: int) -> int:
-    """`k` when it is set, else the choice of an earlier stage, else what the model has now.
+    """`k` if it is set, else the choice of an earlier stage, else the model's current number.
 
-    UserError when there are fewer samples than that.
+    UserError when there are fewer samples than clusters.
     """
     if k is None and run.has("clusters.json"):
         k = int(run.load("clusters.json")["k"])

@@ -1,8 +1,8 @@
 """Mouse audiograms (auditory brainstem response thresholds) from a CSV file with a column map.
 
-Hearing is measured as the sound level in dB SPL, from 0 to 100, at which the brainstem first
-responds: at several frequencies, and to a click. Laboratories differ in their equipment, and so in
-their thresholds, by more than most genes make a difference.
+A hearing threshold is the sound level in dB SPL, from 0 to 100, at which the brainstem first
+responds. It is measured at several frequencies and for a click. Thresholds differ more between the
+equipment of laboratories than between most genes.
 """
 
 import logging
@@ -20,8 +20,8 @@ from torch import Tensor
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import View
-from stagesweep.data.split import split_groups, tied
-from stagesweep.data.table import numbers, read_table, require
+from stagesweep.data.split import connected_groups, split_groups
+from stagesweep.data.table import numeric_columns, read_table, require_columns
 
 LOWEST, HIGHEST = 0.0, 100.0
 SPLITS = ("train", "val", "test")
@@ -32,11 +32,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the file is what: a name of ours -> a column of the file.
+    """Column map: names of this package -> columns of the file.
 
-    A null column is as good as absent. `thresholds` are in order of frequency, in dB SPL;
-    `metadata` are numbers; `categories` are inputs of the model; `labels` are not: they pair,
-    split and score. The values of all `equipment` columns together make the label `equipment`.
+    A null column counts as absent. `thresholds` are in dB SPL, in order of frequency; `metadata`
+    are numbers; `categories` are inputs of the model; `labels` are not inputs, but are used to
+    pair, split and score. The values of all `equipment` columns together form the label
+    `equipment`.
     """
 
     thresholds: Mapping[str, str | None]
@@ -47,7 +48,7 @@ class Columns:
     id: str | None = None
 
     def __post_init__(self) -> None:
-        """Drop what is null; raises UserError for a name used twice or for no thresholds."""
+        """Drop null columns; raises UserError for a name used twice or for no thresholds."""
         for each in fields(self):
             mapping = getattr(self, each.name)
             if isinstance(mapping, Mapping):
@@ -61,26 +62,26 @@ class Columns:
             raise UserError("data.columns.thresholds is empty; name at least one frequency")
 
     def used(self) -> list[str]:
-        """Return the columns of the file that must be there."""
+        """Return the columns that the file must have."""
         maps = (self.thresholds, self.metadata, self.categories, self.labels)
         named = [column for mapping in maps for column in mapping.values() if column]
         return [*named, *self.equipment, *([self.id] if self.id else [])]
 
 
 class Audiogram:
-    """Audiograms of many animals, split, scaled and ready for a model.
+    """Audiograms of many animals, split and standardised.
 
     Columns of a split of n animals: `thresholds` (n, w) as z-scores with `thresholds/mask`,
     `thresholds/shift` and `thresholds/scale` (dB = z * scale + shift); `metadata` (n, m) as
     z-scores with `metadata/mask`; `pca` (n, p), whitened principal components of the thresholds;
     one column for each category (0 = unknown) and each label (-1 = none).
 
-    Scalers, components and categories are fitted on the training split only. A missing value is
-    0 with mask False: masked, never filled.
+    Scalers, components and categories are fitted to the training split only. A missing value is 0
+    with mask False; nothing is imputed.
     """
 
     spec: Spec
-    # Label -> the names its codes stand for, over all splits.
+    # Label -> names of its codes, over all splits.
     label_names: dict[str, list[str]]
 
     def __init__(
@@ -96,34 +97,34 @@ class Audiogram:
         clip: bool = False,
         tile: int = 1,
     ) -> None:
-        """Prepare the animals of a CSV file, or of a table in memory, one row each.
+        """Read the animals of a CSV file, or of a table in memory, one per row.
 
-        `standardise` by the training animals of the same equipment, or of all; an equipment with
-        fewer than `min_group` of them falls back to all. `pca` is how many components to add.
-        `fractions` are those of train, val and test; animals that share a value of a `split_by`
-        label (labels that are not mapped do not count) are never in two of them. Thresholds outside
-        0 to 100 dB are an error unless `clip` cuts them off there. `tile` repeats every row of
-        every split, to measure speed on a larger cohort. Raises UserError naming what is wrong.
+        `standardise` computes z-scores over the training animals of the same equipment, or over
+        all (global). Equipment with fewer than `min_group` training animals uses all. `pca` is the
+        number of components to add. `fractions` are those of train, val and test; animals that
+        share a value of a `split_by` label are in the same split (labels that are not mapped are
+        ignored). Thresholds outside 0 to 100 dB are an error, or clipped with `clip`. `tile`
+        repeats every row of every split, to measure speed on a larger cohort. Raises UserError
+        naming what is wrong.
         """
         if tile < 1:
             raise UserError(f"data.tile={tile} must be at least 1")
         source = path if isinstance(path, str) else "the table"
         table = read_table(path) if isinstance(path, str) else path
-        require(table, columns.used(), source)
+        require_columns(table, columns.used(), source)
         decibels = _decibels(table, columns.thresholds, source, clip)
-        metadata = numbers(table, [c for c in columns.metadata.values() if c], source)
+        metadata = numeric_columns(table, [c for c in columns.metadata.values() if c], source)
         heard = ~np.isnan(decibels).all(axis=1)
         if not heard.all():
             log.warning("%s: left out %d animals without any threshold", source, (~heard).sum())
             table, decibels, metadata = table[heard], decibels[heard], metadata[heard]
         self.label_names, labels = _labels(table, columns)
-        ties = tied([labels[name] for name in split_by if name in labels], len(table))
+        ties = connected_groups([labels[name] for name in split_by if name in labels], len(table))
         rows = split_groups(ties, dict(zip(SPLITS, fractions, strict=True)), split_seed)
         groups, train = _scaling_groups(standardise, labels, len(table)), rows["train"]
 
         self._columns = {name: torch.from_numpy(codes) for name, codes in labels.items()}
-        tones = tuple(columns.thresholds)
-        features = {"thresholds": Features(tones, LOWEST, HIGHEST, ordered=True, unit="dB SPL")}
+        features = {"thresholds": _threshold_features(tuple(columns.thresholds))}
         for name, column in _scaled(decibels, groups, train, min_group, columns.thresholds).items():
             self._columns["thresholds" + name] = column
         if pca:
@@ -143,12 +144,12 @@ class Audiogram:
         self._names = _names(table, columns.id)
 
     def split(self, name: str) -> View:
-        """Return the named split; raises UserError naming the splits there are."""
+        """Return the named split; raises UserError naming the splits that exist."""
         rows = torch.from_numpy(self._members(name))
         return View({key: column[rows] for key, column in self._columns.items()})
 
     def ids(self, split: str) -> NDArray[np.str_]:
-        """Return what each animal of a split is called, (n,): its id, or else its row number."""
+        """Return the names (n,) of the animals of a split: their id, or else their row number."""
         return self._names[self._members(split)]
 
     def _members(self, split: str) -> Codes:
@@ -157,12 +158,21 @@ class Audiogram:
         return self._rows[split]
 
 
+def _threshold_features(names: tuple[str, ...]) -> Features:
+    """Return the features of thresholds: drawn with soft sounds on top, a click on its own."""
+    tones = [name for name in names if name.lower().endswith("hz")]
+    others = tuple(name for name in names if name not in tones) if tones else ()
+    return Features(
+        names, LOWEST, HIGHEST, ordered=True, unit="dB SPL", isolated=others, inverted=True
+    )
+
+
 def _decibels(
     table: pd.DataFrame, columns: Mapping[str, str | None], source: str, clip: bool
 ) -> Values:
     """Return the thresholds in dB SPL, (n, w), NaN where missing."""
     names = [column for column in columns.values() if column]
-    decibels = numbers(table, names, source)
+    decibels = numeric_columns(table, names, source)
     if np.isnan(decibels).all():
         raise UserError(f"{source} holds no thresholds")
     if clip:
@@ -176,7 +186,7 @@ def _decibels(
 
 
 def _names(table: pd.DataFrame, column: str | None) -> NDArray[np.str_]:
-    """Return what each animal is called: its id, or where it has none its row number."""
+    """Return the names (n,) of the animals: their id, or else their row number."""
     numbered = pd.Series([str(number) for number in range(len(table))], table.index)
     named = numbered if column is None else table[column].fillna(numbered)
     names: NDArray[np.str_] = named.to_numpy(str)
@@ -198,7 +208,7 @@ def _labels(table: pd.DataFrame, columns: Columns) -> tuple[dict[str, list[str]]
 
 
 def _scaling_groups(standardise: str, labels: Mapping[str, Codes], rows: int) -> Codes:
-    """Return which animals are scaled together, (n,)."""
+    """Return the group (n,) in which each animal is standardised."""
     if standardise == "global":
         return np.zeros(rows, dtype=np.int64)
     if standardise != "equipment":
@@ -211,10 +221,10 @@ def _scaling_groups(standardise: str, labels: Mapping[str, Codes], rows: int) ->
 def _scaled(
     values: Values, groups: Codes, train: Codes, min_group: int, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return z-scores within each group, their /mask, and the /shift and /scale back, (n, w) each.
+    """Return z-scores within each group, their /mask, /shift and /scale, (n, w) each.
 
-    A feature of which a group has fewer than `min_group` training values, or always the same one,
-    is scaled by all training animals.
+    A feature with fewer than `min_group` training values in a group, or with zero variance there,
+    is standardised over all training animals.
     """
     training = pd.DataFrame(values[train], columns=list(names))
     mean, spread = training.mean(), training.std(ddof=0)
@@ -237,7 +247,7 @@ def _scaled(
 
 
 def _components(scores: Tensor, train: Codes, number: int) -> Tensor:
-    """Return whitened principal components (n, number) of z-scores, in which 0 is the mean."""
+    """Return whitened principal components (n, number) of z-scores; missing values are 0."""
     if number > min(len(train), scores.shape[1]):
         raise UserError(
             f"data.pca={number} is more than the {scores.shape[1]} thresholds there are"
@@ -247,7 +257,7 @@ def _components(scores: Tensor, train: Codes, number: int) -> Tensor:
 
 
 def _category(text: pd.Series, train: Codes) -> tuple[Tensor, int]:
-    """Return codes (n,) of the values the training split has, 0 for any other, and their number."""
+    """Return codes (n,) of the values in the training split, 0 for any other, and their number."""
     values = sorted(text.iloc[train].dropna().unique())
     codes = pd.Index(values).get_indexer(text) + 1
     return torch.from_numpy(codes.astype(np.int64)), len(values) + 1

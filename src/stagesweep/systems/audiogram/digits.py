@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, part of its package."""
+"""Scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, which need no download."""
 
 import numpy as np
 import torch
@@ -12,11 +12,11 @@ from stagesweep.base.view import View
 
 
 class Digits:
-    """The digits as a clustering problem: all images are trained on, and no label ever is.
+    """The digits as a clustering problem: training uses all images and no label.
 
-    `train` holds all images. `val` and `test` are halves of them, drawn with `seed` and equal in
-    their share of each digit; they exist so that the labels which steer a search (`val`) are not
-    those that score its result (`test`). Columns: `image` (N, 64) in 0..1 and the label `digit`.
+    `train` holds all images. `val` and `test` are two halves of them, stratified by digit and drawn
+    with `seed`. The labels of `val` steer a search, those of `test` score its result. Columns:
+    `image` (N, 64) in 0..1 and the label `digit`.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -34,12 +34,12 @@ class Digits:
         self.columns = {"image": pixels, "digit": labels}
 
     def split(self, name: str) -> View:
-        """The images of a split, in the order of the data set."""
+        """Return the images of a split, in the order of the data set."""
         rows = self._members(name)
         return View({key: column[rows] for key, column in self.columns.items()})
 
     def ids(self, split: str) -> NDArray[np.str_]:
-        """What each image of a split is called, (n,): its row number in scikit-learn's set."""
+        """Return the names (n,) of the images of a split: their row numbers in the data set."""
         return np.array(self._members(split)).astype(str)
 
     def _members(self, split: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Neighbouring features (the frequencies of an audiogram) do not jump."""
+"""Smoothness of decoded audiograms over frequency."""
 
 from torch import Tensor, nn
 
@@ -7,11 +7,10 @@ from stagesweep.loss.reconstruction import standardised
 
 
 class Smoothness(nn.Module):
-    """Squared second differences of a decoded, ordered feature, in standardised units; a sum
-    over samples.
+    """Squared second differences of a decoded, ordered feature in standardised units.
 
-    A steady slope costs nothing, a single frequency out of line does. Only the first `count`
-    names are neighbours (a click has no place among the frequencies); null takes all.
+    A sum over samples. A constant slope costs nothing. Only the first `count` names are neighbours,
+    because a click is not a frequency; null takes all.
     """
 
     def __init__(self, feature: str, count: int | None = None) -> None:
@@ -20,7 +19,7 @@ class Smoothness(nn.Module):
         self.count = count
 
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum over samples and second differences."""
+        """Sum over samples and second differences, and the number of samples."""
         value = standardised(outputs[self.feature], batch, self.feature)[:, : self.count]
         total = value.diff(n=2, dim=1).square().sum()
         return total, total.new_full((), len(value))

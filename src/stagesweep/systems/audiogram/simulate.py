@@ -1,8 +1,8 @@
-"""A made-up cohort of mice with known phenotypes, to score whether clustering finds them.
+"""A simulated cohort of mice with known phenotypes, to score a clustering.
 
-Nothing here is measured. The columns are those of a real cohort's file and the sizes of the
-effects are of the same order, so that one column map and one recipe serve both; names of genes,
-centres and machines say that they are simulated.
+Nothing here is measured. The columns are those of a real file and effect sizes are of the same
+order, so the same column map and experiment apply to both. The names of genes, centres and
+equipment say that they are simulated.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from stagesweep.systems.audiogram.data import HIGHEST, LOWEST, Audiogram, Column
 THRESHOLDS = ["abr_6khz", "abr_12khz", "abr_18khz", "abr_24khz", "abr_30khz", "abr_click"]
 # Mean threshold of a healthy young adult, dB SPL.
 HEALTHY = np.array([41.0, 28.0, 27.0, 35.0, 50.0, 26.0])
-# Loss at full severity in dB, by frequency; real knock-outs show each of these shapes.
+# Hearing loss at severity 1 in dB, by frequency; each shape occurs in real knock-outs.
 LOSSES = {
     "normal": [0, 0, 0, 0, 0, 0],
     "flat": [24, 26, 26, 25, 24, 26],
@@ -29,7 +29,7 @@ LOSSES = {
     "notch": [0, 2, 30, 3, 0, 4],
     "extremes": [28, 6, 0, 6, 30, 4],
 }
-# Loss with age, dB a day, by frequency: the high ones first.
+# Hearing loss with age in dB per day, by frequency; high frequencies are lost first.
 AGEING = np.array([0.05, 0.05, 0.1, 0.2, 0.3, 0.1])
 CENTRES = [f"simulated centre {letter}" for letter in "ABCDEFGH"]
 Codes = NDArray[np.int64]
@@ -46,17 +46,17 @@ def simulate(
     missing_click: float,
     seed: int,
 ) -> pd.DataFrame:
-    """Draw a cohort, one row an animal, with the column `phenotype` besides those of a real file.
+    """Simulate a cohort, one row per animal: the columns of a real file, and `phenotype`.
 
-    A gene has one phenotype (a share `affected` of the genes; the others have none), one severity
-    and one centre. Litters of about four animals are all tested; a share `controls` of the animals
-    are their healthy littermates. A mutant shows its gene's phenotype with the probability
-    `penetrance`, to a degree of its own. `phenotype` is what the animal shows.
+    A gene has one phenotype (a fraction `affected` of the genes; the others have none), one
+    severity and one centre. Litters have about four animals; a fraction `controls` of the animals
+    are healthy littermates. A mutant has the phenotype of its gene with probability `penetrance`
+    and its own severity. `phenotype` is that of the animal, not of its gene.
 
-    Thresholds in dB SPL add up the healthy mean, the offset of the machine, loss with age, the
-    litter's and the animal's own level, the phenotype and noise (standard deviation `noise` for
-    each frequency); they lie on a 5 dB lattice from 0 to 100. Click is missing in the share
-    `missing_click` of animals.
+    Thresholds in dB SPL are the sum of the healthy mean, an offset of the centre, loss with age,
+    random effects of litter and animal, the phenotype and noise (standard deviation `noise` for
+    each frequency), rounded to 5 dB and clipped to 0 to 100. The click is missing in a fraction
+    `missing_click` of the animals.
     """
     if animals < 1 or genes < 1:
         raise UserError(f"data.animals={animals} and data.genes={genes} must be at least 1")
@@ -107,7 +107,7 @@ def simulated_audiogram(
     split_by: Sequence[str] = ("gene", "litter"),
     split_seed: int = 0,
 ) -> Audiogram:
-    """Simulate a cohort and prepare it just as one that was read from a file."""
+    """Simulate a cohort and prepare it like one that is read from a file."""
     table = simulate(animals, genes, controls, affected, penetrance, noise, missing_click, seed)
     return Audiogram(table, columns, standardise, min_group, pca, fractions, split_by, split_seed)
 
@@ -115,7 +115,7 @@ def simulated_audiogram(
 def _describe(
     litter: Codes, gene: Codes, centre: Codes, mutant: Flags, random: np.random.Generator
 ) -> pd.DataFrame:
-    """Return everything but thresholds, in the columns of a real file."""
+    """Return all columns of a real file except the thresholds."""
     animals = len(litter)
     names = np.array([f"Simulated{number:04d}" for number in range(gene.max() + 1)])[gene]
     male = random.random(animals) < 0.5

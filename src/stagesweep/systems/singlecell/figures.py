@@ -13,7 +13,7 @@ from sklearn.metrics import auc, roc_curve
 
 from stagesweep.data.labels import label_names
 from stagesweep.metric.classification import BINS, calibration_error
-from stagesweep.stage.drawing import (
+from stagesweep.stage.plotting import (
     BLUE,
     COLOURS,
     GREY,
@@ -22,11 +22,11 @@ from stagesweep.stage.drawing import (
     MAX_POINTS,
     ORANGE,
     heatmap,
-    leave,
-    neighbours,
-    principal,
+    pca_projection,
+    save_figures,
     scatter,
-    tidy,
+    style_axes,
+    umap_projection,
 )
 from stagesweep.systems.singlecell.metric import concordance
 
@@ -51,7 +51,7 @@ class CellFigures:
 
     def __call__(self, run: "Context") -> dict[str, float]:
         """Return how many figures there are."""
-        return leave(run, self.draw(run), self.dpi)
+        return save_figures(run, self.draw(run), self.dpi)
 
     def metric_names(self) -> set[str] | None:
         """Metrics this stage gives."""
@@ -84,9 +84,9 @@ def cell_map(means: Array, cells: pd.DataFrame, seed: int | None) -> Figure:
     """
     rows = np.random.default_rng(0).permutation(len(means))[:MAX_POINTS]
     shown = cells.iloc[rows]
-    maps = [principal(means[rows])]
+    maps = [pca_projection(means[rows])]
     if seed is not None and len(rows) > 3:
-        maps.append((neighbours(means[rows], maps[0][0], seed), "UMAP 1", "UMAP 2"))
+        maps.append((umap_projection(means[rows], maps[0][0], seed), "UMAP 1", "UMAP 2"))
     labels = [each for each in ("label", "donor", "condition") if each in cells]
     figure = Figure((1 + 5.2 * len(maps), 0.6 + 4.2 * len(labels)), layout="constrained")
     grid = figure.subplots(len(labels), len(maps), squeeze=False)
@@ -95,7 +95,7 @@ def cell_map(means: Array, cells: pd.DataFrame, seed: int | None) -> Figure:
             scatter(ax, points, shown[label], numbered=False)
             ax.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
             ax.set_title(f"by {'cell type' if label == 'label' else label}")
-            tidy(ax, grid=False)
+            style_axes(ax, grid=False)
         if shown[label].nunique() <= MAX_KINDS:
             place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
             legend = axes[-1].legend(frameon=False, markerscale=2, **place)
@@ -143,7 +143,7 @@ def proportions(found: dict[str, Array], names: list[str]) -> Figure:
             ax.scatter(true[:, kind], told[:, kind], 9, colour, marker, alpha=0.5, lw=0, label=name)
         ax.set(xlabel="true proportion", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
         ax.set_title(f"{method}: CCC {concordance(true.ravel(), told.ravel()):.3f}")
-        tidy(ax)
+        style_axes(ax)
     grid[0].set_ylabel("told proportion")
     grid[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
     figure.suptitle(f"Proportions of cell types, donors held out (n = {len(true):,})")
@@ -172,7 +172,7 @@ def calibration(found: dict[str, Array], label: str) -> Figure:
     top.legend(frameon=False, loc="lower right")
     bottom.set(xlabel="confidence", ylabel="pseudobulks", ylim=(0, None))
     for ax in (top, bottom):
-        tidy(ax)
+        style_axes(ax)
     top.set_title(f"Calibration of {label}, donors held out")
     return figure
 
@@ -200,7 +200,7 @@ def roc(found: dict[str, Array], label: str, names: list[str]) -> Figure:
     ax.legend(frameon=False, loc="lower right", fontsize=9)
     of = names[1] if len(names) == 2 else f"{label}, each against all others"
     ax.set_title(f"ROC of {of}: pseudobulks, donors held out")
-    tidy(ax)
+    style_axes(ax)
     return figure
 
 

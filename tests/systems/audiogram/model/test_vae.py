@@ -10,7 +10,7 @@ from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import Batch
 from stagesweep.systems.audiogram.model.vae import ClusteringVAE
 
-CONF = Path(__file__).parents[2] / "conf" / "model"
+CONF = Path(__file__).parents[4] / "conf" / "model"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stagesweep.data.derived import restored
+from stagesweep.data.derived import DerivedData
 from stagesweep.run.context import Context
 from stagesweep.systems.singlecell.simulate import simulated_cohort
 from stagesweep.systems.singlecell.stage.pseudobulk import Pseudobulk
@@ -77,7 +77,7 @@ def test_the_seed_decides_and_a_share_is_sparse(run: Context) -> None:
 
 def test_what_was_made_is_a_data_set(run: Context) -> None:
     mixed(run)
-    made = restored(run.load("pseudobulk.npz"), run.load("pseudobulk.json"))
+    made = DerivedData.from_arrays(run.load("pseudobulk.npz"), run.load("pseudobulk.json"))
     assert len(made.spec.features["communication"].names) == 6
     assert made.spec.labels == {"condition": 2}
     run.select(None, "pseudobulk")

@@ -1,4 +1,4 @@
-"""From a latent vector back to every column, in native units."""
+"""The decoder: from a latent vector to every column, in native units."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import Batch
-from stagesweep.systems.audiogram.model.encoder import stack
+from stagesweep.systems.audiogram.model.encoder import mlp
 
 
 def to_native(
     output: Tensor, features: Features, shift: Tensor | None, scale: Tensor | None
 ) -> Tensor:
-    """Bring a decoder's free output (B, w) to native units, inside the range of `features`.
+    """Convert an unbounded output (B, w) to native units, inside the range of `features`.
 
-    Bounded features go through low + (high - low) * sigmoid. The sigmoid is placed so that an
-    output of 0 is `shift` and its slope there is `scale`: near the centre the output is the
-    standardised value, so that reconstruction starts at the mean, and a latent need not know
-    from which group of machines a shift came.
+    Bounded features are low + (high - low) * sigmoid. The sigmoid is shifted and scaled so that an
+    output of 0 gives `shift`, with slope `scale`. Near the centre the output is thus the
+    standardised value: reconstruction starts at the mean, and the latent need not encode the shift
+    of a group of samples.
     """
     output = output.float()
     if features.low is None or features.high is None:
@@ -32,25 +32,25 @@ def to_native(
 
 
 class Head(nn.Module):
-    """The path of one kind of column: a hidden layer and one linear output for each column."""
+    """Output head for one kind of column: a hidden layer and a linear output per column."""
 
     def __init__(self, inner: int, width: int, columns: dict[str, int]) -> None:
         super().__init__()
-        self.hidden = stack([inner, width])
+        self.hidden = mlp([inner, width])
         self.columns = columns
         self.output = nn.Linear(width, sum(columns.values()))
-        # Small weights: the first reconstruction is the mean, and its gradient mild.
+        # Small weights: the first reconstruction is the mean, and gradients are small.
         nn.init.normal_(self.output.weight, std=0.01)
         nn.init.zeros_(self.output.bias)
 
     def forward(self, value: Tensor) -> dict[str, Tensor]:
-        """Map (B, inner) to one output (B, width of the column) by column name."""
+        """Map (B, inner) to an output (B, width of the column) for each column name."""
         outputs = self.output(self.hidden(value)).split(list(self.columns.values()), 1)
         return dict(zip(self.columns, outputs, strict=True))
 
 
 class Decoder(nn.Module):
-    """The encoder mirrored: hidden layers in reverse, then one path for each kind of column."""
+    """Mirror of the encoder: hidden layers in reverse, then a head for each kind of column."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.features = spec.features
-        self.hidden = stack([latent, *reversed(hidden)])
+        self.hidden = mlp([latent, *reversed(hidden)])
         self.heads = nn.ModuleList()
         rest = dict(spec.categories)
         for name, features in spec.features.items():
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
     def forward(self, latent: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Map latents (B, d) to features in native units (B, w) and category logits (B, n).
 
-        The shift and scale of each feature are read from `batch`.
+        Reads the shift and scale of each feature from `batch`.
         """
         joined = self.hidden(latent)
         decoded: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""From the columns of a batch to the parameters of the latent distribution."""
+"""The encoder: from the columns of a batch to the parameters of the latent distribution."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,16 +11,16 @@ from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import Batch
 
 
-def stack(widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers of these widths, each followed by layer norm and SiLU."""
+def mlp(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers of the given widths, each followed by layer norm and SiLU."""
     layers: list[nn.Module] = []
     for inner, outer in pairwise(widths):
         layers += [nn.Linear(inner, outer), nn.LayerNorm(outer), nn.SiLU()]
     return nn.Sequential(*layers)
 
 
-def observed(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
-    """Input (B, w) of a feature with 0 where it is missing, and its mask (B, w) as floats."""
+def masked_input(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
+    """Input (B, w) of a feature, 0 where missing, and its mask (B, w) as floats."""
     value = batch[name]
     if (mask := batch.get(f"{name}/mask")) is None:
         return value, torch.ones_like(value)
@@ -28,10 +28,10 @@ def observed(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
 
 
 class FrequencyAttention(nn.Module):
-    """Self-attention over neighbouring features, with a learned embedding of each frequency.
+    """Self-attention over ordered features, with a learned embedding of each frequency.
 
-    Nothing attends to a missing value; its own place is filled from the others, and the residual
-    keeps what was measured.
+    Missing values are masked as keys, so no token attends to them; their own tokens attend to the
+    observed ones. The residual connection keeps the measured values.
     """
 
     def __init__(self, features: Features, heads: int, head_dim: int, width: int) -> None:
@@ -43,14 +43,14 @@ class FrequencyAttention(nn.Module):
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.mix = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
-        self.join = stack([count * dim, width])
+        self.join = mlp([count * dim, width])
 
     def forward(self, value: Tensor, mask: Tensor) -> Tensor:
         """Map values and their mask (B, w) to features (B, width)."""
         tokens = self.value(torch.stack([value, mask], 2)) + self.frequency
         parts = self.query_key_value(tokens).view(*tokens.shape[:2], 3, self.heads, -1)
         query, key, content = parts.permute(2, 0, 3, 1, 4).unbind()
-        # A large finite number: -inf would make NaN of a sample with nothing observed.
+        # Large but finite: -inf would give NaN for a sample without any observed value.
         hidden = ((mask - 1) * 1e4)[:, None, None].to(query.dtype)
         mixed = scaled_dot_product_attention(query, key, content, attn_mask=hidden)
         tokens = self.norm(tokens + self.mix(mixed.transpose(1, 2).flatten(2)))
@@ -58,7 +58,7 @@ class FrequencyAttention(nn.Module):
 
 
 class PixelPath(nn.Module):
-    """3x3 convolutions over an image, each after the first halving it; none: plain linear."""
+    """3x3 convolutions over an image, with stride 2 after the first; no channels: linear only."""
 
     def __init__(self, features: Features, channels: Sequence[int], width: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class PixelPath(nn.Module):
         self.convolutions = nn.Sequential(*layers)
         with torch.no_grad():
             flat = self.convolutions(torch.zeros(1, 1, *self.grid)).numel()
-        self.join = stack([flat, width])
+        self.join = mlp([flat, width])
 
     def forward(self, value: Tensor) -> Tensor:
         """Map pixels (B, height * width), row by row, to features (B, width)."""
@@ -80,7 +80,7 @@ class PixelPath(nn.Module):
 
 
 class TabularPath(nn.Module):
-    """Unordered features with their masks, and learned embeddings of categories, joined."""
+    """MLP of unordered features, their masks and learned embeddings of categories."""
 
     def __init__(
         self, widths: dict[str, int], categories: dict[str, int], embedding: int, width: int
@@ -90,17 +90,17 @@ class TabularPath(nn.Module):
         self.embeddings = nn.ModuleDict(
             {name: nn.Embedding(count, embedding) for name, count in categories.items()}
         )
-        self.join = stack([2 * sum(widths.values()) + embedding * len(categories), width])
+        self.join = mlp([2 * sum(widths.values()) + embedding * len(categories), width])
 
     def forward(self, batch: Batch) -> Tensor:
         """Map the columns of `batch` to features (B, width)."""
-        parts = [part for name in self.continuous for part in observed(batch, name)]
+        parts = [part for name in self.continuous for part in masked_input(batch, name)]
         parts += [embed(batch[name]) for name, embed in self.embeddings.items()]
         return self.join(torch.cat(parts, 1))  # type: ignore[no-any-return]
 
 
 class Encoder(nn.Module):
-    """One path for each kind of column, joined into hidden layers, then mean and log-variance."""
+    """A path for each kind of column, joined by hidden layers, then mean and log-variance."""
 
     def __init__(
         self,
@@ -136,16 +136,16 @@ class Encoder(nn.Module):
         if rest or spec.categories:
             self.tabular = TabularPath(rest, spec.categories, embedding, tabular_width)
             joined += tabular_width
-        self.hidden = stack([joined, *hidden])
+        self.hidden = mlp([joined, *hidden])
         self.mean = nn.Linear(hidden[-1], latent)
         self.logvar = nn.Linear(hidden[-1], latent)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Map the columns of `batch` to mean and log-variance, both (B, d) in fp32."""
-        parts = [path(*observed(batch, name)) for name, path in self.frequencies.items()]
-        parts += [path(observed(batch, name)[0]) for name, path in self.pixels.items()]
+        parts = [path(*masked_input(batch, name)) for name, path in self.frequencies.items()]
+        parts += [path(masked_input(batch, name)[0]) for name, path in self.pixels.items()]
         if self.tabular is not None:
             parts.append(self.tabular(batch))
         joined = self.hidden(torch.cat(parts, 1))
-        # Beyond these bounds the variance is zero or everything, and its exponent a hazard.
+        # Clamped, because the exponential of a larger log-variance can overflow.
         return self.mean(joined).float(), self.logvar(joined).float().clamp(-10, 10)

@@ -1,4 +1,4 @@
-"""Contrastive variational autoencoder with deep embedded clustering, sized from the data."""
+"""Contrastive variational autoencoder with deep embedded clustering."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stagesweep.base.spec import Spec
 from stagesweep.base.view import Batch
-from stagesweep.model.clusters import Clusters
+from stagesweep.model.cluster_centres import StudentTAssignment
 from stagesweep.systems.audiogram.model.decoder import Decoder
 from stagesweep.systems.audiogram.model.encoder import Encoder
 
@@ -21,11 +21,11 @@ class ClusteringVAE(nn.Module):
     """A VAE (Kingma & Welling 2014) whose latent means are softly assigned to cluster centres
     (Xie et al. 2016) and projected for a contrastive loss (Khosla et al. 2020).
 
-    Which paths the encoder and decoder have follows from `spec`: attention over ordered features
-    (`heads`, `head_dim`, `frequency_width`), convolutions over pixels (`channels`,
-    `pixel_width`), embeddings of categories and all other features (`embedding`,
-    `tabular_width`). `hidden` are the widths from the joined paths to the latent; `projection` is
-    the width of the contrastive projection; `clusters` the number of centres to begin with.
+    `spec` determines the paths of encoder and decoder: attention over ordered features (`heads`,
+    `head_dim`, `frequency_width`), convolutions over pixels (`channels`, `pixel_width`), an MLP
+    over categories and all other features (`embedding`, `tabular_width`). `hidden` are the widths
+    from the joined paths to the latent, `projection` the width of the contrastive projection,
+    `clusters` the initial number of centres.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ClusteringVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.latent = latent
-        # Set by the training core: recompute activations in the backward pass to save memory.
+        # Activation checkpointing; set by the run from the hardware profile.
         self.checkpointed = False
         widths = {
             "frequency_width": frequency_width,
@@ -64,24 +64,24 @@ class ClusteringVAE(nn.Module):
             **widths,
         )
         self.decoder = Decoder(spec, latent=latent, hidden=hidden, **widths)
-        self.clusters = Clusters(clusters, latent)
+        self.clusters = StudentTAssignment(clusters, latent)
         self.projection = nn.Sequential(
             nn.Linear(latent, projection), nn.SiLU(), nn.Linear(projection, projection)
         )
 
     def sample_noise(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw the standard normal numbers that turn `n` latent distributions into samples."""
+        """Draw the standard normal `noise` (n, d) that samples `n` latent distributions."""
         noise = torch.randn(n, self.latent, generator=generator, device=generator.device)
         return {"noise": noise}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Encode, decode and assign a batch; project it when it holds positives.
+        """Encode, decode and assign a batch; project it if it has positives.
 
         Returns `mean`, `logvar`, `latent` (B, d), `assignment` (B, k), every feature (B, w) in
-        native units and every category's logits (B, n). `latent` is the mean unless the batch
+        native units and the logits (B, n) of every category. `latent` is the mean unless the batch
         has `noise` (B, d). With `positive/...` columns also `positive/assignment` (B, k), and
-        `projection` and `positive/projection` (B, p), of length one; positives are encoded to
-        their mean and never decoded.
+        `projection` and `positive/projection` (B, p) of length one. Positives are encoded to their
+        mean and not decoded.
         """
         mean, logvar = self._run(self.encoder, batch)
         latent = mean

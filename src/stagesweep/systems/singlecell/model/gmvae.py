@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stagesweep.base.spec import Spec
 from stagesweep.base.view import Batch
-from stagesweep.model.clusters import Centres
+from stagesweep.model.cluster_centres import ClusterCentres
 from stagesweep.systems.singlecell.likelihood import places
 from stagesweep.systems.singlecell.normalise import normalised
 
@@ -28,7 +28,7 @@ class Thinning(nn.Dropout):
         return x.new_zeros(x.numel()).index_copy_(0, there, kept).view_as(x)
 
 
-class Components(Centres):
+class Components(ClusterCentres):
     """Diagonal Gaussians N(m_k, s_k) in the latent space and their shares pi_k."""
 
     def __init__(self, count: int, latent: int) -> None:

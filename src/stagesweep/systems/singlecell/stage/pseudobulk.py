@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features, Spec
-from stagesweep.data.derived import Columns, Made
+from stagesweep.data.derived import Columns, DerivedData
 from stagesweep.data.labels import label_names
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Pseudobulk:
         }
         labels = {"condition": run.data.spec.labels["condition"]}
         known = {"condition": label_names(run.data, "condition")}
-        run.save_data("pseudobulk", Made(Spec(features, labels=labels), made, known))
+        run.save_data("pseudobulk", DerivedData(Spec(features, labels=labels), made, known))
         return {f"{split}_pseudobulks": float(len(own["donor"])) for split, own in made.items()}
 
     def mix(self, run: "Context", split: str, types: int, random: np.random.Generator) -> Columns:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagesweep.loss.consistency import Consistency
+from stagesweep.loss.alignment import Alignment
 
 
 @settings(max_examples=25, deadline=None)
@@ -18,7 +18,7 @@ def test_equals_the_written_out_mean_over_pairs(labels: list[int], seed: int) ->
             expected += sum(distances) / len(distances)
             anchors += 1
     batch = {"gene": torch.tensor(labels), "index": torch.arange(len(labels))}
-    total, weight = Consistency("gene")({"mean": mean}, batch)
+    total, weight = Alignment("gene")({"mean": mean}, batch)
     assert total.item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert weight.item() == anchors
 
@@ -26,6 +26,6 @@ def test_equals_the_written_out_mean_over_pairs(labels: list[int], seed: int) ->
 def test_only_samples_with_partners_are_moved_and_towards_them() -> None:
     mean = torch.tensor([[0.0], [2.0], [5.0], [9.0]], requires_grad=True)
     batch = {"gene": torch.tensor([1, 1, 2, -1]), "index": torch.arange(4)}
-    Consistency("gene")({"mean": mean}, batch)[0].backward()
+    Alignment("gene")({"mean": mean}, batch)[0].backward()
     assert mean.grad is not None
     assert mean.grad.flatten().tolist() == pytest.approx([-8.0, 8.0, 0.0, 0.0])

@@ -4,7 +4,7 @@ import torch
 from scipy.special import rel_entr
 from torch import Tensor
 
-from stagesweep.loss.clustering import Clustering, sharpen
+from stagesweep.loss.deep_embedded_clustering import DeepEmbeddedClustering, target_distribution
 
 
 def assignments(n: int = 50, k: int = 4, seed: int = 0) -> Tensor:
@@ -19,21 +19,21 @@ def test_target_is_the_written_out_formula() -> None:
     for i in range(50):
         raised = [q[i, j] ** 2 / frequency[j] for j in range(4)]
         expected[i] = [value / sum(raised) for value in raised]
-    np.testing.assert_allclose(sharpen(assignments()).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(target_distribution(assignments()).numpy(), expected, rtol=1e-5)
 
 
 def test_loss_is_scipys_relative_entropy_of_the_held_target() -> None:
-    term, q = Clustering(), assignments()
+    term, q = DeepEmbeddedClustering(), assignments()
     term.refresh(0, lambda: {"assignment": q})
     now, index = assignments(seed=1)[[3, 1, 40]], torch.tensor([7, 2, 49])
     total, weight = term({"assignment": now}, {"index": index})
-    expected = rel_entr(sharpen(q)[index].numpy(), now.numpy()).sum()
+    expected = rel_entr(target_distribution(q)[index].numpy(), now.numpy()).sum()
     assert total.item() == pytest.approx(expected, rel=1e-5)
     assert weight.item() == 3
 
 
 def test_positives_are_drawn_to_the_target_of_their_samples() -> None:
-    term, q, index = Clustering(), assignments(), {"index": torch.arange(50)}
+    term, q, index = DeepEmbeddedClustering(), assignments(), {"index": torch.arange(50)}
     term.refresh(0, lambda: {"assignment": q})
     views = [assignments(seed=1), assignments(seed=2)]
     both = term({"assignment": views[0], "positive/assignment": views[1]}, index)
@@ -43,7 +43,7 @@ def test_positives_are_drawn_to_the_target_of_their_samples() -> None:
 
 
 def test_target_has_no_gradient_and_draws_assignments_to_itself() -> None:
-    term = Clustering()
+    term = DeepEmbeddedClustering()
     logits = torch.randn(50, 4, requires_grad=True)
     optimizer = torch.optim.SGD([logits], lr=1.0)
     term.refresh(0, lambda: {"assignment": logits.softmax(1)})
@@ -58,7 +58,7 @@ def test_target_has_no_gradient_and_draws_assignments_to_itself() -> None:
 
 
 def test_refreshes_on_schedule_and_reports_the_change_of_labels() -> None:
-    term, calls = Clustering(every=5), []
+    term, calls = DeepEmbeddedClustering(every=5), []
     q = torch.eye(4).repeat(25, 1) * 0.9 + 0.025
 
     def predict() -> dict[str, Tensor]:
@@ -72,12 +72,12 @@ def test_refreshes_on_schedule_and_reports_the_change_of_labels() -> None:
     q[:7] = q[:7].roll(1, 1)
     found = term.refresh(10, predict)
     assert found == {"label_change": pytest.approx(0.07)}
-    assert tuple(found) == Clustering.reports
+    assert tuple(found) == DeepEmbeddedClustering.reports
     assert term.refresh(0, predict) == {}  # another stage begins
 
 
 def test_state_survives_a_checkpoint() -> None:
-    term, other = Clustering(every=5), Clustering(every=5)
+    term, other = DeepEmbeddedClustering(every=5), DeepEmbeddedClustering(every=5)
     term.refresh(0, lambda: {"assignment": assignments()})
     other.load_state_dict(term.state_dict())
     batch = {"index": torch.arange(10)}
@@ -88,7 +88,7 @@ def test_state_survives_a_checkpoint() -> None:
 
 
 def test_chunks_add_up() -> None:
-    term, q = Clustering(), assignments()
+    term, q = DeepEmbeddedClustering(), assignments()
     term.refresh(0, lambda: {"assignment": q})
     rows = torch.randperm(50)
     whole = term({"assignment": q[rows]}, {"index": rows})[0]

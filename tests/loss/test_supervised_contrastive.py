@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from stagesweep.base.errors import UserError
-from stagesweep.loss.contrastive import Contrastive
+from stagesweep.loss.supervised_contrastive import SupervisedContrastive
 
 
 def views(n: int, seed: int) -> dict[str, Tensor]:
@@ -45,17 +45,17 @@ def reference(outputs: dict[str, Tensor], labels: list[int], temperature: float)
 def test_equals_the_loops_of_the_paper(labels: list[int], temperature: float, seed: int) -> None:
     outputs = views(len(labels), seed)
     batch = {"index": torch.arange(len(labels)), "gene": torch.tensor(labels)}
-    total, weight = Contrastive(temperature, label="gene")(outputs, batch)
+    total, weight = SupervisedContrastive(temperature, label="gene")(outputs, batch)
     assert total.item() == pytest.approx(reference(outputs, labels, temperature), rel=1e-4)
     assert weight.item() == 2 * len(labels)
-    unlabelled, _ = Contrastive(temperature)(outputs, batch)
+    unlabelled, _ = SupervisedContrastive(temperature)(outputs, batch)
     expected = reference(outputs, [-1] * len(labels), temperature)
     assert unlabelled.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_order_of_samples_and_names_of_labels_do_not_matter() -> None:
     outputs, labels = views(8, 0), torch.tensor([0, 0, 1, -1, 2, 1, -1, 0])
-    term, order = Contrastive(label="gene"), torch.randperm(8)
+    term, order = SupervisedContrastive(label="gene"), torch.randperm(8)
     first, _ = term(outputs, {"index": torch.arange(8), "gene": labels})
     moved = {name: value[order] for name, value in outputs.items()}
     second, _ = term(moved, {"index": order, "gene": (labels * 10)[order].clamp(min=-1)})
@@ -67,8 +67,8 @@ def test_a_sample_drawn_twice_is_no_negative_of_itself() -> None:
     outputs = {name: value[[0, 1, 2, 3, 0]] for name, value in outputs.items()}
     twice = {"index": torch.tensor([0, 1, 2, 3, 0])}
     labelled = {"index": torch.arange(5), "gene": torch.tensor([7, -1, -1, -1, 7])}
-    expected, _ = Contrastive(label="gene")(outputs, labelled)
-    torch.testing.assert_close(Contrastive()(outputs, twice)[0], expected)
+    expected, _ = SupervisedContrastive(label="gene")(outputs, labelled)
+    torch.testing.assert_close(SupervisedContrastive()(outputs, twice)[0], expected)
 
 
 def test_both_sides_have_a_gradient_and_descend() -> None:
@@ -77,7 +77,7 @@ def test_both_sides_have_a_gradient_and_descend() -> None:
     optimizer = torch.optim.SGD(start.values(), lr=0.1)
 
     def loss() -> Tensor:
-        return Contrastive()({k: normalize(v, dim=1) for k, v in start.items()}, batch)[0]
+        return SupervisedContrastive()({k: normalize(v, dim=1) for k, v in start.items()}, batch)[0]
 
     first = loss()
     first.backward()
@@ -90,4 +90,4 @@ def test_both_sides_have_a_gradient_and_descend() -> None:
 
 def test_a_missing_label_column_is_named() -> None:
     with pytest.raises(UserError, match=r"loss\.contrastive\.label=gene: the data has no such"):
-        Contrastive(label="gene")(views(3, 0), {"index": torch.arange(3)})
+        SupervisedContrastive(label="gene")(views(3, 0), {"index": torch.arange(3)})

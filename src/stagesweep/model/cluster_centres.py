@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 
-class Centres(nn.Module):
-    """Points (k, d) in the latent space; their number may change between stages and with the
-    weights that are loaded.
+class ClusterCentres(nn.Module):
+    """Points (k, d) in the latent space.
+
+    Their number may change between stages, and follows the weights that are loaded.
     """
 
     def __init__(self, count: int, latent: int) -> None:
@@ -17,20 +18,20 @@ class Centres(nn.Module):
 
     @torch.no_grad()
     def set_centres(self, centres: Tensor) -> None:
-        """Replace all centres by `centres` (k, d); an optimizer must be built after this."""
+        """Replace all centres by `centres` (k, d); build the optimizer after this call."""
         self.centres = nn.Parameter(centres.detach().clone().to(self.centres))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Take on the number of centres of the weights before they are copied."""
+        """Resize the centres to match the weights before they are copied."""
         saved = state_dict.get(prefix + "centres")
         if saved is not None and saved.shape != self.centres.shape:
             self.set_centres(saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class Clusters(Centres):
+class StudentTAssignment(ClusterCentres):
     """Student-t soft assignment (Xie et al. 2016, eq. 1, alpha = 1)."""
 
     def forward(self, mean: Tensor) -> Tensor:

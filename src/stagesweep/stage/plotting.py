@@ -1,4 +1,4 @@
-"""Colours and plots that the figures of several systems share."""
+"""Matplotlib helpers and colours for the figure stages."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stagesweep.run.context import Context
 
 
-# Okabe & Ito's colours, told apart by colour-blind readers too. With markers: 32 kinds of points.
+# The colour-blind safe palette of Okabe & Ito. With four markers: 32 kinds of points.
 COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A800",
 )  # fmt: skip
@@ -27,12 +27,14 @@ MARKERS = ("o", "^", "s", "D")
 
 BLUE, ORANGE, GREY = COLOURS[0], COLOURS[5], "#8C8C8C"
 
-# Points of an embedding map, labels with a colour each, and rows of a heatmap: more is unreadable.
+# Most points of a map, colours of labels, and rows of a heatmap that are still readable.
 MAX_POINTS, MAX_KINDS, MAX_ROWS = 3000, 20, 30
 
 
-def leave(run: "Context", figures: Iterator[tuple[str, Figure]], dpi: int) -> dict[str, float]:
-    """Leave every figure under its name as it is drawn; returns how many there are."""
+def save_figures(
+    run: "Context", figures: Iterator[tuple[str, Figure]], dpi: int
+) -> dict[str, float]:
+    """Save each figure as soon as it is drawn; returns ``figures``, their number."""
     names = []
     with threadpool_limits(limits=1):
         for name, figure in run.progress(figures, "figures"):
@@ -42,23 +44,25 @@ def leave(run: "Context", figures: Iterator[tuple[str, Figure]], dpi: int) -> di
     return {"figures": len(names)}
 
 
-def principal(means: NDArray[np.floating]) -> tuple[NDArray[np.floating], str, str]:
-    """The two first principal components, and what to write on their axes."""
+def pca_projection(means: NDArray[np.floating]) -> tuple[NDArray[np.floating], str, str]:
+    """First two principal components (n, 2) of the means (n, d), and two axis labels."""
     pca = PCA(2, random_state=0)
     points = pca.fit_transform(means)
     first, second = pca.explained_variance_ratio_
     return points, f"PC 1 ({first:.0%} of variance)", f"PC 2 ({second:.0%} of variance)"
 
 
-def neighbours(means: NDArray[np.floating], start: NDArray[Any], seed: int) -> NDArray[np.floating]:
-    """A UMAP of the means (McInnes et al. 2018) that begins with the points of `start` (n, 2).
+def umap_projection(
+    means: NDArray[np.floating], start: NDArray[Any], seed: int
+) -> NDArray[np.floating]:
+    """UMAP (n, 2) of the means (n, d) (McInnes et al. 2018), initialised with `start` (n, 2).
 
-    UMAP's own search for neighbours compiles for many seconds, and calls Python for every pair.
+    The neighbours come from scikit-learn: UMAP's own search takes many seconds to compile.
     """
     near = min(15, len(means) - 1)
     distances, rows = NearestNeighbors(n_neighbors=near).fit(means).kneighbors(means)
     with warnings.catch_warnings():
-        # What umap and numba have to say about themselves is of no use to a reader.
+        # umap and numba warn about their own internals.
         warnings.simplefilter("ignore")
         from umap import UMAP  # takes seconds to import
 
@@ -76,7 +80,7 @@ def neighbours(means: NDArray[np.floating], start: NDArray[Any], seed: int) -> N
 
 
 def scatter(ax: Axes, points: NDArray[Any], kinds: pd.Series, numbered: bool) -> None:
-    """Points in a colour and marker for each kind; with the kind written on it when `numbered`."""
+    """Scatter points with a colour and marker for each kind; `numbered` annotates the kinds."""
     for number, kind in enumerate(sorted(kinds.dropna().unique())):
         own = points[(kinds == kind).to_numpy()]
         colour = COLOURS[number % len(COLOURS)]
@@ -96,7 +100,7 @@ def scatter(ax: Axes, points: NDArray[Any], kinds: pd.Series, numbered: bool) ->
 
 
 def heatmap(figure: Figure, ax: Axes, values: pd.DataFrame, legend: str, vmax: float) -> None:
-    """A labelled matrix with a bar that says what its colours mean."""
+    """Draw a labelled matrix with a colour bar."""
     image = ax.imshow(values.to_numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=vmax)
     ax.set_xticks(range(values.shape[1]), values.columns)
     ax.set_yticks(range(len(values)), values.index)
@@ -104,8 +108,8 @@ def heatmap(figure: Figure, ax: Axes, values: pd.DataFrame, legend: str, vmax: f
     figure.colorbar(image, label=legend, extend=beyond)
 
 
-def tidy(ax: Axes, grid: bool = True) -> None:
-    """Leave out what carries no information."""
+def style_axes(ax: Axes, grid: bool = True) -> None:
+    """Hide the top and right spines, and draw a light grid."""
     ax.spines[["top", "right"]].set_visible(False)
     if grid:
         ax.grid(alpha=0.25, lw=0.6)
