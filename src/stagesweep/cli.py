@@ -57,7 +57,7 @@ def main() -> None:
 def job(cfg: DictConfig) -> float | list[float] | None:
     """One run in Hydra's hands; returns the value of its objective."""
     try:
-        environment.prepare(hardware(cfg))
+        environment.set_variables(hardware(cfg))
         from stagesweep.run.runner import walk
 
         return walk(cfg)

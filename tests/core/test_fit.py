@@ -28,15 +28,15 @@ from stagesweep.config import schema
 from stagesweep.config.schema import Decay, EarlyStop, Mode, Precision, Schedule, Weight
 from stagesweep.core import checkpoint
 from stagesweep.core.fit import Loop
-from stagesweep.core.metric_log import MetricLog
 from stagesweep.core.optim import learning_rate
-from stagesweep.core.tensorboard import read_rows
 from stagesweep.data.loader import LoaderView
 from stagesweep.hardware.throughput import SPEED
 from stagesweep.stage.fit import Fit
+from stagesweep.store.metric_log import MetricLog
+from stagesweep.store.tensorboard import read_rows
 
 if TYPE_CHECKING:
-    from conftest import Bench
+    from fits import Bench
 
 Columns = Callable[..., Batch]
 Make = Callable[..., nn.Module]
@@ -102,13 +102,13 @@ class TestTraining:
             optimizer=SGD, schedule=schedule, clip_norm=0.5, model=tiny(), epochs=3, batch_size=10
         )
         noise = torch.Generator()
-        noise.set_state(loop.noise.get_state())
+        noise.set_state(loop.state.noise.get_state())
         model, train = tiny(), make_batch()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         losses = []
         for epoch in range(3):
-            loop.epoch = epoch
-            order = loop.order()
+            loop.state.epoch = epoch
+            order = loop.batches.order(loop.state.epoch)
             total = 0.0
             for number, index in enumerate(order):
                 batch = {name: column[index] for name, column in train.items()}
@@ -122,7 +122,7 @@ class TestTraining:
                 optimizer.step()
                 total += loss.item() * len(index)
             losses.append(total / len(train["x"]))
-        loop.epoch = 0
+        loop.state.epoch = 0
         result = loop.run()
         for name, value in loop.model.state_dict().items():
             torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-5, atol=1e-6)
@@ -132,9 +132,9 @@ class TestTraining:
 
     def test_every_sample_once_an_epoch_in_another_order(self, bench: "Bench") -> None:
         loop = bench.loop()
-        first = loop.order()
-        loop.epoch = 1
-        second = loop.order()
+        first = loop.batches.order(loop.state.epoch)
+        loop.state.epoch = 1
+        second = loop.batches.order(loop.state.epoch)
         for order in (first, second):
             assert [len(batch) for batch in order] == [10, 10, 10, 10, 4]
             assert torch.cat(order).sort().values.tolist() == list(range(44))
@@ -292,7 +292,7 @@ class TestNaN:
         loop = bench.loop(terms={"root": Root()}, loss={"root": Weight()})
         with pytest.raises(UserError, match=r"^fit: the gradient became nan in epoch 1, step 1; "):
             loop.run()
-        assert checkpoint.load_newest(loop.folder) is None
+        assert checkpoint.load_newest(loop.checkpoints.folder) is None
 
     def test_divergence(self, bench: "Bench") -> None:
         loop = bench.loop(
@@ -446,7 +446,7 @@ class TestBest:
         loop.evaluate = remembering  # type: ignore[method-assign]
         loop.run()
         for name, epoch in (("val_low", 2), ("val_high", 3)):
-            state = checkpoint.load(loop.folder / f"best_{name}.pt")["model"]
+            state = checkpoint.load(loop.checkpoints.folder / f"best_{name}.pt")["model"]
             assert same(state, history[epoch - 1]), name
         assert same(weights(loop.model), history[2])
 
@@ -500,9 +500,9 @@ class TestBest:
     def test_last_is_the_last(self, bench: "Bench") -> None:
         loop = bench.loop(best={"val_loss": Mode.max})
         loop.run()
-        last = checkpoint.load(loop.folder / "last.pt")
+        last = checkpoint.load(loop.checkpoints.folder / "last.pt")
         assert same(weights(loop.model), last["model"])
-        assert last["loop"]["epoch"] == 3
+        assert last["values"]["epoch"] == 3
 
     def test_a_metric_that_is_not_there(self, bench: "Bench") -> None:
         with pytest.raises(UserError) as caught:
@@ -569,7 +569,7 @@ class TestNames:
         assert re.fullmatch(
             rf"stage\.fit\.{key}: no metric '\w+'; there are {there}, moved", str(caught.value)
         )
-        assert loop.step == 0
+        assert loop.state.step == 0
 
     def test_a_misspelled_one_beside_custom_metrics_is_said_at_the_first_evaluation(
         self, bench: "Bench"
@@ -580,22 +580,22 @@ class TestNames:
         )
         with pytest.raises(UserError, match=r"^stage.fit.early_stop: no metric 'val_scroe'; "):
             loop.run()
-        assert loop.epoch == 1
+        assert loop.state.epoch == 1
 
 
 class TestEMA:
     def test_it_is_the_running_average_of_the_weights(self, bench: "Bench") -> None:
         loop = bench.loop(ema=0.9, epochs=2)
         average: dict[str, Tensor] = {}
-        update = loop.update
+        end_step = loop.end_step
 
-        def following() -> None:
-            update()
+        def following(*given: Any) -> None:
+            end_step(*given)
             for name, value in weights(loop.model).items():
                 before = average.get(name, value)
                 average[name] = 0.9 * before + 0.1 * value
 
-        loop.update = following  # type: ignore[method-assign]
+        loop.end_step = following  # type: ignore[method-assign]
         evaluated: list[Tensor] = []
         loop.run()
         evaluated = [value for _, value in sorted(weights(loop.model).items())]
@@ -608,14 +608,16 @@ class TestEMA:
         batch = next(loop.val.batches(1000))
         error = (loop.model.eval()(batch)["x"] - batch["x"]).square().sum(1).mean()
         assert row["val_error"] == pytest.approx(error.item(), rel=1e-5)
-        best = checkpoint.load(loop.folder / "best_val_loss.pt")["model"]
+        best = checkpoint.load(loop.checkpoints.folder / "best_val_loss.pt")["model"]
         assert same(best, weights(loop.model))
-        assert not same(checkpoint.load(loop.folder / "last.pt")["model"], best)
+        assert not same(checkpoint.load(loop.checkpoints.folder / "last.pt")["model"], best)
 
 
 class TestCheckpoints:
     def saved(self, loop: Loop) -> list[int]:
-        return sorted(int(path.stem.removeprefix("step_")) for path in loop.folder.glob("step_*"))
+        return sorted(
+            int(path.stem.removeprefix("step_")) for path in loop.checkpoints.folder.glob("step_*")
+        )
 
     @pytest.mark.parametrize(
         ("every", "keep", "expected"),
@@ -659,7 +661,7 @@ class TestCheckpoints:
         first = bench.loop(name="first", model=tiny(), epochs=4, keep_last=2, augment=None)
         first.settings.epochs = 4
         first.run()
-        newest = first.folder / "step_000000020.pt"
+        newest = first.checkpoints.folder / "step_000000020.pt"
         os.truncate(newest, newest.stat().st_size // 2)
         again = bench.loop(name="first", model=tiny(), epochs=4, keep_last=2)
         again.run()
@@ -705,8 +707,10 @@ class Everything:
 
     def outcome(self, loop: Loop, result: Mapping[str, float]) -> list[Any]:
         """All that a fit leaves behind."""
-        best = {p.name: checkpoint.load(p)["model"] for p in loop.folder.glob("best_*.pt")}
-        last = checkpoint.load(loop.folder / "last.pt")
+        best = {
+            p.name: checkpoint.load(p)["model"] for p in loop.checkpoints.folder.glob("best_*.pt")
+        }
+        last = checkpoint.load(loop.checkpoints.folder / "last.pt")
         return [weights(loop.model), rows(loop), dict(result), best, last]
 
 
@@ -771,7 +775,7 @@ class TestResuming:
             with pytest.raises(Interrupted), signals.handled():
                 loop.run()
             done += steps
-            assert loop.step == done
+            assert loop.state.step == done
         loop = everything.loop("stopped", **settings)
         outcome = everything.outcome(loop, loop.run())
         assert len({(r["kind"], r["epoch"], r["step"]) for r in rows(loop)}) == len(rows(loop))
@@ -819,7 +823,7 @@ class TestResuming:
         evaluate = loop.evaluate
 
         def interrupted() -> dict[str, float]:
-            if loop.epoch == loop.settings.epochs:
+            if loop.state.epoch == loop.settings.epochs:
                 terminate()
             return evaluate()
 
@@ -843,15 +847,15 @@ class TestResuming:
         first = bench.loop(early_stop=rule)
         second = bench.loop(early_stop=rule)
         assert first.run() == second.run()
-        assert second.epoch == 1
+        assert second.state.epoch == 1
 
 
 class TestLogs:
     def events(self, bench: "Bench") -> EventAccumulator:
-        board = bench.boards[-1]
-        board.writer.flush()
+        writer = bench.writers[-1]
+        writer.writer.flush()
         sizes = {"scalars": 0, "histograms": 0}
-        events = EventAccumulator(str(board.folder), size_guidance=sizes)
+        events = EventAccumulator(str(writer.folder), size_guidance=sizes)
         events.Reload()
         return events
 
@@ -923,8 +927,8 @@ class TestLogs:
 
 def test_a_full_disk_is_one_line(bench: "Bench", monkeypatch: pytest.MonkeyPatch) -> None:
     loop = bench.loop()
-    board = loop.rows.board
-    loop.rows = MetricLog(Path("/dev/full"), board, "fit")
+    writer = loop.rows.writer
+    loop.rows = MetricLog(Path("/dev/full"), writer, "fit")
     monkeypatch.setattr(loop.rows, "rewind", lambda epoch, step: None)
     with pytest.raises(UserError, match=r"^disk full: cannot write /dev/full"):
         loop.run()
@@ -966,7 +970,8 @@ class TestGPU:
         hardware = {"device": schema.Device.cuda, "precision": Precision.fp16}
         loop = bench.loop(hardware=hardware, epochs=4, log_every=1)
         loop.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
-        loop.loss.scaler = loop.scaler
+        loop.micro_batches.scaler = loop.scaler
+        loop.state.scaler = loop.scaler
         loop.run()
         assert loop.scaler.get_scale() < 2.0**40
 

@@ -32,7 +32,7 @@ def test_it_is_set_before_torch_starts(needs_torch: Callable[[str], bool]) -> No
     assert not needs_torch(
         "from stagesweep import cli\n"
         "from stagesweep.config.schema import Hardware\n"
-        "cli.environment.prepare(Hardware(threads=1))"
+        "cli.environment.set_variables(Hardware(threads=1))"
     )
 
 

@@ -17,20 +17,20 @@ from stagesweep.base.errors import UserError
 from stagesweep.config import schema, trust
 from stagesweep.config.access import targets
 from stagesweep.core import checkpoint
-from stagesweep.core.tensorboard import Board
 from stagesweep.run.build import build_stage, init_from
 from stagesweep.run.context import Run
 from stagesweep.run.runner import without_nan
 from stagesweep.stage.fit import Fit
 from stagesweep.store.stage_inputs import content_hash, inputs, what_counts
 from stagesweep.store.store import Store
+from stagesweep.store.tensorboard import TensorBoardWriter
 
 
 @pytest.fixture
 def run(compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run of digits that has not walked its stages; its first stage's entry is open."""
     monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
-    board = Board(tmp_path / "run" / "tensorboard")
+    board = TensorBoardWriter(tmp_path / "run" / "tensorboard")
     made = Run(compose("experiment=digits"), tmp_path / "run", [], board)
     entry = Store.default().entry("0" * 32)
     made._entry, made.stage = entry, "pretrain"

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 # The command on a machine whose driver has left a device file; its trials find no GPU.
 GPUS = """
-from stagesweep.hardware import gpu
+from stagesweep.hardware import detection
 from stagesweep.cli import main
-gpu.may_be_there = lambda: True
+detection.has_gpu_driver = lambda: True
 main()
 """
 

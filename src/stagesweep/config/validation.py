@@ -11,7 +11,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stagesweep.base.errors import UserError
-from stagesweep.base.terms import silent
+from stagesweep.base.terms import disabled_metrics
 from stagesweep.config import schema, trust
 from stagesweep.config.access import copied, has_parts
 from stagesweep.config.messages import explain, nearest
@@ -218,7 +218,7 @@ def fit(path: str, settings: schema.Fit, cfg: DictConfig) -> None:
         if stop.patience is None and stop.target is None:
             raise UserError(f"{path}.early_stop.{metric}: set its patience or its target")
     watched = {f"{path}.best.{metric}": metric for metric in settings.best}
-    unheard = silent(terms_of(settings, cfg), settings.loss)
+    unheard = disabled_metrics(terms_of(settings, cfg), settings.loss)
     rules = [metric for metric in settings.early_stop if metric not in unheard]
     watched |= {f"{path}.early_stop.{metric}": metric for metric in rules}
     if settings.schedule.decay is schema.Decay.plateau:

@@ -38,7 +38,7 @@ def wanted(settings: schema.Hardware) -> int:
 
     UserError when torchrun has started another number of them.
     """
-    count = detection.devices(settings)
+    count = detection.device_count(settings)
     sizes = [int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]
     if sizes[0] == 1:
         if settings.nodes > 1:
@@ -47,7 +47,7 @@ def wanted(settings: schema.Hardware) -> int:
                 f"--nnodes={settings.nodes} --nproc-per-node={count} --rdzv-backend=c10d "
                 "--rdzv-endpoint=HOST:PORT -m stagesweep"
             )
-        return detection.processes(settings)
+        return detection.process_count(settings)
     if settings.gpu_ids is not None:
         raise UserError("hardware.gpu_ids is not for torchrun; set CUDA_VISIBLE_DEVICES before it")
     if count not in (1, *sizes):
@@ -90,7 +90,7 @@ def start(cfg: DictConfig, keys: dict[str, str], count: int) -> Objective:
         local_addr="localhost",
         max_restarts=0,
         # A fork has imported torch already; a GPU does not work in one.
-        start_method="spawn" if detection.may_be_there() else "fork",
+        start_method="spawn" if detection.has_gpu_driver() else "fork",
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
     )
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
@@ -117,25 +117,25 @@ def led() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:  # told without torch
         yield
         return
-    from stagesweep.parallel.process_group import join
+    from stagesweep.parallel.process_group import init_process_group
 
-    with join() as team:
+    with init_process_group() as group:
         try:
             yield
         finally:
             with suppress(Lost):
-                team.dismiss()
+                group.send_stop()
 
 
 def follow() -> None:
     """What a process does that is not the main one: take part in fits until there are no more."""
     register.register()
     logging.disable()  # the main process says it
-    from stagesweep.parallel.process_group import join
+    from stagesweep.parallel.process_group import init_process_group
 
-    with execution_whitelist(trust.trusted()), signals.handled(), join() as team:
+    with execution_whitelist(trust.trusted()), signals.handled(), init_process_group() as group:
         run = None
-        while (order := team.next_order()) is not None:
+        while (order := group.receive_task()) is not None:
             if run is None:
                 from stagesweep.run.context import Run
 
@@ -156,7 +156,7 @@ def _process(work: bytes, folder: Path, connection: "Connection[Any, Any] | None
     os.setpgrp()  # Ctrl-C is for the process that has started this one, which hands it on
     _prctl_pr_set_pdeathsig(signal.SIGKILL)  # nor does it live on without that one
     # A fork has its parent's: only the main process speaks to the sweep, and through that one.
-    trial.become(Trial() if connection is None else _Relayed(connection))
+    trial.set_current(Trial() if connection is None else _Relayed(connection))
     rank = int(os.environ["RANK"])
     try:
         if rank == 0:

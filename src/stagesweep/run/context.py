@@ -19,22 +19,22 @@ from tqdm import tqdm
 from stagesweep.base import trial
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text, atomic_write
+from stagesweep.base.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.base.spec import Spec
 from stagesweep.base.view import View
 from stagesweep.config import access, schema
 from stagesweep.core import checkpoint
 from stagesweep.core.fit import Loop
-from stagesweep.core.metric_log import MetricLog, Unwritten
 from stagesweep.core.predict import predict
-from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
-from stagesweep.core.tensorboard import Board, read_rows
 from stagesweep.data.derived import Made, restored
 from stagesweep.hardware.profile import resolve
 from stagesweep.hardware.profiler import tracing
-from stagesweep.parallel.process_group import team
+from stagesweep.parallel.process_group import current_group
 from stagesweep.run.build import build_stage, built, init_from, of_part
 from stagesweep.store import stage_inputs
+from stagesweep.store.metric_log import MetricLog, NullMetricLog
 from stagesweep.store.store import Entry
+from stagesweep.store.tensorboard import TensorBoardWriter, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ class Run:
         cfg: DictConfig,
         folder: Path = Path(),
         stages: "Sequence[StageResult]" = (),
-        board: Board | None = None,
+        board: TensorBoardWriter | None = None,
     ) -> None:
         self.cfg, self.folder, self.stages, self.board = cfg, folder, stages, board
         self.log = log
@@ -94,7 +94,7 @@ class Run:
         """Turn to a stage; its model has the weights that a stage before it left."""
         self.stage, self.seed, self._entry = name, derive(self.cfg.seed, name), entry
         self.place = f"{self.cfg.experiment}/{name}"
-        self.machine = self.profile.at(self.place)
+        self.machine = self.profile.for_stage(self.place)
         self.measured = {"speed": {}, "oom": []}
         paths = (folder / "weights.pt" for folder in self._folders()[1:])
         weights = next((path for path in paths if path.exists()), None)
@@ -204,10 +204,10 @@ class Run:
         )
         rows = MetricLog(self._entry.path / "metrics.jsonl", self.board, name)
         try:
-            team().hand_out(order)
+            current_group().send_task(order)
             loop = self.loop(order, rows)
             try:
-                with tracing(self.machine, loop.meter, self._entry.path / "profile", name):
+                with tracing(self.machine, loop.throughput, self._entry.path / "profile", name):
                     return loop.run()
             finally:
                 measured = loop.measured()
@@ -219,8 +219,8 @@ class Run:
 
     def follow(self, order: "Order") -> None:
         """Take part in a fit that the main process has handed out."""
-        self.machine = self.profile.at(order.stage)
-        self.loop(order, Unwritten(order.name)).run()
+        self.machine = self.profile.for_stage(order.stage)
+        self.loop(order, NullMetricLog(order.name)).run()
 
     def loop(self, order: "Order", rows: MetricLog) -> Loop:
         """The fit that was ordered, as this process takes part in it."""
@@ -234,12 +234,12 @@ class Run:
                 else {split: self.prepared(view) for split, view in order.views.items()}
             ),
             spec=order.spec,
-            machine=self.machine,
+            hardware=self.machine,
             seed=order.seed,
             folder=order.folder,
             rows=rows,
-            trial=trial.current() if team().main else None,
-            team=team(),
+            trial=trial.current() if current_group().is_main else None,
+            group=current_group(),
         )
 
     def predict(self, split: str, names: Collection[str]) -> dict[str, np.ndarray]:

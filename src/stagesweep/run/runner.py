@@ -25,11 +25,12 @@ from stagesweep.config.access import hardware
 from stagesweep.config.messages import explain
 from stagesweep.config.schema import Resume, aims
 from stagesweep.config.validation import contents, form
-from stagesweep.core.tensorboard import Board, read_rows
 from stagesweep.hardware import detection
 from stagesweep.parallel import launch
+from stagesweep.run.hyperparameters import write_hyperparameters
 from stagesweep.store.stage_inputs import fingerprints
 from stagesweep.store.store import Entry, Store
+from stagesweep.store.tensorboard import TensorBoardWriter, read_rows
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Run
@@ -46,7 +47,7 @@ def walk(cfg: DictConfig) -> float | list[float] | None:
     Writes ``result.json`` there whatever happens. Raises UserError for everything a person can
     mend, Interrupted (exit status 130 or 143) when told to stop.
     """
-    detection.select(hardware(cfg))
+    detection.set_visible_gpus(hardware(cfg))
     keys, ready = checked(cfg)
     if not ready and (processes := launch.wanted(hardware(cfg))) > 1:
         try:
@@ -99,9 +100,9 @@ def checked(cfg: DictConfig) -> tuple[dict[str, str], bool]:
         if cfg.resume is not Resume.never and stored(keys, list(aims(cfg.objective))):
             return keys, True
     contents(form(cfg) if resolved is None else resolved)
-    from stagesweep.hardware.profile import choose
+    from stagesweep.hardware.profile import choose_device
 
-    choose(hardware(cfg))
+    choose_device(hardware(cfg))
     return (fingerprints(cfg) if keys is None else keys), False
 
 
@@ -150,7 +151,7 @@ class Walk:
                 shutil.rmtree(folder / name, ignore_errors=True)
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         atomic_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        self.board = Board(folder / "tensorboard")
+        self.board = TensorBoardWriter(folder / "tensorboard")
 
     @cached_property
     def run(self) -> "Run":
@@ -220,7 +221,7 @@ class Walk:
         self.write_result("complete")
         metrics = {name: number for name, number in self.metrics().items() if math.isfinite(number)}
         chosen = dict(text.lstrip("+~").partition("=")[::2] for text in self.overrides)
-        self.board.hyperparameters(chosen, metrics)
+        write_hyperparameters(self.board, chosen, metrics)
         said = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
         log.info("%s; results in %s", said, self.folder)
         several = not isinstance(self.cfg.objective.metric, str)

@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from stagesweep.base.errors import UserError
 from stagesweep.base.view import View
 from stagesweep.config import schema
-from stagesweep.core.predict import predict, read_by
+from stagesweep.core.predict import metric_inputs, predict
 from stagesweep.metric.interval import mean_interval
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class CrossValidate(schema.CrossValidate):
     All samples of a `group` are in one fold, and folds have about equal shares of `stratify`
     (scikit-learn's StratifiedGroupKFold). The rest is divided in the same way once more: what
     chooses the epoch is never what is reported. A model that learns scales or chooses genes
-    (``look_at``) sees only what it is fitted to; what the data set itself has learnt from its own
+    (``adapt``) sees only what it is fitted to; what the data set itself has learnt from its own
     training split stays as it is. Baselines see all but the fold. Where only one group is left to
     learn from, its samples are divided.
 
@@ -117,7 +117,7 @@ class CrossValidate(schema.CrossValidate):
         views["val"] = outer.take(torch.from_numpy(val))
         model = run.build_model()
         run.fit(model, self.fit, name, views)
-        names = read_by([*self.metrics.values(), *self.voted.values()])
+        names = metric_inputs([*self.metrics.values(), *self.voted.values()])
         if names is None:
             raise UserError(f"stage.{run.stage}: a metric does not say which arrays it `reads`")
         names |= {each for each in (self.vote, self.group) if each is not None}

@@ -70,7 +70,7 @@ class SlotsLauncher(Launcher):
         from stagesweep.sweep.engine.slots import Slots, leases
 
         settings = hardware(self.config)
-        environment.prepare(settings)  # of the server that trials are forked from
+        environment.set_variables(settings)  # of the server that trials are forked from
         given = leases(self.slots, settings)
         return Slots(given, self.hydra_context, self.config, self.task)
 

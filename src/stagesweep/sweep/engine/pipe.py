@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from stagesweep.base import signals
-from stagesweep.base.trial import Trial, become
+from stagesweep.base.trial import Trial, set_current
 
 # Between being told to end (SIGTERM: save a checkpoint) and being ended.
 GRACE = 15.0
@@ -57,7 +57,7 @@ class Child(Trial):
                 self._answers.put(bool(self.connection.recv()))
         except (EOFError, OSError):
             self._answers.put(False)
-            if signals.pending() is None:  # a second signal would leave no time to save
+            if not signals.pending():  # a second signal would leave no time to save
                 os.kill(os.getpid(), signal.SIGTERM)
             threading.Event().wait(GRACE)
             os._exit(143)
@@ -66,5 +66,5 @@ class Child(Trial):
 def attach(connection: "Connection[Any, Any]", prune_on: str | None) -> Child:
     """Make this process a trial of the controller at the other end."""
     child = Child(connection, prune_on)
-    become(child)
+    set_current(child)
     return child

@@ -256,7 +256,7 @@ def serve(
     folder = work.folder / subdir
     write_to(folder / "trial.log")
     writer = Writer(folder, prune_on)
-    trial.become(writer)
+    trial.set_current(writer)
     writer.write(None, 0)
     try:
         return run_to_end(writer, work, number, subdir, overrides)

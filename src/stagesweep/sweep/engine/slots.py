@@ -88,8 +88,8 @@ def leases(slots: str | int, hardware: schema.Hardware) -> list[Lease]:
 
     More slots than there are GPUs for share them in turn.
     """
-    processes = detection.devices(hardware)
-    each, found = max(hardware.devices_per_trial, processes), detection.ids(hardware)
+    processes = detection.device_count(hardware)
+    each, found = max(hardware.devices_per_trial, processes), detection.gpu_ids(hardware)
     cores = len(os.sched_getaffinity(0))
     natural = len(found) // each if found else cores // ((hardware.threads or 1) * processes)
     count = max(1, natural if slots == "auto" else int(slots))

@@ -16,26 +16,26 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from torch import nn
 
 from stagesweep.base.errors import UserError
-from stagesweep.core.metric_log import MetricLog, histogram, progress_bar
 from stagesweep.core.optim import trained
-from stagesweep.core.tensorboard import Board, read_rows
+from stagesweep.store.metric_log import MetricLog, histogram, progress_bar
+from stagesweep.store.tensorboard import TensorBoardWriter, read_rows
 
 
 @pytest.fixture
-def board(tmp_path: Path) -> Iterator[Board]:
-    board = Board(tmp_path / "tensorboard")
+def board(tmp_path: Path) -> Iterator[TensorBoardWriter]:
+    board = TensorBoardWriter(tmp_path / "tensorboard")
     yield board
     board.close()
 
 
-def read_back(board: Board) -> EventAccumulator:
+def read_back(board: TensorBoardWriter) -> EventAccumulator:
     board.writer.flush()
     events = EventAccumulator(str(board.folder), size_guidance={"histograms": 0, "scalars": 0})
     events.Reload()
     return events
 
 
-def scalars(board: Board) -> dict[str, list[tuple[int, Any]]]:
+def scalars(board: TensorBoardWriter) -> dict[str, list[tuple[int, Any]]]:
     events = read_back(board)
     return {
         tag: [(e.step, pytest.approx(e.value)) for e in events.Scalars(tag)]
@@ -44,7 +44,7 @@ def scalars(board: Board) -> dict[str, list[tuple[int, Any]]]:
 
 
 class TestRows:
-    def test_in_the_file_and_in_tensorboard(self, tmp_path: Path, board: Board) -> None:
+    def test_in_the_file_and_in_tensorboard(self, tmp_path: Path, board: TensorBoardWriter) -> None:
         log = MetricLog(tmp_path / "deep" / "metrics.jsonl", board, "joint")
         log.row("step", 1, 50, {"train_loss": 0.5, "lr_default": 1e-3})
         log.row("epoch", 1, 60, {"train_loss": 0.25, "val_loss": 0.75})
@@ -75,7 +75,7 @@ class TestRows:
         }
         log.close()
 
-    def test_numbers_that_are_none_are_null(self, tmp_path: Path, board: Board) -> None:
+    def test_numbers_that_are_none_are_null(self, tmp_path: Path, board: TensorBoardWriter) -> None:
         log = MetricLog(tmp_path / "metrics.jsonl", board, "fit")
         log.row("epoch", 1, 2, {"a": math.nan, "b": math.inf, "c": 1.0})
         log.close()
@@ -92,7 +92,9 @@ class TestRows:
         path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "trai')
         assert read_rows(path) == [{"step": 1}, {"step": 2}]
 
-    def test_rewinding_keeps_what_will_not_come_again(self, tmp_path: Path, board: Board) -> None:
+    def test_rewinding_keeps_what_will_not_come_again(
+        self, tmp_path: Path, board: TensorBoardWriter
+    ) -> None:
         log = MetricLog(tmp_path / "metrics.jsonl", board, "fit")
         for step in range(1, 9):
             log.row("step", (step + 3) // 4, step, {"loss": float(step)})
@@ -107,7 +109,9 @@ class TestRows:
         steps = [("step", n, float(n)) for n in range(1, 9)]
         assert rows == [*steps[:4], ("epoch", 4, 0.0), *steps[4:], ("epoch", 8, 0.5)]
 
-    def test_rewinding_fills_a_new_tensorboard(self, tmp_path: Path, board: Board) -> None:
+    def test_rewinding_fills_a_new_tensorboard(
+        self, tmp_path: Path, board: TensorBoardWriter
+    ) -> None:
         path = tmp_path / "metrics.jsonl"
         path.write_text(
             '{"stage": "fit", "kind": "epoch", "epoch": 1, "step": 5, "loss": 2.0}\n'
@@ -118,7 +122,7 @@ class TestRows:
         log.close()
         assert scalars(board) == {"fit/loss": [(5, 2.0)]}
 
-    def test_a_full_disk_is_one_line(self, board: Board) -> None:
+    def test_a_full_disk_is_one_line(self, board: TensorBoardWriter) -> None:
         log = MetricLog(Path("/dev/full"), board, "fit")
         with pytest.raises(UserError, match=r"^disk full: cannot write /dev/full"):
             log.row("epoch", 1, 1, {"loss": 1.0})
@@ -164,7 +168,9 @@ class TestHistogram:
         found = histogram("a", torch.tensor([1.0, 2.0], dtype=torch.bfloat16)).histo
         assert (found.num, found.min, found.max) == (2, 1.0, 2.0)
 
-    def test_parameters_and_gradients_in_tensorboard(self, tmp_path: Path, board: Board) -> None:
+    def test_parameters_and_gradients_in_tensorboard(
+        self, tmp_path: Path, board: TensorBoardWriter
+    ) -> None:
         inner = nn.Linear(3, 2)
         model = nn.Sequential(inner, nn.Linear(2, 1).requires_grad_(False))
         model(torch.ones(4, 3)).sum().backward()
@@ -180,7 +186,7 @@ class TestHistogram:
         assert event.histogram_value.max == pytest.approx(inner.weight.max().item())
 
 
-def test_a_reused_stage_is_drawn_again(board: Board) -> None:
+def test_a_reused_stage_is_drawn_again(board: TensorBoardWriter) -> None:
     board.row({"stage": "a", "kind": "epoch", "epoch": 1, "step": 3, "loss": 1.5, "b": None})
     assert scalars(board) == {"a/loss": [(3, 1.5)]}
 
