@@ -19,7 +19,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from stagesweep.core.step import WeightedLoss
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.parts import Part, composed, processor

@@ -133,9 +133,9 @@ def test_a_prediction_is_made_in_smaller_parts(bench: "Bench") -> None:
     loop = bench.loop()
     events: list[dict[str, Any]] = []
     model = small(0, room_eval=20).train()
-    found = predict(model, loop.train, ["mean"], CPU, batch_size=40, oom=events)
+    found = predict(model, loop.batches.view, ["mean"], CPU, batch_size=40, oom=events)
     assert events == [{"during": "prediction", "from": 40, "to": 20, "step": 0}]
-    whole = predict(small(0), loop.train, ["mean"], CPU)
+    whole = predict(small(0), loop.batches.view, ["mean"], CPU)
     torch.testing.assert_close(found["mean"], whole["mean"])
     assert model.training
 

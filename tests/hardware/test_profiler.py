@@ -21,7 +21,7 @@ def traced(loop: Loop, folder: Path, on: bool = True) -> None:
 def test_a_trace_and_a_page_and_a_picture(bench: "Bench", tmp_path: Path) -> None:
     loop = bench.loop(epochs=3)
     traced(loop, tmp_path / "profile")
-    assert loop.step > WARMUP + STEPS
+    assert loop.state.step > WARMUP + STEPS
     with gzip.open(tmp_path / "profile" / "fit.json.gz", "rt") as stream:
         events = json.load(stream)["traceEvents"]
     steps = {e["name"] for e in events if str(e.get("name")).startswith("ProfilerStep#")}
@@ -36,7 +36,7 @@ def test_it_changes_no_result(bench: "Bench", tmp_path: Path) -> None:
     plain, loop = bench.loop(name="plain"), bench.loop(name="traced")
     plain.run()
     traced(loop, tmp_path / "profile")
-    assert loop.summary == plain.summary
+    assert loop.state.summary == plain.state.summary
 
 
 def test_nothing_is_written_unless_the_profile_says(bench: "Bench", tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def gone_on(
     """Where a fit goes on `from` with the checkpoints of that folder, and what it ends with."""
     loop = bench.loop(name="again", group=group, hardware=hardware, **SETTINGS)
     loop.checkpoints.folder = folder
-    loop.restore()
+    loop.checkpoints.restore()
     step = loop.state.step
     return {"from": step, "metrics": loop.run()}
 

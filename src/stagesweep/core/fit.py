@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from stagesweep.parallel.micro_batches import MicroBatches
 from stagesweep.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 from stagesweep.store.metric_log import MetricLog, progress_bar
 
+if TYPE_CHECKING:
+    from stagesweep.parallel.fsdp import FSDP
+
 
 class Loop:
     """One fit: its model, loss, optimizer and logs, and the loop itself."""
@@ -66,17 +69,11 @@ class Loop:
         if (adapt := getattr(model, "adapt", None)) is not None:
             adapt(views["train"])
         freeze(model, settings.train, settings.freeze)
-        # With FSDP `model` is a sharded copy; the given one gets the weights at the end.
+        # With FSDP the model is a sharded copy; the given one gets the weights at the end.
         self.given, self.ema = model, running_average(model, settings.ema)
-        self.fsdp = None
-        if hardware.shard and group.world_size > 1:
-            from stagesweep.parallel.fsdp import FSDP
-
-            self.fsdp = FSDP(group, hardware.device)
-            if self.ema is not None:
-                self.ema.module = self.fsdp.shard(self.ema.module)
-            model = self.fsdp.shard(model)
-        self.model, self.frozen = model, frozen_modules(model)
+        self.fsdp = self.shard() if hardware.shard and group.world_size > 1 else None
+        self.model = model = model if self.fsdp is None else self.fsdp.shard(model)
+        self.frozen = frozen_modules(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         hardware.set_threads(sum(p.numel() for p in self.parameters))
         self.optimizer = build_optimizer(model, settings.optimizer)
@@ -116,9 +113,10 @@ class Loop:
         state, settings = self.state, self.settings
         self.tracker.check(metric_names(self.loss.terms))
         seed_everything(self.seed)
-        self.restore()
-        hidden = None if self.group.is_main else True
-        with signals.deferred(), progress_bar(self.rows.stage, state.step, hidden) as bar:
+        self.checkpoints.restore()
+        self.rows.rewind(state.epoch, state.step)  # drops what is logged again
+        stage, visible = self.rows.stage, self.group.is_main
+        with signals.deferred(), progress_bar(stage, state.step, visible) as bar:
             while state.epoch < settings.epochs and not state.finished:
                 if state.batch == 0:
                     state.row = self.refresh_terms()
@@ -289,10 +287,14 @@ class Loop:
 
     # ---------------------------------------------------------------- start and end
 
-    def restore(self) -> None:
-        """Restore the newest checkpoint if there is one, and drop log rows after it."""
-        self.checkpoints.restore()
-        self.rows.rewind(self.state.epoch, self.state.step)
+    def shard(self) -> "FSDP":
+        """Shard the moving average; returns what shards the model."""
+        from stagesweep.parallel.fsdp import FSDP
+
+        fsdp = FSDP(self.group, self.hardware.device)
+        if self.ema is not None:
+            self.ema.module = fsdp.shard(self.ema.module)
+        return fsdp
 
     def measured(self) -> dict[str, Any]:
         """The speed of the fit (see `Throughput`) and its out-of-memory events."""

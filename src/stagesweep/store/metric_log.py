@@ -108,6 +108,8 @@ class NullMetricLog(MetricLog):
         """Do nothing."""
 
 
-def progress_bar(stage: str, done: int, hidden: bool | None = None) -> "tqdm[Any]":
-    """A progress bar over the steps of a fit; hidden when stderr is not a terminal."""
-    return tqdm(initial=done, desc=stage, unit="step", disable=hidden, leave=False)
+def progress_bar(stage: str, done: int, visible: bool = True) -> "tqdm[Any]":
+    """A progress bar over the steps of a fit; hidden when stderr is no terminal."""
+    return tqdm(
+        initial=done, desc=stage, unit="step", disable=None if visible else True, leave=False
+    )
