@@ -1,6 +1,7 @@
 """Fits of a small model, and fixtures that the tests of core, parallel and hardware share."""
 
 import logging
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,18 @@ from torch import Tensor, nn
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import Batch, View
 from stagesweep.config import schema
+from stagesweep.config.schema import Decay, EarlyStop, Mode, Schedule, Weight
+from stagesweep.core import checkpoint
 from stagesweep.core.fit import Loop
 from stagesweep.hardware.profile import resolve
+from stagesweep.hardware.throughput import SPEED
 from stagesweep.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 from stagesweep.store.metric_log import MetricLog, NullMetricLog
-from stagesweep.store.tensorboard import TensorBoardWriter
+from stagesweep.store.tensorboard import TensorBoardWriter, read_rows
+
+Columns = Callable[..., Batch]
+Make = Callable[..., nn.Module]
+Augment = Callable[[Batch, Spec, torch.Generator], Batch]
 
 WIDTH, LATENT, SAMPLES = 6, 3, 44
 
@@ -183,6 +191,112 @@ class Bench:
             log.close()
         for writer in self.writers:
             writer.close()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def rows(loop: Loop, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a fit, without the numbers that are no result."""
+    found = [
+        {name: value for name, value in row.items() if name not in SPEED}
+        for row in read_rows(loop.rows.path)
+    ]
+    return [row for row in found if kind in (None, row["kind"])]
+
+
+def curve(loop: Loop, name: str) -> list[float]:
+    return [row[name] for row in rows(loop, "epoch") if name in row]
+
+
+class Scripted:
+    """A metric whose values are known beforehand, one for each evaluation."""
+
+    def __init__(self, name: str, values: list[float]) -> None:
+        self.name, self.values = name, iter(values)
+
+    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return {self.name: next(self.values)}
+
+
+class At:
+    """An augmentation that adds random columns, and does something at chosen steps."""
+
+    def __init__(self, *steps: int, do: Callable[[], None] = lambda: None) -> None:
+        self.steps, self.do, self.count = steps, do, 0
+
+    def __call__(self, batch: Batch, spec: Spec, generator: torch.Generator) -> Batch:
+        self.count += 1
+        if self.count in self.steps:
+            self.do()
+        noise = torch.randn(batch["x"].shape, generator=generator, device=generator.device)
+        return {"x": batch["x"] + 0.01 * noise}
+
+
+class Everything:
+    """A fit with all the state there is, run in one go or in pieces."""
+
+    EPOCHS, STEPS = 5, 25
+
+    def __init__(self, bench: "Bench", tiny: Make) -> None:
+        self.bench, self.tiny = bench, tiny
+
+    def loop(self, name: str, augment: Augment | None = None, **settings: Any) -> Loop:
+        loss = {
+            "error": Weight(),
+            "masked": Weight(0.5, ramp=3),
+            "spread": Weight(0.1),
+            "anchored": Weight(0.1),
+            "chance": Weight(0.1),
+        }
+        defaults: dict[str, Any] = {
+            "loss": loss,
+            "epochs": self.EPOCHS,
+            "eval_every": 2,
+            "log_every": 3,
+            "keep_last": 2,
+            "ema": 0.9,
+            "schedule": Schedule(decay=Decay.plateau, warmup=1.5, patience=1, factor=0.7),
+            "best": {"val_loss": Mode.min, "train_loss": Mode.min},
+            "early_stop": {"val_loss": EarlyStop(patience=9, min_delta=10.0)},
+            "select": "train_loss",
+        }
+        return self.bench.loop(
+            name=name,
+            model=self.tiny(dropout=0.3, norm=True),
+            augment=augment or At(),
+            **(defaults | settings),
+        )
+
+    def outcome(self, loop: Loop, result: Mapping[str, float]) -> list[Any]:
+        """All that a fit leaves behind."""
+        best = {
+            p.name: checkpoint.load(p)["model"] for p in loop.checkpoints.folder.glob("best_*.pt")
+        }
+        last = checkpoint.load(loop.checkpoints.folder / "last.pt")
+        return [weights(loop.model), rows(loop), dict(result), best, last]
+
+
+def identical(one: Any, other: Any) -> bool:
+    """Nested values, bit for bit."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(identical(v, other[k]) for k, v in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return bool(one == other) or (one != one and other != other)
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.fixture(scope="session")

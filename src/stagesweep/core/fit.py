@@ -285,8 +285,6 @@ class Loop:
             self.checkpoints.save()
             raise Pruned(f"pruned in stage {self.rows.stage}, after epoch {state.epoch}")
 
-    # ---------------------------------------------------------------- start and end
-
     def shard(self) -> "FSDP":
         """Shard the moving average; returns what shards the model."""
         from stagesweep.parallel.fsdp import FSDP
