@@ -28,13 +28,13 @@ from stagesweep.base.spec import Spec
 from stagesweep.base.view import Batch, Sampler, View
 from stagesweep.config import schema
 from stagesweep.core.fit import Loop
-from stagesweep.core.metric_log import MetricLog
-from stagesweep.core.tensorboard import Board
 from stagesweep.hardware.profile import resolve
 from stagesweep.loss.kl import KL
 from stagesweep.loss.reconstruction import Reconstruction
 from stagesweep.systems.audiogram.digits import Digits
 from stagesweep.systems.audiogram.model.vae import ClusteringVAE
+from stagesweep.tracking.metric_log import MetricLog
+from stagesweep.tracking.tensorboard import TensorBoardWriter
 
 
 class MLP(nn.Module):
@@ -152,7 +152,7 @@ def ours(case: Case, data: Digits, epochs: int) -> float:
         best={"val_loss": schema.Mode.min},
     )
     with tempfile.TemporaryDirectory() as folder:
-        board = Board(Path(folder))
+        board = TensorBoardWriter(Path(folder))
         rows = MetricLog(Path(folder, "metrics.jsonl"), board, "fit")
         machine = resolve(schema.Hardware(device=schema.Device.cpu))
         views = {name: data.split(name) for name in ("train", "val")}

@@ -27,9 +27,9 @@ from stagesweep.base.terms import per_sample
 from stagesweep.base.view import View
 from stagesweep.config import register, schema
 from stagesweep.config.schema import Device, Hardware, Precision
-from stagesweep.core.tensorboard import read_rows
 from stagesweep.data.loader import LoaderView
-from stagesweep.hardware.profile import Machine, resolve
+from stagesweep.hardware.profile import HardwareProfile, resolve
+from stagesweep.tracking.tensorboard import read_rows
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": Precision.fp32, "tf32": False},
@@ -52,7 +52,7 @@ class Bench:
         print(line, flush=True)
         self.lines.append(line)
 
-    def machine(self, **given: Any) -> Machine:
+    def machine(self, **given: Any) -> HardwareProfile:
         defaults = {"device": self.device, "precision": Precision.fp32, "tf32": False}
         return resolve(Hardware(**defaults | {"cudnn_benchmark": True, "workers": 0} | given))
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,9 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.parts import Part, composed, processor
 from stagesweep.base.view import Batch
 from stagesweep.config import schema
-from stagesweep.core.predict import to_device
-from stagesweep.core.step import WeightedLoss
-from stagesweep.hardware.profile import Machine, resolve
+from stagesweep.core.loss import WeightedLoss
+from stagesweep.core.predict import forward, to_device
+from stagesweep.hardware.profile import HardwareProfile, resolve
+from stagesweep.parallel.micro_batches import MicroBatches
 
 PLAIN = "plain"
 # Name, model, and what the profile says.
@@ -48,12 +50,14 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 class Step:
     """One step of the joint stage of the simulated audiograms, without the optimizer."""
 
-    def __init__(self, model: str, machine: Machine, size: int, animals: int) -> None:
+    def __init__(self, model: str, machine: HardwareProfile, size: int, animals: int) -> None:
         cohort = [f"data.animals={animals}", f"data.genes={animals // 10}"]
         cfg = composed("experiment=audiogram_simulated", f"model={model}", *cohort)
         part = Part(cfg, "joint", machine)
         scaler = torch.amp.GradScaler(enabled=False)
-        self.loss = WeightedLoss(part.model, part.terms, part.settings.loss, machine, scaler)
+        self.loss = WeightedLoss(part.terms, part.settings.loss, machine.device)
+        self.forward = partial(forward, part.model, machine)
+        self.micro_batches = MicroBatches(part.model, scaler, machine)
         noise = torch.Generator(machine.device).manual_seed(0)
         batch = to_device(next(part.view("train").batches(size)), machine.device)
         batch |= part.model.sample_noise(size, noise)  # type: ignore[operator]
@@ -66,8 +70,8 @@ class Step:
 
     def __call__(self) -> float:
         """The loss of the batch at the weights as they are; its gradient is in ``.grad``."""
-        values = self.loss.backward(self.batch, 1e9)
         factors = self.loss.factors(1e9)
+        values = self.micro_batches.backward(self.batch, self.forward, self.loss, factors)
         return float((factors * values[:, 0] / values[:, 1].clamp(min=1e-12)).sum())
 
 

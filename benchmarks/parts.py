@@ -13,14 +13,14 @@ from hydra.utils import execution_whitelist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from stagesweep.base.seeding import seed_everything
 from stagesweep.base.view import View
 from stagesweep.config import register, schema, trust
 from stagesweep.core.fit import Loop
-from stagesweep.core.metric_log import MetricLog
-from stagesweep.core.seeding import seed_everything
-from stagesweep.core.tensorboard import Board
-from stagesweep.hardware.profile import Machine
+from stagesweep.hardware.profile import HardwareProfile
 from stagesweep.run.build import build, build_stage
+from stagesweep.tracking.metric_log import MetricLog
+from stagesweep.tracking.tensorboard import TensorBoardWriter
 
 
 @cache
@@ -42,7 +42,7 @@ def fits(cfg: DictConfig) -> list[str]:
 class Part:
     """The data, model, loss terms and settings of one fit stage; of stages before it, nothing."""
 
-    def __init__(self, cfg: DictConfig, stage: str, machine: Machine) -> None:
+    def __init__(self, cfg: DictConfig, stage: str, machine: HardwareProfile) -> None:
         self.stage, self.machine = stage, machine
         seed_everything(0)
         with execution_whitelist(trust.trusted()):
@@ -65,7 +65,7 @@ class Part:
     def loop(self, train: View | None = None) -> Iterator[Loop]:
         """The fit, in a folder that is thrown away; on other training data if `train` is given."""
         with tempfile.TemporaryDirectory() as folder:
-            board = Board(Path(folder))
+            board = TensorBoardWriter(Path(folder))
             rows = MetricLog(Path(folder, "metrics.jsonl"), board, self.stage)
             yield Loop(
                 model=self.model,
@@ -73,7 +73,7 @@ class Part:
                 settings=self.settings,
                 views={"train": train or self.view("train"), "val": self.view("val")},
                 spec=self.data.spec,
-                machine=self.machine,
+                hardware=self.machine,
                 seed=0,
                 folder=Path(folder, "checkpoints"),
                 rows=rows,

@@ -14,6 +14,7 @@ import os
 import socket
 import statistics
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stagesweep.config import schema
-from stagesweep.core.step import WeightedLoss
+from stagesweep.core.loss import WeightedLoss
+from stagesweep.core.predict import forward
 from stagesweep.hardware.profile import resolve
 from stagesweep.loss.cross_entropy import CrossEntropy
-from stagesweep.parallel.process_group import Team, join
+from stagesweep.parallel.micro_batches import MicroBatches
+from stagesweep.parallel.process_group import ProcessGroup, init_process_group
 
 # Width, hidden layers, samples of a batch.
 MODELS = {"small": (64, 2, 64), "narrow": (256, 3, 1024), "wide": (2048, 7, 256)}
@@ -50,7 +53,7 @@ class Classifier(nn.Module):
 class Trial:
     """The same model three times, and one batch."""
 
-    def __init__(self, name: str, device: torch.device, team: Team) -> None:
+    def __init__(self, name: str, device: torch.device, group: ProcessGroup) -> None:
         width, layers, samples = MODELS[name]
         torch.manual_seed(0)
         self.batch = {
@@ -58,14 +61,16 @@ class Trial:
             "label": torch.randint(CLASSES, (samples,), device=device),
             "index": torch.arange(samples, device=device),
         }
-        self.own = {name: column[team.part(samples)] for name, column in self.batch.items()}
+        self.own = {name: column[group.local_slice(samples)] for name, column in self.batch.items()}
         own, other, alone = (Classifier(width, layers).to(device) for _ in range(3))
         self.parameters = sum(p.numel() for p in own.parameters())
         self.term = CrossEntropy("label", output="classes")
         machine = resolve(schema.Hardware(device=schema.Device(device.type)))
-        scaler = torch.amp.GradScaler(device.type, enabled=False)
         terms, weights = {"label": self.term}, {"label": schema.Weight()}
-        self.loss = WeightedLoss(own, terms, weights, machine, scaler, team)
+        self.model, self.forward = own, partial(forward, own, machine)
+        self.loss = WeightedLoss(terms, weights, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self.micro_batches = MicroBatches(own, scaler, machine, group)
         parallel = DistributedDataParallel(other, [device] if device.type == "cuda" else None)
         self.work: dict[str, Work] = {
             "torch DDP": lambda: self.by_hand(parallel),
@@ -75,8 +80,9 @@ class Trial:
 
     def ours(self) -> None:
         """As the fit loop asks for it: of the undivided batch."""
-        self.loss.model.zero_grad()
-        self.loss.backward(self.batch, 0.0)
+        self.model.zero_grad()
+        factors = self.loss.factors(0.0)
+        self.micro_batches.backward(self.batch, self.forward, self.loss, factors)
 
     def by_hand(self, model: nn.Module) -> None:
         """As one writes it."""
@@ -85,14 +91,14 @@ class Trial:
         (total / weight).backward()
 
 
-def seconds(work: Work, team: Team, device: torch.device) -> float:
+def seconds(work: Work, group: ProcessGroup, device: torch.device) -> float:
     """From when all begin to when all are done."""
-    team.most(0)
+    group.all_reduce_max(0)
     started = perf_counter()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    team.most(0)
+    group.all_reduce_max(0)
     return perf_counter() - started
 
 
@@ -101,18 +107,18 @@ def process(rank: int, size: int, port: int, rounds: int, names: list[str]) -> N
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, torch.get_num_threads() // size))
-    with join() as team:
+    with init_process_group() as group:
         gpus = torch.cuda.device_count() >= size
         device = torch.device("cuda", rank) if gpus else torch.device("cpu")
         for name in names:
-            trial = Trial(name, device, team)
+            trial = Trial(name, device, group)
             times: dict[str, list[float]] = {kind: [] for kind in trial.work}
             for number in range(rounds + 3):
                 for kind, work in trial.work.items():
-                    taken = seconds(work, team, device)
+                    taken = seconds(work, group, device)
                     if number >= 3:  # the first ones warm up
                         times[kind].append(taken)
-            if team.main:
+            if group.is_main:
                 print(f"{name}: {trial.parameters / 1e6:.2f} M parameters")
                 for kind, own in times.items():
                     ratio = statistics.median(

@@ -58,7 +58,7 @@ def main() -> None:
 def job(cfg: DictConfig) -> float | list[float] | None:
     """Execute one run, as Hydra's task function; return the value of its objective."""
     try:
-        environment.prepare(hardware_settings(cfg))
+        environment.set_variables(hardware_settings(cfg))
         from stagesweep.run.execute import execute
 
         return execute(cfg)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from stagesweep.base.errors import Interrupted
-from stagesweep.base.signals import deferred, handled, pending
+from stagesweep.base.signals import deferred, handled, pending, stop
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 
@@ -42,12 +42,12 @@ def test_held_back_until_asked(signum: signal.Signals, code: int) -> None:
 
     def work() -> None:
         with deferred():
-            assert pending() is None
+            assert not pending()
             signal.raise_signal(signum)
             done.append("step")
-            if (stop := pending()) is not None:
+            if held := pending():
                 done.append("save")
-                raise stop
+                raise stop(held)
 
     assert stopped(work).exit_code == code
     assert done == ["step", "save"]
@@ -99,14 +99,14 @@ def test_afterwards_all_is_as_before() -> None:
     stopped(held_back)
     assert [signal.getsignal(s) for s, _ in SIGNALS] == before
     with deferred():
-        assert pending() is None
+        assert not pending()
     stopped(lambda: signal.raise_signal(signal.SIGTERM))
 
 
 PROGRAM = textwrap.dedent(
     """
     import sys, time
-    from stagesweep.base.signals import deferred, handled, pending
+    from stagesweep.base.signals import deferred, handled, pending, stop
     from stagesweep.base.errors import Interrupted
 
     try:
@@ -116,13 +116,13 @@ PROGRAM = textwrap.dedent(
                 time.sleep(60)
             with deferred():
                 print("ready", flush=True)
-                while pending() is None:
+                while not pending():
                     time.sleep(0.001)
                 print("saved", flush=True)
-                raise pending()
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+                raise stop(pending())
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     """
 )
 

@@ -3,18 +3,29 @@ import logging
 import math
 import os
 import re
-import signal
 import struct
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from fits import (
+    At,
+    Bench,
+    Columns,
+    Everything,
+    Make,
+    Scripted,
+    curve,
+    rows,
+    same,
+    terminate,
+    weights,
+)
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
@@ -22,75 +33,18 @@ from torch import Tensor, nn
 
 from stagesweep.base import signals
 from stagesweep.base.errors import Interrupted, UserError
-from stagesweep.base.spec import Spec
-from stagesweep.base.view import Batch, View
+from stagesweep.base.view import View
 from stagesweep.config import schema
 from stagesweep.config.schema import Decay, EarlyStop, Mode, Precision, Schedule, Weight
 from stagesweep.core import checkpoint
-from stagesweep.core.fit import Loop
-from stagesweep.core.metric_log import MetricLog
 from stagesweep.core.optim import learning_rate
-from stagesweep.core.tensorboard import read_rows
 from stagesweep.data.loader import LoaderView
 from stagesweep.hardware.throughput import SPEED
 from stagesweep.stage.fit import Fit
-
-if TYPE_CHECKING:
-    from conftest import Bench
-
-Columns = Callable[..., Batch]
-Make = Callable[..., nn.Module]
-Augment = Callable[[Batch, Spec, torch.Generator], Batch]
+from stagesweep.tracking.metric_log import MetricLog
 
 SGD = schema.Optimizer(_target_="torch.optim.SGD", lr=0.05, weight_decay=0.0)
 CONSTANT = Schedule(decay=Decay.constant)
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Bit for bit."""
-    assert one.keys() == other.keys()
-    return all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def rows(loop: Loop, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a fit, without the numbers that are no result."""
-    found = [
-        {name: value for name, value in row.items() if name not in SPEED}
-        for row in read_rows(loop.rows.path)
-    ]
-    return [row for row in found if kind in (None, row["kind"])]
-
-
-def curve(loop: Loop, name: str) -> list[float]:
-    return [row[name] for row in rows(loop, "epoch") if name in row]
-
-
-class Scripted:
-    """A metric whose values are known beforehand, one for each evaluation."""
-
-    def __init__(self, name: str, values: list[float]) -> None:
-        self.name, self.values = name, iter(values)
-
-    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return {self.name: next(self.values)}
-
-
-class At:
-    """An augmentation that adds random columns, and does something at chosen steps."""
-
-    def __init__(self, *steps: int, do: Callable[[], None] = lambda: None) -> None:
-        self.steps, self.do, self.count = steps, do, 0
-
-    def __call__(self, batch: Batch, spec: Spec, generator: torch.Generator) -> Batch:
-        self.count += 1
-        if self.count in self.steps:
-            self.do()
-        noise = torch.randn(batch["x"].shape, generator=generator, device=generator.device)
-        return {"x": batch["x"] + 0.01 * noise}
 
 
 class TestTraining:
@@ -102,13 +56,13 @@ class TestTraining:
             optimizer=SGD, schedule=schedule, clip_norm=0.5, model=tiny(), epochs=3, batch_size=10
         )
         noise = torch.Generator()
-        noise.set_state(loop.noise.get_state())
+        noise.set_state(loop.state.noise.get_state())
         model, train = tiny(), make_batch()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         losses = []
         for epoch in range(3):
-            loop.epoch = epoch
-            order = loop.order()
+            loop.state.epoch = epoch
+            order = loop.batches.order(loop.state.epoch)
             total = 0.0
             for number, index in enumerate(order):
                 batch = {name: column[index] for name, column in train.items()}
@@ -122,7 +76,7 @@ class TestTraining:
                 optimizer.step()
                 total += loss.item() * len(index)
             losses.append(total / len(train["x"]))
-        loop.epoch = 0
+        loop.state.epoch = 0
         result = loop.run()
         for name, value in loop.model.state_dict().items():
             torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-5, atol=1e-6)
@@ -132,9 +86,9 @@ class TestTraining:
 
     def test_every_sample_once_an_epoch_in_another_order(self, bench: "Bench") -> None:
         loop = bench.loop()
-        first = loop.order()
-        loop.epoch = 1
-        second = loop.order()
+        first = loop.batches.order(loop.state.epoch)
+        loop.state.epoch = 1
+        second = loop.batches.order(loop.state.epoch)
         for order in (first, second):
             assert [len(batch) for batch in order] == [10, 10, 10, 10, 4]
             assert torch.cat(order).sort().values.tolist() == list(range(44))
@@ -255,95 +209,6 @@ class TestTraining:
             bench.loop(train=views["train"], val=views["val"])
 
 
-class TestNaN:
-    @pytest.mark.parametrize(("log_every", "at"), [(1, 3), (50, 3), (50, 7), (4, 10)])
-    def test_it_names_the_term_the_epoch_and_the_step(
-        self, bench: "Bench", log_every: int, at: int
-    ) -> None:
-        class Bad(nn.Module):
-            count = 0
-
-            def forward(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-                self.count += 1
-                worth = math.nan if self.count == at else 1.0
-                return outputs["x"].sum() * worth, batch["x"].new_tensor(len(batch["x"]))
-
-        error = bench.loop().loss.terms["error"]
-        loop = bench.loop(
-            name="nan",
-            terms={"error": error, "bad": Bad()},
-            loss={"error": Weight(), "bad": Weight()},
-            log_every=log_every,
-            eval_every=100,
-        )
-        with pytest.raises(UserError) as caught:
-            loop.run()
-        assert str(caught.value) == (
-            f"fit: loss term 'bad' became nan in epoch {(at - 1) // 5 + 1}, step {at}; lower "
-            "stage.fit.optimizer.lr, set stage.fit.clip_norm or use hardware.precision=fp32"
-        )
-
-    def test_a_gradient_that_is_not_a_number_is_found_where_it_arises(self, bench: "Bench") -> None:
-        class Root(nn.Module):
-            def forward(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-                zero = outputs["x"].square().sum() * 0
-                return zero.sqrt(), batch["x"].new_tensor(len(batch["x"]))
-
-        loop = bench.loop(terms={"root": Root()}, loss={"root": Weight()})
-        with pytest.raises(UserError, match=r"^fit: the gradient became nan in epoch 1, step 1; "):
-            loop.run()
-        assert checkpoint.load_newest(loop.folder) is None
-
-    def test_divergence(self, bench: "Bench") -> None:
-        loop = bench.loop(
-            epochs=200,
-            clip_norm=None,
-            schedule=CONSTANT,
-            optimizer=schema.Optimizer(_target_="torch.optim.SGD", lr=1e4),
-        )
-        with pytest.raises(UserError, match=r"became (nan|inf|-inf) in epoch \d+, step \d+; lower"):
-            loop.run()
-
-
-class TestEvaluation:
-    def test_every_so_many_epochs_and_at_the_end(self, bench: "Bench") -> None:
-        loop = bench.loop(epochs=7, eval_every=3)
-        loop.run()
-        assert ["val_loss" in row for row in rows(loop, "epoch")] == [
-            False, False, True, False, False, True, True,
-        ]  # fmt: skip
-
-    def test_it_is_the_mean_over_the_split_without_noise(self, bench: "Bench") -> None:
-        loop = bench.loop(loss={"error": Weight(), "masked": Weight()}, epochs=1)
-        row = loop.run()
-        batch = next(loop.val.batches(1000))
-        outputs = loop.model.eval()(batch)
-        distance = (outputs["x"] - batch["x"]).detach()
-        mask = batch["x/mask"]
-        assert row["val_error"] == pytest.approx(distance.square().sum(1).mean().item(), rel=1e-5)
-        assert row["val_masked"] == pytest.approx(distance[mask].abs().mean().item(), rel=1e-5)
-
-    def test_metrics_see_outputs_and_columns_of_the_whole_split(self, bench: "Bench") -> None:
-        seen: dict[str, np.ndarray] = {}
-
-        def metric(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-            seen.update(arrays)
-            return {"rows": float(len(arrays["index"])), "none": math.nan}
-
-        loop = bench.loop(epochs=1, metrics={"mine": metric}, hardware={"micro_batch": 7})
-        row = loop.run()
-        assert row["val_rows"] == 30
-        assert math.isnan(row["val_none"])
-        assert seen["mean"].shape == (30, 3)
-        batch = next(loop.val.batches(1000))
-        for name in ("x", "x/mask", "weight"):
-            assert np.array_equal(seen[f"input/{name}"], batch[name].numpy())
-        # An output hides the column of its name, and no other.
-        assert np.array_equal(seen["x/mask"], batch["x/mask"].numpy())
-        decoded = loop.model.eval()(batch)["x"].detach().numpy()
-        np.testing.assert_allclose(seen["x"], decoded, rtol=1e-5, atol=1e-6)
-
-
 class TestStopping:
     def run(self, bench: "Bench", values: list[float], **rule: Any) -> int:
         loop = bench.loop(
@@ -427,92 +292,6 @@ class TestPlateau:
         )
 
 
-class TestBest:
-    def test_several_at_once_and_the_chosen_one_is_left(self, bench: "Bench") -> None:
-        history: list[dict[str, Tensor]] = []
-        low, high = Scripted("low", [3, 1, 2, 4]), Scripted("high", [1, 2, 9, 4])
-        loop = bench.loop(
-            epochs=4,
-            metrics={"low": low, "high": high},
-            best={"val_low": Mode.min, "val_high": Mode.max},
-            select="val_high",
-        )
-        evaluate = loop.evaluate
-
-        def remembering() -> dict[str, float]:
-            history.append(weights(loop.model))
-            return evaluate()
-
-        loop.evaluate = remembering  # type: ignore[method-assign]
-        loop.run()
-        for name, epoch in (("val_low", 2), ("val_high", 3)):
-            state = checkpoint.load(loop.folder / f"best_{name}.pt")["model"]
-            assert same(state, history[epoch - 1]), name
-        assert same(weights(loop.model), history[2])
-
-    @pytest.mark.parametrize("ema", [None, 0.5])
-    def test_the_numbers_are_those_of_the_weights_that_are_left(
-        self, bench: "Bench", ema: float | None
-    ) -> None:
-        loop = bench.loop(
-            epochs=5,
-            ema=ema,
-            metrics={"score": Scripted("score", [3, 1, 9, 4, 2])},
-            best={"val_score": Mode.max},
-            select="val_score",
-        )
-        result = loop.run()
-        batch = next(loop.val.batches(1000))
-        error = (loop.model.eval()(batch)["x"] - batch["x"]).square().sum(1).mean().item()
-        assert result["val_error"] == pytest.approx(error, rel=1e-5)
-        assert error != pytest.approx(curve(loop, "val_error")[-1], rel=1e-5)
-        assert result["val_score"] == 9
-        third = rows(loop, "epoch")[2]
-        assert result == {name: third[name] for name in result if name != "epochs"} | {"epochs": 5}
-
-    def test_what_was_measured_only_later_is_no_number_of_theirs(self, bench: "Bench") -> None:
-        class Late(nn.Module):
-            def refresh(self, epoch: int, predict: Any) -> dict[str, float]:
-                return {"late": float(epoch)} if epoch > 1 else {}
-
-            def forward(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-                return outputs["x"].sum() * 0, batch["x"].new_tensor(len(batch["x"]))
-
-        for best, late in ((1, math.nan), (3, 2.0)):
-            loop = bench.loop(
-                name=f"{best}",
-                epochs=4,
-                terms={"error": bench.loop().loss.terms["error"], "late": Late()},
-                loss={"error": Weight(), "late": Weight()},
-                metrics={"s": Scripted("s", [float(n == best) for n in range(1, 5)])},
-                best={"val_s": Mode.max},
-                select="val_s",
-            )
-            assert loop.run()["late"] == pytest.approx(late, nan_ok=True)
-
-    def test_one_that_never_was_a_number(self, bench: "Bench") -> None:
-        score = Scripted("score", [math.nan] * 3)
-        loop = bench.loop(metrics={"s": score}, best={"val_score": Mode.max}, select="val_score")
-        with pytest.raises(UserError) as caught:
-            loop.run()
-        assert str(caught.value) == "stage.fit.select=val_score: it never was a number"
-
-    def test_last_is_the_last(self, bench: "Bench") -> None:
-        loop = bench.loop(best={"val_loss": Mode.max})
-        loop.run()
-        last = checkpoint.load(loop.folder / "last.pt")
-        assert same(weights(loop.model), last["model"])
-        assert last["loop"]["epoch"] == 3
-
-    def test_a_metric_that_is_not_there(self, bench: "Bench") -> None:
-        with pytest.raises(UserError) as caught:
-            bench.loop(best={"val_acc": Mode.max}).run()
-        assert str(caught.value) == (
-            "stage.fit.best: no metric 'val_acc'; there are train_loss, train_error, lr, val_loss, "
-            "val_error"
-        )
-
-
 UNUSED = {"error": Weight(), "masked": Weight(0.0)}
 FITS: dict[str, dict[str, Any]] = {
     "one term": {"loss": {"error": Weight()}},
@@ -569,7 +348,7 @@ class TestNames:
         assert re.fullmatch(
             rf"stage\.fit\.{key}: no metric '\w+'; there are {there}, moved", str(caught.value)
         )
-        assert loop.step == 0
+        assert loop.state.step == 0
 
     def test_a_misspelled_one_beside_custom_metrics_is_said_at_the_first_evaluation(
         self, bench: "Bench"
@@ -580,22 +359,22 @@ class TestNames:
         )
         with pytest.raises(UserError, match=r"^stage.fit.early_stop: no metric 'val_scroe'; "):
             loop.run()
-        assert loop.epoch == 1
+        assert loop.state.epoch == 1
 
 
 class TestEMA:
     def test_it_is_the_running_average_of_the_weights(self, bench: "Bench") -> None:
         loop = bench.loop(ema=0.9, epochs=2)
         average: dict[str, Tensor] = {}
-        update = loop.update
+        end_step = loop.end_step
 
-        def following() -> None:
-            update()
+        def following(*given: Any) -> None:
+            end_step(*given)
             for name, value in weights(loop.model).items():
                 before = average.get(name, value)
                 average[name] = 0.9 * before + 0.1 * value
 
-        loop.update = following  # type: ignore[method-assign]
+        loop.end_step = following  # type: ignore[method-assign]
         evaluated: list[Tensor] = []
         loop.run()
         evaluated = [value for _, value in sorted(weights(loop.model).items())]
@@ -608,250 +387,17 @@ class TestEMA:
         batch = next(loop.val.batches(1000))
         error = (loop.model.eval()(batch)["x"] - batch["x"]).square().sum(1).mean()
         assert row["val_error"] == pytest.approx(error.item(), rel=1e-5)
-        best = checkpoint.load(loop.folder / "best_val_loss.pt")["model"]
+        best = checkpoint.load(loop.checkpoints.folder / "best_val_loss.pt")["model"]
         assert same(best, weights(loop.model))
-        assert not same(checkpoint.load(loop.folder / "last.pt")["model"], best)
-
-
-class TestCheckpoints:
-    def saved(self, loop: Loop) -> list[int]:
-        return sorted(int(path.stem.removeprefix("step_")) for path in loop.folder.glob("step_*"))
-
-    @pytest.mark.parametrize(
-        ("every", "keep", "expected"),
-        [(1, 1, [35]), (1, 3, [25, 30, 35]), (2, 9, [10, 20, 30, 35]), (9, 9, [35])],
-    )
-    def test_every_so_many_epochs_and_only_the_last_are_kept(
-        self, bench: "Bench", every: int, keep: int, expected: list[int]
-    ) -> None:
-        loop = bench.loop(epochs=7, save_every=every, keep_last=keep)
-        loop.run()
-        assert self.saved(loop) == expected
-
-    def test_not_again_within_so_many_seconds(self, bench: "Bench") -> None:
-        loop = bench.loop(epochs=7, keep_last=9, save_seconds=1000)
-        loop.run()
-        assert self.saved(loop) == [35]
-
-    def test_numbers_of_numpy_go_through_a_checkpoint(self, bench: "Bench") -> None:
-        def metric(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-            return {"spread": arrays["mean"].std(), "rank": np.float64(2)}
-
-        first, again = (
-            bench.loop(metrics={"mine": metric}, best={"val_spread": Mode.max}) for _ in range(2)
-        )
-        assert first.run() == again.run()
-
-    def test_nothing_is_trained_twice(self, bench: "Bench", tiny: Make) -> None:
-        first = bench.loop(model=tiny(), epochs=4)
-        result = first.run()
-        again = bench.loop(model=tiny(), epochs=4, augment=At(1, do=lambda: pytest.fail("step")))
-        assert again.run() == result
-        assert same(weights(first.model), weights(again.model))
-        assert len(rows(again, "epoch")) == 4
-
-    def test_a_truncated_one_falls_back_to_the_one_before(
-        self, bench: "Bench", tiny: Make, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        whole = bench.loop(name="whole", model=tiny(), epochs=4)
-        whole.run()
-        bench.loop(model=tiny(), epochs=2, keep_last=2, schedule=CONSTANT).run()
-        first = bench.loop(name="first", model=tiny(), epochs=4, keep_last=2, augment=None)
-        first.settings.epochs = 4
-        first.run()
-        newest = first.folder / "step_000000020.pt"
-        os.truncate(newest, newest.stat().st_size // 2)
-        again = bench.loop(name="first", model=tiny(), epochs=4, keep_last=2)
-        again.run()
-        assert any("falling back to step_000000015.pt" in r.message for r in caplog.records)
-        assert same(weights(again.model), weights(whole.model))
-        assert rows(again) == rows(whole)
-
-
-class Everything:
-    """A fit with all the state there is, run in one go or in pieces."""
-
-    EPOCHS, STEPS = 5, 25
-
-    def __init__(self, bench: "Bench", tiny: Make) -> None:
-        self.bench, self.tiny = bench, tiny
-
-    def loop(self, name: str, augment: Augment | None = None, **settings: Any) -> Loop:
-        loss = {
-            "error": Weight(),
-            "masked": Weight(0.5, ramp=3),
-            "spread": Weight(0.1),
-            "anchored": Weight(0.1),
-            "chance": Weight(0.1),
-        }
-        defaults: dict[str, Any] = {
-            "loss": loss,
-            "epochs": self.EPOCHS,
-            "eval_every": 2,
-            "log_every": 3,
-            "keep_last": 2,
-            "ema": 0.9,
-            "schedule": Schedule(decay=Decay.plateau, warmup=1.5, patience=1, factor=0.7),
-            "best": {"val_loss": Mode.min, "train_loss": Mode.min},
-            "early_stop": {"val_loss": EarlyStop(patience=9, min_delta=10.0)},
-            "select": "train_loss",
-        }
-        return self.bench.loop(
-            name=name,
-            model=self.tiny(dropout=0.3, norm=True),
-            augment=augment or At(),
-            **(defaults | settings),
-        )
-
-    def outcome(self, loop: Loop, result: Mapping[str, float]) -> list[Any]:
-        """All that a fit leaves behind."""
-        best = {p.name: checkpoint.load(p)["model"] for p in loop.folder.glob("best_*.pt")}
-        last = checkpoint.load(loop.folder / "last.pt")
-        return [weights(loop.model), rows(loop), dict(result), best, last]
-
-
-def identical(one: Any, other: Any) -> bool:
-    """Nested values, bit for bit."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(identical(v, other[k]) for k, v in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(identical, one, other))
-    return bool(one == other) or (one != one and other != other)
-
-
-class Killed(Exception):
-    """Stands for SIGKILL: nothing is saved."""
-
-
-def kill() -> None:
-    raise Killed
-
-
-def terminate() -> None:
-    signal.raise_signal(signal.SIGTERM)
-
-
-def by_weight(view: View, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """A sampler: heavy samples come often."""
-    rows = torch.multinomial(view["weight"], len(view), replacement=True, generator=generator)
-    return iter(rows.split(size))
-
-
-# Steps at which a piece of the fit ends: inside, at the last of an epoch, at the very last.
-PIECES = [(1,), (3,), (5,), (10,), (24,), (25,), (6, 1, 1, 4), (5, 5, 5), (2, 20, 3)]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    open_bench: "Callable[[Path], Bench]", tiny: Make, tmp_path_factory: pytest.TempPathFactory
-) -> list[Any]:
-    """The outcome of the fit in one go."""
-    bench = open_bench(tmp_path_factory.mktemp("undisturbed"))
-    everything = Everything(bench, tiny)
-    loop = everything.loop("fit")
-    outcome = everything.outcome(loop, loop.run())
-    bench.close()
-    return outcome
-
-
-class TestResuming:
-    @pytest.fixture
-    def everything(self, bench: "Bench", tiny: Make) -> Everything:
-        return Everything(bench, tiny)
-
-    def in_pieces(
-        self, everything: Everything, pieces: tuple[int, ...], **settings: Any
-    ) -> list[Any]:
-        """The outcome of a fit that SIGTERM stopped after each piece."""
-        done = 0
-        for steps in pieces:
-            loop = everything.loop("stopped", At(steps, do=terminate), **settings)
-            with pytest.raises(Interrupted), signals.handled():
-                loop.run()
-            done += steps
-            assert loop.step == done
-        loop = everything.loop("stopped", **settings)
-        outcome = everything.outcome(loop, loop.run())
-        assert len({(r["kind"], r["epoch"], r["step"]) for r in rows(loop)}) == len(rows(loop))
-        return outcome
-
-    @pytest.mark.parametrize("pieces", PIECES, ids=str)
-    def test_told_to_stop_at_any_step_it_ends_with_the_same_bits(
-        self, everything: Everything, undisturbed: list[Any], pieces: tuple[int, ...]
-    ) -> None:
-        assert identical(self.in_pieces(everything, pieces), undisturbed)
-
-    @pytest.mark.parametrize(
-        "settings",
-        [
-            {"hardware": {"micro_batch": 4}},
-            {"sampler": by_weight},
-            {"best": {"lr": Mode.max}, "select": "lr"},
-        ],
-        ids=["micro-batches", "sampler", "early best"],
-    )
-    def test_also_with_other_settings(
-        self, everything: Everything, settings: dict[str, Any]
-    ) -> None:
-        loop = everything.loop("undisturbed", **settings)
-        expected = everything.outcome(loop, loop.run())
-        assert identical(self.in_pieces(everything, (6, 1, 8), **settings), expected)
-
-    @pytest.mark.parametrize("pieces", PIECES, ids=str)
-    def test_killed_at_any_step_it_ends_with_the_same_bits(
-        self, everything: Everything, undisturbed: list[Any], pieces: tuple[int, ...]
-    ) -> None:
-        for number, steps in enumerate(pieces):
-            loop = everything.loop("killed", At(steps, do=kill), save_every=1 + number)
-            with pytest.raises(Killed):
-                loop.run()
-            loop.rows.stream.write('{"stage": "fit", "kind": "st')
-            loop.rows.close()
-        loop = everything.loop("killed")
-        assert identical(everything.outcome(loop, loop.run()), undisturbed)
-
-    def test_a_signal_after_the_last_step_loses_nothing(
-        self, everything: Everything, undisturbed: list[Any]
-    ) -> None:
-        loop = everything.loop("late")
-        evaluate = loop.evaluate
-
-        def interrupted() -> dict[str, float]:
-            if loop.epoch == loop.settings.epochs:
-                terminate()
-            return evaluate()
-
-        loop.evaluate = interrupted  # type: ignore[method-assign]
-        with pytest.raises(Interrupted), signals.handled():
-            loop.run()
-        again = everything.loop("late", At(1, do=lambda: pytest.fail("trained again")))
-        assert identical(everything.outcome(again, again.run()), undisturbed)
-
-    def test_what_was_interrupted_is_said(
-        self, everything: Everything, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        with pytest.raises(Interrupted) as caught, signals.handled():
-            everything.loop("said", At(7, do=terminate)).run()
-        assert caught.value.exit_code == 143
-        everything.loop("said").run()
-        assert "fit: goes on from epoch 1, step 7" in [r.message for r in caplog.records]
-
-    def test_a_stopped_fit_stays_stopped(self, bench: "Bench") -> None:
-        rule = {"train_loss": EarlyStop(target=1e9)}
-        first = bench.loop(early_stop=rule)
-        second = bench.loop(early_stop=rule)
-        assert first.run() == second.run()
-        assert second.epoch == 1
+        assert not same(checkpoint.load(loop.checkpoints.folder / "last.pt")["model"], best)
 
 
 class TestLogs:
     def events(self, bench: "Bench") -> EventAccumulator:
-        board = bench.boards[-1]
-        board.writer.flush()
+        writer = bench.writers[-1]
+        writer.writer.flush()
         sizes = {"scalars": 0, "histograms": 0}
-        events = EventAccumulator(str(board.folder), size_guidance=sizes)
+        events = EventAccumulator(str(writer.folder), size_guidance=sizes)
         events.Reload()
         return events
 
@@ -923,8 +469,8 @@ class TestLogs:
 
 def test_a_full_disk_is_one_line(bench: "Bench", monkeypatch: pytest.MonkeyPatch) -> None:
     loop = bench.loop()
-    board = loop.rows.board
-    loop.rows = MetricLog(Path("/dev/full"), board, "fit")
+    writer = loop.rows.writer
+    loop.rows = MetricLog(Path("/dev/full"), writer, "fit")
     monkeypatch.setattr(loop.rows, "rewind", lambda epoch, step: None)
     with pytest.raises(UserError, match=r"^disk full: cannot write /dev/full"):
         loop.run()
@@ -966,7 +512,8 @@ class TestGPU:
         hardware = {"device": schema.Device.cuda, "precision": Precision.fp16}
         loop = bench.loop(hardware=hardware, epochs=4, log_every=1)
         loop.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
-        loop.loss.scaler = loop.scaler
+        loop.micro_batches.scaler = loop.scaler
+        loop.state.scaler = loop.scaler
         loop.run()
         assert loop.scaler.get_scale() < 2.0**40
 

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
 from stagesweep.config.schema import Decay, EarlyStop, Mode, Schedule
-from stagesweep.core.stopping import Best, Watch
+from stagesweep.core.stopping import BestValue, MetricTracker
 
 numbers = st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), max_size=30)
 
 
 def test_the_best_so_far() -> None:
-    best = Best(Mode.max, min_delta=0.5)
+    best = BestValue(Mode.max, min_delta=0.5)
     found = [best.update(value) for value in (1, 1.5, 1.6, math.nan, 3)]
     assert found == [True, False, True, False, True]
     assert (best.value, best.since) == (3, 0)
@@ -21,27 +21,27 @@ def test_the_best_so_far() -> None:
 
 @given(numbers, st.sampled_from(Mode))
 def test_the_best_is_the_extreme_of_all_numbers(values: list[float], mode: Mode) -> None:
-    best = Best(mode)
+    best = BestValue(mode)
     for value in values:
         best.update(value)
     known = [value for value in values if not math.isnan(value)]
     assert best.value == ((max if mode is Mode.max else min)(known) if known else None)
 
 
-def watch() -> Watch:
+def watch() -> MetricTracker:
     settings = schema.Fit(
         best={"val_loss": Mode.min},
         early_stop={"val_loss": EarlyStop(patience=2)},
         schedule=Schedule(decay=Decay.plateau, metric="val_loss", patience=1, factor=0.5),
     )
-    return Watch(settings, settings.early_stop, "joint")
+    return MetricTracker(settings, settings.early_stop, "joint")
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 11))
 def test_its_state_goes_on_where_it_was(values: list[float], cut: int) -> None:
-    def feed(one: Watch, part: list[float]) -> list[object]:
+    def feed(one: MetricTracker, part: list[float]) -> list[object]:
         rows = [{"val_loss": value} for value in part]
-        return [(one.evaluated(row), one.should_stop(row), one.lr_scale) for row in rows]
+        return [(one.update(row), one.should_stop(row), one.lr_scale) for row in rows]
 
     through, first, second = watch(), watch(), watch()
     expected = feed(through, values)

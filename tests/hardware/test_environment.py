@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from stagesweep.config.schema import Hardware
-from stagesweep.hardware.environment import prepare
+from stagesweep.hardware.environment import set_variables
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -19,12 +19,12 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_profile_leaves_open_stays() -> None:
-    prepare(Hardware())
+    set_variables(Hardware())
     assert [os.environ[name] for name in NAMES] == ["before"] * 3
 
 
 def test_what_it_says_is_set() -> None:
-    prepare(Hardware(threads=3, allocator="expandable_segments:True"))
+    set_variables(Hardware(threads=3, allocator="expandable_segments:True"))
     assert [os.environ[name] for name in NAMES] == ["3", *["expandable_segments:True"] * 2]
 
 
@@ -32,7 +32,7 @@ def test_it_is_set_before_torch_starts(needs_torch: Callable[[str], bool]) -> No
     assert not needs_torch(
         "from stagesweep import cli\n"
         "from stagesweep.config.schema import Hardware\n"
-        "cli.environment.prepare(Hardware(threads=1))"
+        "cli.environment.set_variables(Hardware(threads=1))"
     )
 
 

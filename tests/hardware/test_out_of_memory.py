@@ -12,16 +12,18 @@ from stagesweep.base.errors import OutOfMemory
 from stagesweep.base.view import Batch
 from stagesweep.config import schema
 from stagesweep.core.predict import predict
-from stagesweep.hardware.out_of_memory import Room, out_of_memory, peak_mib
+from stagesweep.hardware.out_of_memory import OutOfMemoryRetry, is_out_of_memory, peak_mib
 from stagesweep.hardware.profile import resolve
 
 if TYPE_CHECKING:
-    from conftest import Bench
+    from fits import Bench
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU = resolve(schema.Hardware(device=schema.Device.cpu))
 # As torch says it of the CPU's memory.
-SAID = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."
+MESSAGE = (
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."
+)
 
 
 def cuda_error() -> RuntimeError:
@@ -29,7 +31,7 @@ def cuda_error() -> RuntimeError:
 
 
 def cpu_error() -> RuntimeError:
-    return RuntimeError(SAID)
+    return RuntimeError(MESSAGE)
 
 
 class Small(nn.Module):
@@ -72,9 +74,9 @@ def test_what_torch_really_says_of_a_full_machine_is_understood() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert type(caught.value) is RuntimeError
-    assert out_of_memory(caught.value)
-    assert out_of_memory(cuda_error())
-    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(cuda_error())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 @pytest.mark.parametrize("error", [cuda_error, cpu_error])
@@ -97,10 +99,10 @@ def test_a_fit_goes_on_in_smaller_parts_to_the_same_numbers(
 
 
 def test_another_error_is_not_taken_for_one() -> None:
-    room = Room(None, "training", CPU)
+    retry = OutOfMemoryRetry(None, "training", CPU)
     with pytest.raises(RuntimeError, match="shapes"):
-        room.within(lambda _: torch.zeros(2, 3) @ torch.zeros(2, 3) or None, 8)
-    assert room.events == []
+        retry.run(lambda _: torch.zeros(2, 3) @ torch.zeros(2, 3) or None, 8)
+    assert retry.events == []
 
 
 @pytest.mark.parametrize(
@@ -131,9 +133,9 @@ def test_a_prediction_is_made_in_smaller_parts(bench: "Bench") -> None:
     loop = bench.loop()
     events: list[dict[str, Any]] = []
     model = small(0, room_eval=20).train()
-    found = predict(model, loop.train, ["mean"], CPU, batch_size=40, oom=events)
+    found = predict(model, loop.batches.view, ["mean"], CPU, batch_size=40, oom=events)
     assert events == [{"during": "prediction", "from": 40, "to": 20, "step": 0}]
-    whole = predict(small(0), loop.train, ["mean"], CPU)
+    whole = predict(small(0), loop.batches.view, ["mean"], CPU)
     torch.testing.assert_close(found["mean"], whole["mean"])
     assert model.training
 
@@ -182,7 +184,7 @@ def test_on_a_gpu_a_real_shortage_is_survived(
         model=Wide(), batch_size=44, hardware=hardware | {"micro_batch": micro_batch}, epochs=2
     )
     loop.run()
-    assert loop.loss.micro_batch is not None
-    assert 1 <= loop.loss.micro_batch < 44
+    assert loop.micro_batches.size is not None
+    assert 1 <= loop.micro_batches.size < 44
     training = [e for e in loop.measured()["oom"] if e["during"] == "training"]
     assert bool(training) == (micro_batch is None)

@@ -9,8 +9,8 @@ import torch
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
 from stagesweep.config.schema import Device, Hardware, Precision
-from stagesweep.hardware import profile as machine_module
-from stagesweep.hardware.profile import CORES, choose, resolve
+from stagesweep.hardware import profile as profile_module
+from stagesweep.hardware.profile import CORES, choose_device, resolve
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
@@ -116,7 +116,7 @@ class Card:
             "get_device_properties": about,
         }.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
-        monkeypatch.setattr(machine_module, "gpu_may_be_there", lambda: True)
+        monkeypatch.setattr(profile_module, "has_gpu_driver", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -154,19 +154,19 @@ def test_a_card_that_does_not_fit(
 ) -> None:
     Card(monkeypatch, 42.4, bf16=False)
     with pytest.raises(UserError) as caught:
-        choose(Hardware(device=Device.cuda, **settings))
+        choose_device(Hardware(device=Device.cuda, **settings))
     assert str(caught.value) == fault
-    found = choose(Hardware(device=Device.cuda, strict=False, **settings))
-    assert found.instead == [instead]
+    found = choose_device(Hardware(device=Device.cuda, strict=False, **settings))
+    assert found.fallbacks == [instead]
     assert found.precision is precision
-    assert found.small == ("min_memory_gb" in settings)
+    assert found.small_memory == ("min_memory_gb" in settings)
 
 
 def test_a_card_that_fits_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
     Card(monkeypatch, 42.4, bf16=True)
-    found = choose(Hardware(min_memory_gb=40.0))
+    found = choose_device(Hardware(min_memory_gb=40.0))
     assert (found.device.type, found.precision, found.tf32) == ("cuda", Precision.bf16, True)
-    assert (found.instead, found.small) == ([], False)
+    assert (found.fallbacks, found.small_memory) == ([], False)
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
@@ -176,8 +176,8 @@ def test_tf32_goes_with_a_lower_precision_unless_the_profile_says(
 ) -> None:
     Card(monkeypatch, 42.4, bf16=True)
     wanted = precision is Precision.bf16 if tf32 is None else tf32
-    assert choose(Hardware(precision=precision, tf32=tf32)).tf32 == wanted
-    assert not choose(Hardware(device=Device.cpu, precision=precision, tf32=tf32)).tf32
+    assert choose_device(Hardware(precision=precision, tf32=tf32)).tf32 == wanted
+    assert not choose_device(Hardware(device=Device.cpu, precision=precision, tf32=tf32)).tf32
 
 
 @NO_GPU
@@ -208,13 +208,13 @@ def test_the_least_of_what_bounds_a_stage_is_its_micro_batch(
     general: int | None, stage: str, expected: int | None
 ) -> None:
     settings = Hardware(device=Device.cpu, micro_batch=general, micro_batches=BOUNDS)
-    assert resolve(settings).at(stage).micro_batch == expected
+    assert resolve(settings).for_stage(stage).micro_batch == expected
 
 
 def test_one_that_is_found_by_trying_has_no_bound() -> None:
     settings = Hardware(device=Device.cpu, micro_batch="auto", micro_batches=BOUNDS)
-    machine = resolve(settings).at("speech/gating")
-    assert machine.probe
+    machine = resolve(settings).for_stage("speech/gating")
+    assert machine.search_micro_batch
     assert machine.micro_batch is None
 
 

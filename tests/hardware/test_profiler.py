@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stagesweep.core.fit import Loop
-from stagesweep.hardware.profiler import STEPS, WARMUP, Shares, tracing
+from stagesweep.hardware.profiler import STEPS, WARMUP, TraceSummary, tracing
 
 if TYPE_CHECKING:
-    from conftest import Bench
+    from fits import Bench
 
 
 def traced(loop: Loop, folder: Path, on: bool = True) -> None:
-    with tracing(replace(loop.machine, profile=on), loop.meter, folder, "fit"):
+    with tracing(replace(loop.hardware, profile=on), loop.throughput, folder, "fit"):
         loop.run()
 
 
 def test_a_trace_and_a_page_and_a_picture(bench: "Bench", tmp_path: Path) -> None:
     loop = bench.loop(epochs=3)
     traced(loop, tmp_path / "profile")
-    assert loop.step > WARMUP + STEPS
+    assert loop.state.step > WARMUP + STEPS
     with gzip.open(tmp_path / "profile" / "fit.json.gz", "rt") as stream:
         events = json.load(stream)["traceEvents"]
     steps = {e["name"] for e in events if str(e.get("name")).startswith("ProfilerStep#")}
@@ -36,7 +36,7 @@ def test_it_changes_no_result(bench: "Bench", tmp_path: Path) -> None:
     plain, loop = bench.loop(name="plain"), bench.loop(name="traced")
     plain.run()
     traced(loop, tmp_path / "profile")
-    assert loop.summary == plain.summary
+    assert loop.state.summary == plain.state.summary
 
 
 def test_nothing_is_written_unless_the_profile_says(bench: "Bench", tmp_path: Path) -> None:
@@ -55,14 +55,14 @@ def test_a_fit_of_few_steps_says_that_it_has_no_trace(
 
 @pytest.mark.parametrize("gpu", [None, 0.5])
 def test_shares_are_of_the_time_that_went_by(gpu: float | None) -> None:
-    found = Shares(4, 2.0, 0.5, 0.25, gpu, {"aten::mm": (8, 0.5)})
+    found = TraceSummary(4, 2.0, 0.5, 0.25, gpu, {"aten::mm": (8, 0.5)})
     bars = found.bars()
     assert list(bars) == ["loop", "CPU"] + ["GPU"] * (gpu is not None)
     assert [sum(parts.values()) for parts in bars.values()] == pytest.approx([1.0] * len(bars))
     assert bars["loop"]["waiting for data"] == 0.25
     assert "| `aten::mm` | 2 | 125.000 | 25.0% |" in found.page("fit")
     assert found.sentence().startswith("500.0 ms a step: waiting for data 25%, steps 75%")
-    figure = found.picture("fit")
+    figure = found.figure("fit")
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[0] == "loop: waiting for data 25%"
     assert labels[-1] == ("CPU: operators 88%" if gpu is None else "GPU: busy 25%")

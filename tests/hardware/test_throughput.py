@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from stagesweep.base.view import Batch
-from stagesweep.core.tensorboard import read_rows
 from stagesweep.hardware import throughput as module
-from stagesweep.hardware.throughput import SPEED, Meter
+from stagesweep.hardware.throughput import SPEED, Throughput
+from stagesweep.tracking.tensorboard import read_rows
 
 if TYPE_CHECKING:
-    from conftest import Bench
+    from fits import Bench
 
 
 class Clock:
@@ -35,7 +35,7 @@ def test_what_is_waited_for_and_what_is_worked(clock: Clock) -> None:
             clock.now += 1.0
             yield {"index": torch.arange(20)}
 
-    meter = Meter(torch.device("cpu"))
+    meter = Throughput(torch.device("cpu"))
     assert meter.summary() == {}
     for _ in meter.batches(slow(4), [20] * 4):
         clock.now += 3.0

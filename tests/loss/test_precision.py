@@ -10,9 +10,9 @@ from hydra.utils import execution_whitelist, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from stagesweep.base.terms import reads
+from stagesweep.base.seeding import seed_everything
+from stagesweep.base.terms import whole_batch_outputs
 from stagesweep.config import register, trust
-from stagesweep.core.seeding import seed_everything
 
 Compose = Callable[..., DictConfig]
 
@@ -105,4 +105,4 @@ def test_a_term_is_computed_in_fp32_under_bf16(
             assert found.dtype is torch.float32
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     # The comparison can tell: what the terms read differs in bf16.
-    assert any(not torch.equal(outputs[k], high[k]) for k in (*reads(term), "mean"))
+    assert any(not torch.equal(outputs[k], high[k]) for k in (*whole_batch_outputs(term), "mean"))

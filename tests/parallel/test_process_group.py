@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stagesweep.hardware.throughput import SPEED
-from stagesweep.parallel.process_group import ALONE, Team
+from stagesweep.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 
 Found = list[dict[str, Any]]
 
@@ -96,16 +96,16 @@ def test_the_others_say_that_one_has_ended(found: Found) -> None:
 
 @pytest.mark.parametrize(("n", "size"), [(0, 3), (1, 3), (2, 3), (20, 3), (24, 4), (5, 1)])
 def test_parts_cover_all_and_differ_by_one_at_most(n: int, size: int) -> None:
-    teams = [Team(rank, size) for rank in range(size)]
-    rows = [row for each in teams for row in range(n)[each.part(n)]]
+    groups = [ProcessGroup(rank, size) for rank in range(size)]
+    rows = [row for each in groups for row in range(n)[each.local_slice(n)]]
     assert rows == list(range(n))
-    sizes = [len(range(n)[each.part(n)]) for each in teams]
-    assert max(sizes) == teams[0].largest(n) == math.ceil(n / size)
+    sizes = [len(range(n)[each.local_slice(n)]) for each in groups]
+    assert max(sizes) == groups[0].largest_part(n) == math.ceil(n / size)
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_alone_nothing_is_copied() -> None:
     value = torch.ones(3)
-    assert ALONE.sum(value) is value
-    assert ALONE.gather(value, 3) is value
-    assert ALONE.share(value) is value
+    assert SINGLE_PROCESS.all_reduce(value) is value
+    assert SINGLE_PROCESS.all_gather(value, 3) is value
+    assert SINGLE_PROCESS.broadcast(value) is value

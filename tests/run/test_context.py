@@ -11,16 +11,16 @@ from hydra.utils import execution_whitelist
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import trust
-from stagesweep.core.tensorboard import Board
 from stagesweep.run.context import Context
 from stagesweep.store.store import Store
+from stagesweep.tracking.tensorboard import TensorBoardWriter
 
 
 @pytest.fixture
 def run(compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The context of a run of digits, within its first stage."""
     monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
-    board = Board(tmp_path / "run" / "tensorboard")
+    board = TensorBoardWriter(tmp_path / "run" / "tensorboard")
     made = Context(compose("experiment=digits"), tmp_path / "run", [], board)
     entry = Store.default().entry("0" * 32)
     made._entry, made.stage = entry, "pretrain"

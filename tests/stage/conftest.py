@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import View
 from stagesweep.config import schema, trust
-from stagesweep.core.tensorboard import Board
 from stagesweep.model.cluster_centres import StudentTAssignment
 from stagesweep.run.context import Context
 from stagesweep.store.store import Store
+from stagesweep.tracking.tensorboard import TensorBoardWriter
 
 
 class Blobs:
@@ -89,7 +89,7 @@ def make_run(tmp_path: Path) -> Iterator[MakeRun]:
                 },
             }
         )
-        board = Board(tmp_path / "run" / "tensorboard")
+        board = TensorBoardWriter(tmp_path / "run" / "tensorboard")
         boards.callback(board.close)
         run = Context(cfg, tmp_path / "run", [], board)
         run.data = Blobs(**blobs)

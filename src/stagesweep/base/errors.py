@@ -1,13 +1,12 @@
-"""Errors that a person caused and can mend: one line that names the thing and the remedy."""
+"""Errors that the user can fix: one line that names the cause and the remedy."""
 
 from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """A run that cannot go on, said in one line; the command exits with status 1.
+    """Ends a run with a one-line message and exit status 1.
 
-    ``reason`` is the word for it in the tables of a sweep. Set HYDRA_FULL_ERROR=1 to see the
-    traceback as well.
+    ``reason`` is its name in the tables of a sweep. HYDRA_FULL_ERROR=1 shows the traceback too.
     """
 
     reason = "error"
@@ -26,13 +25,13 @@ class OutOfMemory(UserError):
 
 
 class Lost(UserError):
-    """Another process of the run has ended; what that one says is the reason."""
+    """Another process of the run has ended; its own error is the cause."""
 
     reason = "killed"
 
 
 class Interrupted(UserError):
-    """The run was told to stop (Ctrl-C, SIGTERM); its last checkpoint is saved."""
+    """A signal stopped the run (Ctrl-C, SIGTERM, SIGUSR1); its last checkpoint is saved."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -43,20 +42,20 @@ class Interrupted(UserError):
 
 
 class Pruned(UserError):
-    """The sweep has no more use for this run; its last checkpoint is saved."""
+    """The sweep pruned this run; its last checkpoint is saved."""
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what caused it, one after the other."""
+    """The error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def reason(error: BaseException) -> str:
-    """Why a run failed, in the word of a sweep's tables: error, nan or oom."""
+    """Why a run failed: error, nan or oom, as in the tables of a sweep."""
     for link in chain(error):
-        # torch's own, without importing torch
+        # torch's error, recognized without importing torch
         if isinstance(link, MemoryError) or type(link).__name__ == "OutOfMemoryError":
             return OutOfMemory.reason
         if isinstance(link, UserError) and link.reason != UserError.reason:

@@ -1,4 +1,4 @@
-"""Whole files or none: writes that survive a crash, links, and disk errors said in one line."""
+"""Atomic writes, links, and file-system errors as one-line messages."""
 
 import errno
 import os
@@ -16,13 +16,12 @@ _ELSEWHERE = "set STAGESWEEP_STORE or hydra.run.dir to another place"
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write(stream)`` and give what it wrote the name ``path``, whole and safely on disk.
+    """Write a file atomically: ``write(stream)`` fills it, and then it gets the name ``path``.
 
     The bytes go to a temporary file in the same folder (made when missing), which is synced and
-    renamed: a reader, or a crash at any moment, meets the old file or the new one.
+    renamed: after a crash at any moment, ``path`` is the old file or the new one.
 
-    A refusal of the file system (full, read-only, no permission) is a UserError, and leaves
-    nothing behind.
+    UserError when the file system refuses (full, read-only, no permission); no file is left then.
     """
     temporary = _temporary(path)
     try:
@@ -44,16 +43,15 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def atomic_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8; otherwise as :func:`atomic_write`."""
+    """Write ``text`` as UTF-8 with :func:`atomic_write`."""
     atomic_write(path, lambda stream: stream.write(text.encode()))
 
 
 def link(source: Path, target: Path) -> None:
-    """Make ``target`` another name of the file ``source``, or a copy where that cannot be.
+    """Make ``target`` a hard link to ``source``, or a copy where links do not work.
 
-    An existing ``target`` is replaced in one step. File systems without hard links, targets on
-    another file system and files of other owners get a copy. A ``source`` that cannot be read or
-    a ``target`` that cannot be written is a UserError.
+    An existing ``target`` is replaced in one step. UserError when ``source`` cannot be read or
+    ``target`` cannot be written.
     """
     temporary = _temporary(target)
     with explained(target):
@@ -75,7 +73,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def explain(error: OSError, path: Path) -> UserError:
-    """Say in one line what the file system refused at ``path``, and the remedy."""
+    """Turn an error of the file system at ``path`` into one line with the remedy."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             problem = f"disk full: cannot write {path}{_free(path)}"
@@ -97,7 +95,7 @@ def explain(error: OSError, path: Path) -> UserError:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into the UserError that :func:`explain` makes of it."""
+    """Raise an OSError of the block as the UserError of :func:`explain`."""
     try:
         yield
     except OSError as error:
@@ -105,7 +103,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _temporary(path: Path) -> Path:
-    # Short, whatever the length of the name it stands for: names end at 255 bytes.
+    # A fixed length: file names are limited to 255 bytes.
     return path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
 
 
@@ -125,11 +123,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refusal(error: Exception) -> OSError | None:
-    """Find the OSError of a failed write: torch.save hides a full disk behind a RuntimeError."""
+    """The OSError of a failed write; torch.save hides a full disk behind a RuntimeError."""
     if isinstance(error, OSError):
         return error
     hidden = None if isinstance(error, UserError) else error.__context__
-    # A write to an open stream knows no file name; anything else is another matter.
+    # An error of a write to an open stream has no file name; other errors are not of this write.
     return hidden if isinstance(hidden, OSError) and hidden.filename is None else None
 
 

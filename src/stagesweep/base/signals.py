@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: a fit finishes its step and saves; everything else stops at once.
+"""Signals that stop a run: Ctrl-C (SIGINT), SIGTERM, and SIGUSR1, which Slurm can send in advance.
 
-SIGUSR1 is what Slurm can send some time before it ends a job.
+A fit finishes its step and saves a checkpoint; everything else stops at once.
 """
 
 import signal
@@ -16,7 +16,7 @@ _pending: int | None = None
 
 
 def stop(signum: int) -> Interrupted:
-    """The error of a run that this signal ends."""
+    """The error to raise for a signal."""
     name = signal.Signals(signum).name
     return Interrupted(signum, f"stopped by {name}; the same command goes on from here")
 
@@ -25,13 +25,13 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     global _pending
     if _deferred and _pending is None:
         _pending = signum
-    else:  # nothing to save, or a second signal: do not wait
+    else:  # there is nothing to save, or this is the second signal
         raise stop(signum)
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into `Interrupted` for the length of a run."""
+    """Turn SIGINT, SIGTERM and SIGUSR1 into `Interrupted` within the block."""
     global _pending
     before = {s: signal.signal(s, _handle) for s in SIGNALS}
     try:
@@ -44,22 +44,17 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Hold a signal back until `pending` is asked, or to the end of the block."""
+    """Defer signals to the end of the block, which may ask for them with `pending`."""
     global _deferred
     _deferred = True
     try:
         yield
     finally:
         _deferred = False
-    if (error := pending()) is not None:
-        raise error
+    if signum := pending():
+        raise stop(signum)
 
 
-def pending() -> Interrupted | None:
-    """The error to raise, after saving, if a signal has come."""
-    return None if _pending is None else stop(_pending)
-
-
-def told() -> int:
-    """The signal that has come, 0 when none has."""
+def pending() -> int:
+    """The deferred signal, or 0."""
     return _pending or 0

@@ -1,4 +1,4 @@
-"""What a data set tells the model about itself, so that no size is typed twice."""
+"""The spec of a data set: column names, widths and cardinalities, from which models take sizes."""
 
 from dataclasses import dataclass, field
 

@@ -1,29 +1,39 @@
-"""What a loss term says of itself, and so which numbers a fit will have. Imports no torch.
+"""The contract of loss terms, and which metrics a fit reports for them. Imports no torch.
 
-All that is asked here are attributes, of a term or of its class.
+A term is a module `(outputs, batch) -> (total, weight)`: a sum and what it is a sum over, never the
+mean. Optional attributes, of the term or of its class:
+
+* ``whole_batch``: names of the outputs that the term must see of the whole batch at once.
+* ``refresh(epoch, predict)``: a pass over the training set before an epoch; returns metrics.
+* ``reports``: names of the metrics that ``refresh`` returns.
 """
 
 from collections.abc import Mapping
-from typing import Any
-
-from stagesweep.config import schema
+from typing import Any, Protocol
 
 
-def reads(term: Any) -> tuple[str, ...]:
-    """The outputs that a term must see of the whole batch at once; none for most terms."""
+class Weighted(Protocol):
+    """The settings of a term, as far as they matter here."""
+
+    weight: float
+
+
+def whole_batch_outputs(term: Any) -> tuple[str, ...]:
+    """Names of the outputs that a term reads of the whole batch at once; empty for most terms."""
     found: tuple[str, ...] = getattr(term, "whole_batch", ())
     return found
 
 
 def per_sample(term: Any) -> bool:
-    """Whether a term needs neither the whole batch nor the whole training set, and so means the
-    same on another split.
+    """Whether a term needs neither the whole batch nor the whole training set.
+
+    Only such a term means the same on another split.
     """
-    return not reads(term) and not hasattr(term, "refresh")
+    return not whole_batch_outputs(term) and not hasattr(term, "refresh")
 
 
-def reports(terms: Mapping[str, Any]) -> list[str] | None:
-    """What the `refresh` of these terms measures; None when one does not name it in `reports`."""
+def refresh_metrics(terms: Mapping[str, Any]) -> list[str] | None:
+    """Names of the metrics from `refresh`; None when a term does not list them in `reports`."""
     refreshed = [term for term in terms.values() if hasattr(term, "refresh")]
     if not all(hasattr(term, "reports") for term in refreshed):
         return None
@@ -31,24 +41,23 @@ def reports(terms: Mapping[str, Any]) -> list[str] | None:
 
 
 def metric_names(terms: Mapping[str, Any]) -> list[str] | None:
-    """The numbers of a fit in which these terms act, those of `metrics` aside.
+    """Names of the metrics of a fit with these terms, without those of its own ``metrics``.
 
-    None when a term does not tell what it adds to them.
+    None when a term does not list what it reports.
     """
-    reported = reports(terms)
-    if reported is None:
+    refreshed = refresh_metrics(terms)
+    if refreshed is None:
         return None
     evaluated = [name for name, term in terms.items() if per_sample(term)]
     train = ["train_loss", *(f"train_{name}" for name in terms), "lr"]
     val = ["val_loss", *(f"val_{name}" for name in evaluated)] if evaluated else []
-    return train + val + reported
+    return train + val + refreshed
 
 
-def silent(terms: Mapping[str, Any], weights: Mapping[str, schema.Weight]) -> set[str]:
-    """The numbers that are missing because the weight of their term is 0.
+def disabled_metrics(terms: Mapping[str, Any], weights: Mapping[str, Weighted]) -> set[str]:
+    """Names of the metrics that are missing because their term has weight 0.
 
-    Whoever turns a term off (in an ablation, say) should not have to take away the rule that stops
-    on it as well.
+    An ablation that turns a term off need not also remove the early-stopping rule that reads it.
     """
     off = {name: term for name, term in terms.items() if weights[name].weight == 0}
     on = {name: term for name, term in terms.items() if name not in off}

@@ -1,18 +1,18 @@
-"""What a fit says to the sweep it belongs to, and may ask it."""
+"""The trial protocol: a fit reports its metrics to the sweep, which may ask it to stop."""
 
 from collections.abc import Mapping
 
 
 class Trial:
-    """Outside a sweep, where nobody listens. In one, ``stagesweep.sweep.engine.pipe`` does."""
+    """A trial outside any sweep: reports go nowhere. In a sweep, see ``sweep.engine.pipe``."""
 
     def report(
         self, stage: str, metrics: Mapping[str, float], step: int, of: int | None = None
     ) -> None:
-        """Tell how far a stage is: its metrics after epoch ``step``, and how many there will be."""
+        """Report the metrics of a stage after epoch ``step`` of ``of``."""
 
     def should_stop(self) -> bool:
-        """Whether the sweep has no more use for this run."""
+        """Whether the sweep prunes this run."""
         return False
 
 
@@ -20,11 +20,11 @@ _current = Trial()
 
 
 def current() -> Trial:
-    """The trial that this process runs, or else one that nobody listens to."""
+    """The trial that this process runs; outside a sweep, one whose reports go nowhere."""
     return _current
 
 
-def become(one: Trial) -> None:
-    """Make this process that trial."""
+def set_current(trial: Trial) -> None:
+    """Set the trial that this process runs."""
     global _current
-    _current = one
+    _current = trial

@@ -1,4 +1,4 @@
-"""A split held in memory: named columns and batches by one indexed gather."""
+"""A split in memory: named columns of equal length. A batch is one indexed gather."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -37,30 +37,30 @@ class View:
         return name in self.columns
 
     def take(self, rows: Tensor) -> "View":
-        """Some samples, as a view of their own."""
+        """A view of the given rows."""
         return View({n: c[rows.to(c.device)] for n, c in self.columns.items() if n != "index"})
 
     def join(self, others: Iterable["View"]) -> "View":
-        """Join others of the same columns to this view, one after the other."""
+        """Concatenate views that have the same columns."""
         every = [self, *others]
         names = [name for name in self.columns if name != "index"]
         return View({name: torch.cat([view[name] for view in every]) for name in names})
 
     def prepare(self, device: torch.device, workers: int, pinned: bool = True) -> "View":
-        """Move all columns to `device`, so that a batch is one gather there; needs no workers."""
+        """Move all columns to `device`, so that a batch is one gather there. Uses no workers."""
         self.columns = {name: column.to(device) for name, column in self.columns.items()}
         return self
 
     def order(
         self, size: int, generator: torch.Generator, sampler: Sampler | None = None
     ) -> Iterator[Tensor]:
-        """The rows of each batch of one shuffled epoch, decided by `generator` alone."""
+        """The rows of each batch of one shuffled epoch; `generator` alone decides them."""
         if sampler is not None:
             return sampler(self, size, generator)
         return iter(torch.randperm(len(self), generator=generator).split(size))
 
     def gather(self, order: Iterable[Tensor], start: int = 0) -> Iterator[Batch]:
-        """The batches of `order`, from batch number `start` on: one indexed gather each."""
+        """The batches of `order` from number `start` on, each by one indexed gather."""
         device = self["index"].device
         for rows in islice(order, start, None):
             rows = rows.to(device)
@@ -78,5 +78,5 @@ class Data(Protocol):
     spec: Spec
 
     def split(self, name: str) -> View:
-        """The named split; raises UserError naming the splits there are."""
+        """The named split; UserError lists the splits there are."""
         ...

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from stagesweep.base.errors import UserError
-from stagesweep.base.terms import silent
+from stagesweep.base.terms import disabled_metrics
 from stagesweep.config import schema
 from stagesweep.config.messages import nearest
 from stagesweep.config.signatures import locate
@@ -67,8 +67,8 @@ def _check_fit(path: str, settings: schema.Fit, cfg: DictConfig) -> None:
 def _watched(path: str, settings: schema.Fit, cfg: DictConfig) -> dict[str, str]:
     """The metrics that a fit watches, by the key that names them."""
     watched = {f"{path}.best.{metric}": metric for metric in settings.best}
-    # A rule on the loss of a term with weight 0 is ignored, not refused; see `silent`.
-    off = silent(_loss_classes(settings, cfg), settings.loss)
+    # A rule on the loss of a term with weight 0 is ignored, not refused; see `disabled_metrics`.
+    off = disabled_metrics(_loss_classes(settings, cfg), settings.loss)
     watched |= {
         f"{path}.early_stop.{name}": name for name in settings.early_stop if name not in off
     }

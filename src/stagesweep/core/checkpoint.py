@@ -1,16 +1,19 @@
-"""Checkpoints: written whole or not at all, read without running code from the file."""
+"""Checkpoint files: written atomically, and read without running code from them."""
 
 import logging
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_write, link
+
+if TYPE_CHECKING:
+    from stagesweep.parallel.fsdp import FSDP
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +28,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path, own: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; UserError names a missing, truncated or foreign file.
 
-    Of a folder, which several processes wrote, a part of what is divided in one's `own` state (see
-    `shard.read`).
+    Of a sharded checkpoint, which is a folder: this process's part of each tensor that is sharded
+    in its `own` state, and the full tensor of others.
     """
     if not path.exists():
         raise UserError(f"no checkpoint at {path}")
@@ -35,10 +38,10 @@ def load(path: Path, own: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
             if path.is_dir():
                 from stagesweep.parallel import fsdp
 
-                state = fsdp.read(path, own)
+                state = fsdp.read_state(path, own, load)
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the reader trip over anything
+    except Exception as error:  # a damaged file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot read checkpoint {path}: truncated or foreign ({reason})"
@@ -49,17 +52,31 @@ def load(path: Path, own: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
 
 
 def save_numbered(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-    """Write ``step_<n>.pt``, point ``last.pt`` at it and keep the `keep` newest up to it."""
+    """Write ``step_<n>.pt``, link ``last.pt`` to it and keep the `keep` newest up to it."""
     newest = folder / f"step_{step:09d}.pt"
     save(newest, state)
     link(newest, folder / "last.pt")
     keep_newest(folder, newest, keep)
 
 
-def keep_newest(folder: Path, newest: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest one and `keep` - 1 before it.
+def save_sharded(
+    folder: Path, step: int, state: dict[str, Any], keep: int, sharding: "FSDP"
+) -> None:
+    """Write the folder ``step_<n>``, each process its part, and keep the `keep` newest up to it.
 
-    Any of a later step is one that could not be read, or the fit would have gone on from there.
+    UserError where a process cannot write.
+    """
+    newest = folder / f"step_{step:09d}"
+    sharding.write_state(newest, state, save)
+    if sharding.group.is_main:
+        keep_newest(folder, newest, keep)
+    sharding.group.barrier()
+
+
+def keep_newest(folder: Path, newest: Path, keep: int) -> None:
+    """Remove all checkpoints except `newest` and the `keep` - 1 before it.
+
+    Checkpoints of later steps could not be read, or the fit would have resumed from them.
     """
     found = numbered(folder)
     last = found.index(newest) + 1
@@ -71,7 +88,7 @@ def keep_newest(folder: Path, newest: Path, keep: int) -> None:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The checkpoints of a fit, oldest first: files, and folders that several processes wrote."""
+    """The checkpoints of a fit, oldest first: files, or folders if sharded."""
     return sorted(folder.glob("step_*"))
 
 

@@ -1,4 +1,4 @@
-"""Which parameters are trained, with which optimizer settings and learning rate."""
+"""Parameters to train, optimizer and learning-rate schedule."""
 
 import inspect
 import math
@@ -16,7 +16,7 @@ from stagesweep.config import schema
 
 
 def matching(names: Iterable[str], globs: Iterable[str], key: str) -> set[str]:
-    """The names that any of `globs` matches; a glob that matches none is a UserError."""
+    """The names that match any of `globs`; UserError for a glob that matches none."""
     names = list(names)
     matched: set[str] = set()
     for glob in globs:
@@ -29,7 +29,7 @@ def matching(names: Iterable[str], globs: Iterable[str], key: str) -> set[str]:
 
 
 def freeze(model: nn.Module, train: list[str], frozen: list[str]) -> None:
-    """Let gradients reach only parameters that `train` matches and `frozen` does not."""
+    """Train only the parameters that match `train` and do not match `frozen`."""
     names = dict(model.named_parameters())
     chosen = matching(names, train, "train") - matching(names, frozen, "freeze")
     if not chosen:
@@ -39,7 +39,7 @@ def freeze(model: nn.Module, train: list[str], frozen: list[str]) -> None:
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that have parameters, none of them trained."""
+    """The modules whose parameters are all frozen."""
     return [
         module
         for module in model.modules()
@@ -49,14 +49,14 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def train_mode(model: nn.Module, frozen: list[nn.Module]) -> None:
-    """Training mode, but for frozen modules: their norms keep their statistics."""
+    """Set training mode, but eval mode for frozen modules: their norms keep their statistics."""
     model.train()
     for module in frozen:
         module.eval()
 
 
-def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every trained parameter, and its gradient if it has one, by name."""
+def parameters_and_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters and their gradients, by name."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, parameter.detach()
@@ -94,7 +94,7 @@ def build_optimizer(model: nn.Module, settings: schema.Optimizer) -> torch.optim
 
 
 def running_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """A copy of the model, buffers too, that follows its weights; None without a decay."""
+    """An exponential moving average of the weights, buffers included; None without a decay."""
     if decay is None:
         return None
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -104,7 +104,7 @@ def learning_rate(base: float, position: float, epochs: float, settings: schema.
     """Learning rate `position` epochs into a fit of `epochs`.
 
     Linear warmup, then constant or a cosine to ``min_lr`` (Loshchilov & Hutter 2017, eq. 5, one
-    cycle); plateau is constant here, its reductions are a factor of the loop's state.
+    cycle); plateau is constant here, its reductions are a factor of `MetricTracker`.
     """
     if position < settings.warmup:
         return base * position / settings.warmup

@@ -1,6 +1,6 @@
-"""What a model says of a whole split, and how outputs and columns are named."""
+"""Forward passes, of one batch and of a whole split."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -9,95 +9,89 @@ from torch import Tensor, nn
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.view import Batch, View
-from stagesweep.hardware.out_of_memory import Room
-from stagesweep.hardware.profile import Machine
-from stagesweep.parallel.process_group import ALONE, Team
+from stagesweep.hardware.out_of_memory import OutOfMemoryRetry
+from stagesweep.hardware.profile import HardwareProfile
+from stagesweep.parallel.local_batches import local_batches
+from stagesweep.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 
 Value = TypeVar("Value")
+
+
+def forward(model: nn.Module, hardware: HardwareProfile, batch: Batch) -> dict[str, Tensor]:
+    """Model outputs under the precision of the profile, returned as fp32."""
+    if hardware.autocast is None:
+        outputs: dict[str, Tensor] = model(batch)
+        return outputs
+    with torch.autocast(hardware.device.type, hardware.autocast):
+        outputs = model(batch)
+    return {k: v.float() if v.is_floating_point() else v for k, v in outputs.items()}
 
 
 def predict(
     model: nn.Module,
     view: View,
     names: Collection[str] | None,
-    machine: Machine,
+    hardware: HardwareProfile,
     batch_size: int = 1024,
     oom: list[dict[str, Any]] | None = None,
-    team: Team = ALONE,
-    divided: bool = False,
+    group: ProcessGroup = SINGLE_PROCESS,
+    sharded: bool = False,
 ) -> dict[str, Tensor]:
-    """Outputs and batch columns (see `named`) of a whole split in order, in eval mode, fp32 on the
-    CPU; ``names`` None gives every output. In smaller batches when the device has too little
-    memory, which is then added to `oom` (see `Room.events`). Each process of a `team` computes its
-    part, and all get the whole; of a `divided` model each has a part as well.
+    """Outputs and batch columns (see `by_name`) of a whole split in order, in eval mode, as fp32 on
+    the CPU; ``names`` None gives every output.
+
+    Uses smaller batches when the device runs out of memory, and adds these events to `oom` (see
+    `OutOfMemoryRetry`). Each process of a `group` computes its part, and all return the whole.
     """
     training = model.training
     model.eval()
-    room = Room(machine.micro_batch, "prediction", machine, fixed=divided)
-    part, sharing = share_of(view, team, divided)
+    retry = OutOfMemoryRetry(hardware.micro_batch, "prediction", hardware, can_retry=not sharded)
+    batches, sharing = local_batches(view, group, sharded)
     try:
-        found = room.within(
-            lambda size: _predict(model, part(size), names, machine, divided),
+        found = retry.run(
+            lambda size: _predict(model, batches(size), names, hardware, sharded),
             min(batch_size, len(view)),
         )
     finally:
         if oom is not None:
-            oom += room.events
+            oom += retry.events
         model.train(training)
-    return {name: sharing.gather(own, len(view)) for name, own in found.items()}
+    return {name: sharing.all_gather(own, len(view)) for name, own in found.items()}
 
 
 def _predict(
     model: nn.Module,
     batches: Iterable[Batch],
     names: Collection[str] | None,
-    machine: Machine,
-    divided: bool,
+    hardware: HardwareProfile,
+    sharded: bool,
 ) -> dict[str, Tensor]:
     seen: dict[str, list[Tensor]] = {}
-    # A divided model is collected into memory that training uses, too.
-    with torch.no_grad() if divided else torch.inference_mode():
+    # A sharded model is gathered into memory that training uses too.
+    with torch.no_grad() if sharded else torch.inference_mode():
         for batch in batches:
-            batch = to_device(batch, machine.device)
+            batch = to_device(batch, hardware.device)
             with torch.autocast(
-                machine.device.type, machine.autocast, enabled=machine.autocast is not None
+                hardware.device.type, hardware.autocast, enabled=hardware.autocast is not None
             ):
                 outputs = model(batch)
-            given = outputs if names is None else pick(names, named(outputs, batch))
+            given = outputs if names is None else pick(names, by_name(outputs, batch))
             for name, value in given.items():
                 value = value.float() if value.is_floating_point() else value
                 seen.setdefault(name, []).append(value)
     return {name: torch.cat(parts).cpu().clone() for name, parts in seen.items()}
 
 
-def share_of(
-    view: View, team: Team, divided: bool = False
-) -> tuple[Callable[[int], Iterator[Batch]], Team]:
-    """A process's part of a split, in batches of a size at most, and whom it shares the split with:
-    of fewer samples than there are processes, each has all.
-
-    Of a `divided` model all processes have the same number of batches, none of them empty: of two
-    samples at the least, for parts differ by one.
-    """
-    if team.size == 1 or len(view) < team.size:
-        return view.batches, ALONE
-    rows = torch.arange(len(view))[team.part(len(view))]
-    if not divided:
-        return lambda size: view.gather(rows.split(size)), team
-    most = team.largest(len(view))
-    return lambda size: view.gather(rows.tensor_split(-(-most // max(size, 2)))), team
-
-
-def named(outputs: Mapping[str, Value], columns: Mapping[str, Value]) -> dict[str, Value]:
+def by_name(outputs: Mapping[str, Value], columns: Mapping[str, Value]) -> dict[str, Value]:
     """Model outputs and batch columns by name.
 
-    An output wins over a column of its name; ``input/<name>`` is the column in any case.
+    An output hides the column of its name; ``input/<name>`` is always the column.
     """
     return {**columns, **{f"input/{name}": c for name, c in columns.items()}, **outputs}
 
 
 def pick(names: Collection[str], there: Mapping[str, Value]) -> dict[str, Value]:
-    """Those of `names`; UserError lists what there is."""
+    """The entries of `names`; UserError lists what there is."""
     for name in names:
         if name not in there:
             have = ", ".join(sorted(n for n in there if not n.startswith("input/")))
@@ -107,10 +101,10 @@ def pick(names: Collection[str], there: Mapping[str, Value]) -> dict[str, Value]
     return {name: there[name] for name in names}
 
 
-def read_by(metrics: Iterable[Any]) -> set[str] | None:
-    """The arrays that metrics look at, as they say in `reads`; None when one does not say.
+def metric_inputs(metrics: Iterable[Any]) -> set[str] | None:
+    """Names of the arrays that metrics list in `reads`; None when one lists none.
 
-    A split is kept for them, and counts of a hundred thousand cells would fill the memory.
+    Only these are kept of a split: the counts of 100,000 cells would fill the memory.
     """
     found: set[str] = set()
     for metric in metrics:
@@ -120,14 +114,16 @@ def read_by(metrics: Iterable[Any]) -> set[str] | None:
     return found
 
 
-def joined(batches: Sequence[Batch], team: Team = ALONE, samples: int = 0) -> dict[str, np.ndarray]:
-    """The columns of all batches, one after the other: of all `samples` that the team shares."""
+def concatenate(
+    batches: Sequence[Batch], group: ProcessGroup = SINGLE_PROCESS, samples: int = 0
+) -> dict[str, np.ndarray]:
+    """The columns of all batches in order, of all `samples` that a group shares."""
     found = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
-    return {name: team.gather(column, samples).numpy() for name, column in found.items()}
+    return {name: group.all_gather(column, samples).numpy() for name, column in found.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; in-memory data is there already."""
+    """The batch on `device`; data in memory is there already."""
     if device.type == "cpu":
         return batch
     return {name: column.to(device, non_blocking=True) for name, column in batch.items()}

@@ -1,4 +1,4 @@
-"""What a fit watches: best values, rules that end it, a plateau that lowers its learning rate."""
+"""Tracks the metrics of a fit: best values, early stopping, and the plateau schedule."""
 
 import logging
 import math
@@ -11,8 +11,8 @@ from stagesweep.config import schema
 log = logging.getLogger(__name__)
 
 
-class Best:
-    """The best value of a metric so far, and for how many evaluations it has not improved."""
+class BestValue:
+    """The best value of a metric so far, and the evaluations since it improved."""
 
     def __init__(self, mode: schema.Mode, min_delta: float = 0.0) -> None:
         self.sign = 1.0 if mode is schema.Mode.max else -1.0
@@ -21,7 +21,7 @@ class Best:
         self.since = 0
 
     def update(self, value: float) -> bool:
-        """Whether `value` is better than all before it by more than ``min_delta``; NaN never is."""
+        """Whether `value` improves on the best by more than ``min_delta``; NaN never does."""
         better = not math.isnan(value) and (
             self.value is None or self.sign * (value - self.value) > self.min_delta
         )
@@ -29,28 +29,29 @@ class Best:
         return better
 
     def reaches(self, target: float | None, value: float) -> bool:
-        """Whether `value` is at `target` or beyond."""
+        """Whether `value` reaches `target`."""
         return target is not None and self.sign * (value - target) >= 0
 
 
-class Watch:
-    """All that a fit watches, with its state; ``rules`` are those of its early stopping that can
-    be heard.
+class MetricTracker:
+    """Tracks the metrics that a fit selects checkpoints, stops or lowers its learning rate by.
+
+    ``rules`` are the early-stopping rules whose metric exists.
     """
 
     def __init__(
         self, settings: schema.Fit, rules: Mapping[str, schema.EarlyStop], stage: str
     ) -> None:
         self.settings, self.rules, self.stage = settings, rules, stage
-        self.best = {name: Best(mode) for name, mode in settings.best.items()}
-        self.stops = {name: Best(rule.mode, rule.min_delta) for name, rule in rules.items()}
-        self.plateau = Best(settings.schedule.mode)
+        self.best = {name: BestValue(mode) for name, mode in settings.best.items()}
+        self.stops = {name: BestValue(rule.mode, rule.min_delta) for name, rule in rules.items()}
+        self.plateau = BestValue(settings.schedule.mode)
         self.lr_scale = 1.0
 
-    def evaluated(self, row: Mapping[str, float]) -> list[str]:
-        """Take in the numbers of an evaluation; returns the metrics that are the best so far.
+    def update(self, row: Mapping[str, float]) -> list[str]:
+        """Add the metrics of an evaluation; returns those that are the best so far.
 
-        On a plateau the factor of the learning rate, ``lr_scale``, falls.
+        On a plateau, ``lr_scale`` is reduced, a factor of the learning rate.
         """
         for name in self.rules:
             if name.startswith("val_"):
@@ -64,7 +65,7 @@ class Watch:
         return improved
 
     def should_stop(self, row: Mapping[str, float]) -> bool:
-        """Whether any of the early-stopping rules says so."""
+        """Whether an early-stopping rule ends the fit."""
         for name, rule in self.rules.items():
             if name not in row:
                 continue  # not measured in this epoch
@@ -83,42 +84,42 @@ class Watch:
         return False
 
     def value(self, row: Mapping[str, float], name: str, key: str) -> float:
-        """A metric of this epoch; UserError lists those there are."""
+        """A metric of this epoch; UserError lists the metrics there are."""
         if name not in row:
             raise self.no_metric(name, key, row)
         return row[name]
 
     def check(self, known: Collection[str] | None) -> None:
-        """UserError when a metric is watched that is not among those known (None: any may come)."""
+        """UserError for a tracked metric that is not in `known` (None: any may come)."""
         if known is None:
             return
         s = self.settings
-        watched = [("best", name) for name in s.best]
-        watched += [("early_stop", name) for name in self.rules]
+        tracked = [("best", name) for name in s.best]
+        tracked += [("early_stop", name) for name in self.rules]
         if s.schedule.decay is schema.Decay.plateau:
-            watched.append(("schedule.metric", s.schedule.metric))
-        for key, name in watched:
-            # What custom metrics are called is known after the first evaluation.
+            tracked.append(("schedule.metric", s.schedule.metric))
+        for key, name in tracked:
+            # Names of custom metrics are known after the first evaluation.
             if name not in known and not (s.metrics and name.startswith("val_")):
                 raise self.no_metric(name, key, known)
 
     def no_metric(self, name: str, key: str, there: Collection[str]) -> UserError:
-        """What to say of a metric that is not there."""
+        """The error for a metric that does not exist."""
         have = ", ".join(there)
         return UserError(f"stage.{self.stage}.{key}: no metric '{name}'; there are {have}")
 
-    def trackers(self) -> dict[str, Best]:
-        """Every best-so-far by a name of its own."""
+    def trackers(self) -> dict[str, BestValue]:
+        """All best values by a unique name."""
         named = {f"best/{n}": b for n, b in self.best.items()}
         return named | {f"stop/{n}": b for n, b in self.stops.items()} | {"plateau": self.plateau}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries."""
+        """The state for a checkpoint."""
         values = {name: [best.value, best.since] for name, best in self.trackers().items()}
         return {"values": values, "lr_scale": self.lr_scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state_dict` gave."""
+        """Restore the state of `state_dict`."""
         self.lr_scale = state["lr_scale"]
         for name, best in self.trackers().items():
             best.value, best.since = state["values"][name]

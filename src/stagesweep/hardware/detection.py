@@ -1,4 +1,4 @@
-"""Whether there can be a GPU, told without torch, whose import alone takes seconds."""
+"""Detects GPUs without importing torch, which takes seconds, where no driver is installed."""
 
 import os
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from stagesweep.base.errors import UserError
 from stagesweep.config.schema import Device, Hardware
 
-# Device files of a driver: NVIDIA (on Jetson, nvmap), Windows' Linux subsystem, ROCm.
+# Device files of drivers: NVIDIA (nvmap on Jetson), Windows Subsystem for Linux, ROCm.
 FILES = ("nvidia*", "nvmap", "dxg", "kfd")
 
 
-def may_be_there() -> bool:
-    """Whether a driver has left a device file; without one, no GPU is used."""
+def has_gpu_driver() -> bool:
+    """Whether there is a device file of a GPU driver; without one, no GPU is used."""
     return any(True for pattern in FILES for _ in Path("/dev").glob(pattern))
 
 
-def devices(settings: Hardware) -> int:
-    """How many devices, and so processes, a run has on this machine."""
+def device_count(settings: Hardware) -> int:
+    """Number of devices that a run asks for on this machine."""
     if settings.gpu_ids is None:
         return settings.devices
     if settings.devices not in (1, len(settings.gpu_ids)) or not settings.gpu_ids:
@@ -26,38 +26,38 @@ def devices(settings: Hardware) -> int:
     return len(settings.gpu_ids)
 
 
-def processes(settings: Hardware) -> int:
-    """How many processes a run starts on this machine: one a device.
+def process_count(settings: Hardware) -> int:
+    """Number of processes that a run starts on this machine: one for each device.
 
-    With ``strict`` false there are no more than there are GPUs, and one where there is none.
+    With ``strict`` false at most one for each GPU, and one when there is none.
     """
-    count = devices(settings)
+    count = device_count(settings)
     if count == 1 or settings.strict or settings.device is Device.cpu:
         return count
-    return max(1, min(count, there()))
+    return max(1, min(count, gpu_count()))
 
 
-def there() -> int:
-    """How many GPUs torch finds."""
-    if not may_be_there():
+def gpu_count() -> int:
+    """Number of GPUs that torch finds."""
+    if not has_gpu_driver():
         return 0
     import torch
 
     return torch.cuda.device_count()
 
 
-def select(settings: Hardware) -> None:
-    """Let this process, and those it starts, see no GPU but those of ``gpu_ids``."""
+def set_visible_gpus(settings: Hardware) -> None:
+    """Show only the GPUs of ``gpu_ids`` to this process and its children."""
     if settings.gpu_ids is not None and settings.device is not Device.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids(settings))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu_ids(settings))
 
 
-def ids(settings: Hardware) -> list[str]:
+def gpu_ids(settings: Hardware) -> list[str]:
     """The GPUs that runs may use, as ``CUDA_VISIBLE_DEVICES`` names them.
 
-    Of ``gpu_ids`` a trial keeps those of its slot.
+    In a trial, those of ``gpu_ids`` that belong to its slot.
     """
-    if settings.device is Device.cpu or not may_be_there():
+    if settings.device is Device.cpu or not has_gpu_driver():
         return []
     wanted = None if settings.gpu_ids is None else [str(number) for number in settings.gpu_ids]
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -65,6 +65,4 @@ def ids(settings: Hardware) -> list[str]:
         return [name for name in visible if wanted is None or name in wanted]
     if wanted is not None:
         return wanted
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
+    return [str(number) for number in range(gpu_count())]

@@ -1,19 +1,18 @@
-"""What libraries read from the environment when they start. Imports no torch."""
+"""Environment variables that numpy and torch read when they are imported. Imports no torch."""
 
 import os
 
 from stagesweep.config.schema import Hardware
 
-# The second name is that of torch before 2.9, which newer ones still read first.
+# The second is the name before torch 2.9, which newer versions still read first.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def prepare(settings: Hardware) -> None:
-    """Set what the profile says, before numpy and torch are imported; what it leaves open stays.
+def set_variables(settings: Hardware) -> None:
+    """Set the variables of the profile before numpy and torch are imported; leave others as is.
 
-    In a trial, forked from a server that has imported torch, the allocator's setting still counts
-    (torch reads it at the first use of a GPU) and the number of threads is set by the fit; both
-    were in the server's environment before, as the sweep's own profile says.
+    A trial is forked from a server that has imported torch. The allocator still counts there (torch
+    reads it at the first use of a GPU), and the fit sets the number of threads.
     """
     if settings.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)

@@ -1,4 +1,4 @@
-"""The hardware profile with every ``auto`` decided."""
+"""Resolves a hardware profile: decides every ``auto`` for this machine."""
 
 import logging
 import os
@@ -9,22 +9,21 @@ import torch
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
-from stagesweep.hardware.detection import devices
-from stagesweep.hardware.detection import may_be_there as gpu_may_be_there
+from stagesweep.hardware.detection import device_count, has_gpu_driver
 
 log = logging.getLogger(__name__)
 
-FORMATS = {schema.Precision.bf16: torch.bfloat16, schema.Precision.fp16: torch.float16}
+DTYPES = {schema.Precision.bf16: torch.bfloat16, schema.Precision.fp16: torch.float16}
 CPU, SHARD = schema.Device.cpu, schema.Parallel.shard
-# What torch takes by default: OMP_NUM_THREADS, or else the cores there are.
+# torch's default: OMP_NUM_THREADS, or else the number of cores.
 CORES = torch.get_num_threads()
 
 
 @dataclass(frozen=True)
-class Machine:
+class HardwareProfile:
     """A profile with every ``auto`` decided. ``autocast`` is None for fp32.
 
-    ``probe``: the micro-batch of each fit is to be found by trying.
+    ``search_micro_batch``: find the micro-batch of each fit by trying.
     """
 
     device: torch.device
@@ -37,61 +36,75 @@ class Machine:
     activation_checkpointing: bool
     tf32: bool = False
     pin_memory: bool = True
-    probe: bool = False
+    search_micro_batch: bool = False
     micro_batches: dict[str, int] = field(default_factory=dict)
     profile: bool = False
     shard: bool = False
 
-    def at(self, stage: str) -> "Machine":
-        """The machine for one stage, ``<experiment>/<stage>``: the least of what bounds its
-        micro-batch; one that is found by trying has no other bound.
+    def for_stage(self, stage: str) -> "HardwareProfile":
+        """The profile of one stage, ``<experiment>/<stage>``, with its smallest micro-batch bound.
+
+        A micro-batch that is found by trying has no other bound.
         """
         bounds = [n for pattern, n in self.micro_batches.items() if fnmatch(stage, pattern)]
-        if self.probe or not bounds:
+        if self.search_micro_batch or not bounds:
             return self
         return replace(self, micro_batch=min([*bounds, self.micro_batch or bounds[0]]))
 
     def set_threads(self, parameters: int) -> None:
-        """Threads of CPU operations for a model of so many parameters.
+        """Set the threads of CPU operations for a model of so many parameters.
 
-        Unless the profile says, a model below a million parameters gets one: its operations are
-        too short to share, and on a busy machine two threads wait for each other.
+        Unless the profile sets them, a model below a million parameters gets one: its operations
+        are too short to share, and on a busy machine two threads wait for each other.
         """
         torch.set_num_threads(self.threads or (1 if parameters < 1_000_000 else CORES))
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What this machine makes of a profile: `reasons` of what was left open, and `instead` what is
-    done where the profile does not fit; `small` when the GPU's memory does not.
+class Mismatch:
+    """A setting that this machine cannot follow."""
+
+    problem: str
+    remedy: str
+    # What is done instead when the profile is not strict.
+    fallback: str
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """Device and number format for a profile on this machine.
+
+    `reasons` explain what the profile left open, `fallbacks` what is done where the profile does
+    not match; `small_memory`: the GPU has less memory than the profile is made for.
     """
 
     device: torch.device
     precision: schema.Precision
     tf32: bool
-    small: bool
+    small_memory: bool
     reasons: dict[str, str]
-    instead: list[str]
+    fallbacks: list[str]
 
 
-def resolve(settings: schema.Hardware) -> Machine:
-    """Decide what the profile leaves open, tell torch, and say what was chosen."""
-    chosen = choose(settings)
-    for line in chosen.instead:
+def resolve(settings: schema.Hardware) -> HardwareProfile:
+    """Decide what the profile leaves open, configure torch, and log what was chosen."""
+    chosen = choose_device(settings)
+    for line in chosen.fallbacks:
         log.warning("%s", line)
     given = settings.micro_batch
     if chosen.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = chosen.tf32
         torch.backends.cudnn.benchmark = settings.cudnn_benchmark
-    machine = Machine(
+    search = given == schema.AUTO or (chosen.small_memory and settings.parallel is not SHARD)
+    hardware = HardwareProfile(
         device=chosen.device,
         precision=chosen.precision,
-        autocast=FORMATS.get(chosen.precision),
+        autocast=DTYPES.get(chosen.precision),
         tf32=chosen.tf32,
         threads=settings.threads,
         micro_batch=given if isinstance(given, int) else None,
-        probe=given == schema.AUTO or (chosen.small and settings.parallel is not SHARD),
+        search_micro_batch=search,
         micro_batches=settings.micro_batches,
         workers=min(8, CORES // 2) if settings.workers is None else settings.workers,
         pin_memory=settings.pin_memory,
@@ -100,129 +113,144 @@ def resolve(settings: schema.Hardware) -> Machine:
         profile=settings.profile,
         shard=settings.parallel is SHARD,
     )
-    log.info("hardware: %s", described(machine, chosen.reasons))
-    return machine
+    log.info("hardware: %s", describe(hardware, chosen.reasons))
+    return hardware
 
 
-def described(machine: Machine, reasons: dict[str, str]) -> str:
+def describe(hardware: HardwareProfile, reasons: dict[str, str]) -> str:
     """One line: what was chosen, and why where the profile left it open."""
-    if machine.device.type == "cuda":
+    if hardware.device.type == "cuda":
         name = f"{torch.cuda.get_device_name()} ({gigabytes():.0f} GB)"
     else:
         name = "cpu" + reasons.get("device", "")
-    threads = machine.threads or f"1 or {CORES} by size of model"
-    pieces = f"at most {machine.micro_batch}" if machine.micro_batch else "whole batches"
+    threads = hardware.threads or f"1 or {CORES} by size of model"
+    limit = f"at most {hardware.micro_batch}" if hardware.micro_batch else "whole batches"
     parts = [
         name,
-        machine.precision + reasons.get("precision", ""),
-        *(["TF32"] if machine.tf32 else []),
+        hardware.precision + reasons.get("precision", ""),
+        *(["TF32"] if hardware.tf32 else []),
         f"threads {threads}",
-        f"loader workers {machine.workers}",
-        "micro-batch found by trying" if machine.probe else pieces,
+        f"loader workers {hardware.workers}",
+        "micro-batch found by trying" if hardware.search_micro_batch else limit,
     ]
     return ", ".join(parts)
 
 
 def gigabytes() -> float:
-    """Memory of the GPU in GB, of 10^9 bytes: what a card of "80 GB" has a little more of."""
+    """Memory of the GPU in GB of 10^9 bytes; a card of "80 GB" has slightly more."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 1e9
 
 
-def choose(settings: schema.Hardware) -> Choice:
-    """Device and number format; UserError for a profile that this machine cannot follow, or with
-    ``strict`` false what is done instead.
+# ------------------------------------------------------------------ choosing a device
+
+
+def choose_device(settings: schema.Hardware) -> DeviceChoice:
+    """Choose device and number format.
+
+    UserError for a profile that this machine cannot follow, unless ``strict`` is false.
     """
-    misfits: list[Misfit] = []
-    there = gpu_may_be_there() and torch.cuda.is_available()
-    use_gpu = there and settings.device is not schema.Device.cpu
-    if settings.device is schema.Device.cuda and not there:
-        misfits.append(NO_GPU)
+    available = has_gpu_driver() and torch.cuda.is_available()
+    use_gpu = available and settings.device is not CPU
+    mismatches = _device_mismatches(settings, available, use_gpu)
+    if settings.device is schema.Device.cuda and not available:
         settings = replace(settings, precision=schema.Precision.fp32)
-    if settings.gpu_ids is not None and not use_gpu:
-        misfits.append(no_ids(settings.gpu_ids))
-    started = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    wanted, count = max(devices(settings), started), torch.cuda.device_count() if use_gpu else 0
-    if use_gpu and count < started:
-        raise UserError(f"{started} processes were started, but torch finds {count} GPUs")
-    # Without a GPU, several processes share the CPU, unless the profile may be departed from.
-    alone = wanted > 1 and not settings.strict and settings.device is not CPU
-    if count < wanted and (use_gpu or alone):
-        misfits.append(too_few(wanted, count))
     bf16 = use_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    reasons = {"precision": f" (the GPU has {'it' if bf16 else 'no bf16'})"} if use_gpu else {}
-    if not there and settings.device is not schema.Device.cpu:
-        reasons["device"] = " (torch finds no GPU)"
-    precision = settings.precision
-    if precision is schema.Precision.auto:
-        precision = schema.Precision.bf16 if bf16 else schema.Precision.fp32
-    elif precision is schema.Precision.fp16 and not use_gpu:
-        misfits.append(NO_FP16)
-        precision = schema.Precision.fp32
-    elif precision is schema.Precision.bf16 and use_gpu and not bf16:
-        misfits.append(NO_BF16)
-        precision = schema.Precision.fp32
-    if settings.precision is not schema.Precision.auto:
-        reasons.pop("precision", None)
+    precision, unsupported = _choose_precision(settings.precision, use_gpu, bf16)
     memory = settings.min_memory_gb
     small = use_gpu and memory is not None and gigabytes() < memory
+    mismatches += unsupported
     if memory is not None and small:
-        misfits.append(too_small(memory, settings.parallel is SHARD))
-    if misfits and settings.strict:
-        fault, remedy, _ = misfits[0]
-        raise UserError(f"{fault}; {remedy}")
-    lower = precision is not schema.Precision.fp32
-    return Choice(
+        mismatches.append(small_gpu(memory, settings.parallel is SHARD))
+    if mismatches and settings.strict:
+        raise UserError(f"{mismatches[0].problem}; {mismatches[0].remedy}")
+    reasons = {}
+    if use_gpu and settings.precision is schema.Precision.auto:
+        reasons["precision"] = f" (the GPU has {'it' if bf16 else 'no bf16'})"
+    if not available and settings.device is not CPU:
+        reasons["device"] = " (torch finds no GPU)"
+    reduced = precision is not schema.Precision.fp32
+    return DeviceChoice(
         device=torch.device("cuda" if use_gpu else "cpu"),
         precision=precision,
-        tf32=use_gpu and (lower if settings.tf32 is None else settings.tf32),
-        small=small,
+        tf32=use_gpu and (reduced if settings.tf32 is None else settings.tf32),
+        small_memory=small,
         reasons=reasons,
-        instead=[f"{fault}: {fallback}" for fault, _, fallback in misfits],
+        fallbacks=[f"{each.problem}: {each.fallback}" for each in mismatches],
     )
 
 
-# What does not fit, what to set, and what is done instead when the profile is not strict.
-Misfit = tuple[str, str, str]
-NO_GPU: Misfit = (
+def _device_mismatches(settings: schema.Hardware, available: bool, use_gpu: bool) -> list[Mismatch]:
+    """What of ``device``, ``gpu_ids`` and ``devices`` this machine does not have."""
+    mismatches = []
+    if settings.device is schema.Device.cuda and not available:
+        mismatches.append(NO_GPU)
+    if settings.gpu_ids is not None and not use_gpu:
+        mismatches.append(unused_gpu_ids(settings.gpu_ids))
+    started = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    wanted = max(device_count(settings), started)
+    count = torch.cuda.device_count() if use_gpu else 0
+    if use_gpu and count < started:
+        raise UserError(f"{started} processes were started, but torch finds {count} GPUs")
+    # Without a GPU several processes share the CPU; with strict=false there is one.
+    single = wanted > 1 and not settings.strict and settings.device is not CPU
+    if count < wanted and (use_gpu or single):
+        mismatches.append(too_few_gpus(wanted, count))
+    return mismatches
+
+
+def _choose_precision(
+    precision: schema.Precision, use_gpu: bool, bf16: bool
+) -> tuple[schema.Precision, list[Mismatch]]:
+    """The number format, and what of it this machine does not have."""
+    if precision is schema.Precision.auto:
+        return (schema.Precision.bf16 if bf16 else schema.Precision.fp32), []
+    if precision is schema.Precision.fp16 and not use_gpu:
+        return schema.Precision.fp32, [NO_FP16]
+    if precision is schema.Precision.bf16 and use_gpu and not bf16:
+        return schema.Precision.fp32, [NO_BF16]
+    return precision, []
+
+
+NO_GPU = Mismatch(
     "hardware.device=cuda, but torch finds no GPU",
     "set hardware.device=cpu, or hardware.strict=false to fall back to it",
     "going on with the CPU in fp32",
 )
-NO_FP16: Misfit = (
+NO_FP16 = Mismatch(
     "hardware.precision=fp16 needs a GPU",
     "set it to bf16 or fp32",
     "going on with fp32",
 )
-NO_BF16: Misfit = (
+NO_BF16 = Mismatch(
     "hardware.precision=bf16, which this GPU does not have",
     "set it to fp16 or fp32",
     "going on with fp32",
 )
 
 
-def too_few(wanted: int, count: int) -> Misfit:
-    """Fewer GPUs than there are to be processes."""
+def too_few_gpus(wanted: int, count: int) -> Mismatch:
+    """There are fewer GPUs than processes."""
     found = f"{count} GPU{'s' * (count != 1)}" if count else "no GPU"
-    return (
+    return Mismatch(
         f"hardware.devices={wanted}, but torch finds {found}",
         f"set it to {count}, or set hardware.device=cpu or hardware.strict=false",
         f"going on with {max(count, 1)} process{'es' * (count > 1)}",
     )
 
 
-def no_ids(ids: list[int]) -> Misfit:
-    """GPUs by number where none is used."""
-    return (
+def unused_gpu_ids(ids: list[int]) -> Mismatch:
+    """GPUs are given by number, but none is used."""
+    return Mismatch(
         f"hardware.gpu_ids={ids}, but no GPU is used",
         "leave it out",
         "going on without",
     )
 
 
-def too_small(wanted: float, divided: bool) -> Misfit:
-    """A GPU with less memory than the profile is made for."""
-    fallback = "with the micro-batch as it is" if divided else "with hardware.micro_batch=auto"
-    return (
+def small_gpu(wanted: float, sharded: bool) -> Mismatch:
+    """The GPU has less memory than the profile is made for."""
+    fallback = "with the micro-batch as it is" if sharded else "with hardware.micro_batch=auto"
+    return Mismatch(
         f"this profile is for a GPU of {wanted:g} GB, and {torch.cuda.get_device_name()} has "
         f"{gigabytes():.0f}",
         "choose another hardware=, or set hardware.strict=false",

@@ -1,4 +1,4 @@
-"""``hardware.profile=true``: a trace of some steps of a fit, and where their time went."""
+"""Profiles a few steps of a fit with torch's profiler, for ``hardware.profile=true``."""
 
 import logging
 from collections.abc import Iterator
@@ -12,65 +12,71 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from stagesweep.base.files import atomic_text, atomic_write
-from stagesweep.hardware.profile import Machine
-from stagesweep.hardware.throughput import Meter
+from stagesweep.hardware.profile import HardwareProfile
+from stagesweep.hardware.throughput import Throughput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
-# Steps that are left out, as they are slower, and steps that are traced; operators that are shown.
+# Steps to skip (the first are slower), steps to trace, and operators to show.
 WARMUP, STEPS, SHOWN = 3, 5, 14
-# The profiler's name of a whole step, whose own time is what is spent between operators.
+# The profiler's name for a step; its own time is spent between operators.
 STEP = "ProfilerStep*"
 
 
 @contextmanager
-def tracing(machine: Machine, meter: Meter, folder: Path, name: str) -> Iterator[None]:
-    """Trace the fit that `meter` is the clock of, where the profile says ``profile: true``.
+def tracing(
+    hardware: HardwareProfile, throughput: Throughput, folder: Path, name: str
+) -> Iterator[None]:
+    """Trace the fit that `throughput` measures, if the hardware profile has ``profile: true``.
 
-    Leaves in `folder`: ``<name>.json.gz`` (for chrome://tracing or ui.perfetto.dev),
+    Writes to `folder`: ``<name>.json.gz`` (for chrome://tracing or ui.perfetto.dev),
     ``<name>.md`` and ``<name>.png``.
     """
-    if not machine.profile:
+    if not hardware.profile:
         yield
         return
-    # Time, and seconds waited for data, when the steps began and after the latest.
+    # (time, seconds waited for data) after each step.
     ticks: list[tuple[float, float]] = []
 
     def write(profiler: profile) -> None:
         if len(ticks) <= WARMUP:
             return
-        (began, before), (ended, waited) = ticks[WARMUP - 1], ticks[-1]
-        shares = Shares.of(profiler, len(ticks) - WARMUP, ended - began, waited - before)
+        (start, waited_before), (end, waited) = ticks[WARMUP - 1], ticks[-1]
+        summary = TraceSummary.from_profiler(
+            profiler, len(ticks) - WARMUP, end - start, waited - waited_before
+        )
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
-        atomic_text(folder / f"{name}.md", shares.page(name))
-        atomic_write(folder / f"{name}.png", lambda stream: shares.picture(name).savefig(stream))
-        log.info("%s: %s; see profile/%s.md of the stage", name, shares.sentence(), name)
+        atomic_text(folder / f"{name}.md", summary.page(name))
+        atomic_write(folder / f"{name}.png", lambda stream: summary.figure(name).savefig(stream))
+        log.info("%s: %s; see profile/%s.md of the stage", name, summary.sentence(), name)
 
     activities = [ProfilerActivity.CPU]
-    if machine.device.type == "cuda":
+    if hardware.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     steps = schedule(wait=0, warmup=WARMUP, active=STEPS, repeat=1)
     with profile(activities=activities, schedule=steps, on_trace_ready=write) as profiler:
 
         def step() -> None:
             if len(ticks) < WARMUP + STEPS:
-                ticks.append((perf_counter(), meter.total.waited + meter.epoch.waited))
+                ticks.append((perf_counter(), throughput.total.waited + throughput.epoch.waited))
                 profiler.step()
 
-        meter.after_step = step
+        throughput.after_step = step
         yield
     if len(ticks) <= WARMUP:
         log.warning("%s: no trace, it had %d steps and takes %d", name, len(ticks), WARMUP + 1)
 
 
 @dataclass
-class Shares:
-    """Of how many steps, the seconds they took, those waited for data, those between operators,
-    those that a GPU was busy (None: there is none), and (calls, seconds) of each operator.
+class TraceSummary:
+    """Where the time of some steps went.
+
+    Seconds in all, waiting for data, between operators, and of a busy GPU (None: there is none);
+    (calls, seconds) of each operator.
     """
 
     steps: int
@@ -81,14 +87,16 @@ class Shares:
     operators: dict[str, tuple[int, float]]
 
     @classmethod
-    def of(cls, profiler: profile, steps: int, seconds: float, waited: float) -> "Shares":
-        """Where the time of a trace went; operators by the device that does the work."""
+    def from_profiler(
+        cls, profiler: profile, steps: int, seconds: float, waited: float
+    ) -> "TraceSummary":
+        """Summarize a trace; operators count on the GPU if there is one, else on the CPU."""
         found = profiler.key_averages()
-        there = torch.cuda.is_available() and any(each.self_device_time_total for each in found)
+        on_gpu = torch.cuda.is_available() and any(each.self_device_time_total for each in found)
         own = {
             each.key: (
                 each.count,
-                (each.self_device_time_total if there else each.self_cpu_time_total) / 1e6,
+                (each.self_device_time_total if on_gpu else each.self_cpu_time_total) / 1e6,
             )
             for each in found
             if not each.key.startswith("ProfilerStep")
@@ -99,12 +107,12 @@ class Shares:
             seconds=seconds,
             waited=waited,
             between=sum(e.self_cpu_time_total for e in found if e.key == STEP) / 1e6,
-            gpu=sum(spent for _, spent in own.values()) if there else None,
+            gpu=sum(spent for _, spent in own.values()) if on_gpu else None,
             operators={name: pair for name, pair in ordered if pair[1] > 0},
         )
 
     def bars(self) -> dict[str, dict[str, float]]:
-        """Shares of the time, partitioned in up to three ways."""
+        """Shares of the time, split in up to three ways."""
         wait, between = self.waited / self.seconds, min(self.between / self.seconds, 1.0)
         bars = {
             "loop": {"waiting for data": wait, "steps": 1 - wait},
@@ -124,7 +132,7 @@ class Shares:
         return f"{each:.1f} ms a step: {', '.join(parts)}"
 
     def page(self, name: str) -> str:
-        """The summary, in Markdown."""
+        """The summary as a Markdown page."""
         rows = [
             f"| `{operator}` | {calls / self.steps:.0f} | {1e3 * spent / self.steps:.3f} | "
             f"{spent / self.seconds:.1%} |"
@@ -152,8 +160,8 @@ class Shares:
         ]
         return "\n".join(lines) + "\n"
 
-    def picture(self, name: str) -> "Figure":
-        """The same, drawn."""
+    def figure(self, name: str) -> "Figure":
+        """The summary as a figure."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 6), layout="constrained", dpi=120)
@@ -164,9 +172,9 @@ class Shares:
             for colour, share in zip(colours, parts.values(), strict=True):
                 upper.barh(row, share, left=left, color=colour, height=0.7)
                 left += share
-            upper.text(0.99, row, said(parts, -1), ha="right", va="center")
+            upper.text(0.99, row, labelled(parts, -1), ha="right", va="center")
         upper.set_yticks(
-            range(len(bars)), [f"{bar}: {said(parts, 0)}" for bar, parts in bars.items()]
+            range(len(bars)), [f"{bar}: {labelled(parts, 0)}" for bar, parts in bars.items()]
         )
         upper.set(xlim=(0, 1), xticks=[], title=f"{name}: {self.steps} steps of "
                   f"{1e3 * self.seconds / self.steps:.1f} ms")  # fmt: skip
@@ -182,7 +190,7 @@ class Shares:
         return figure
 
 
-def said(parts: dict[str, float], place: int) -> str:
-    """The name and the share of one of them."""
-    part, share = list(parts.items())[place]
+def labelled(parts: dict[str, float], index: int) -> str:
+    """Name and share of one part."""
+    part, share = list(parts.items())[index]
     return f"{part} {share:.0%}"

@@ -1,4 +1,4 @@
-"""How fast a fit is. Only clocks are read, no tensor: no step waits for a number."""
+"""Measures how fast a fit is. It reads clocks and no tensors, so no step waits for the device."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import torch
 from stagesweep.base.view import Batch
 from stagesweep.hardware.out_of_memory import peak_mib
 
-# The numbers of a row that are no result.
+# Columns of an epoch that are no result.
 SPEED = ("samples_per_second", "step_ms", "data_wait", "peak_mib")
 
 
 @dataclass
-class Count:
-    """Steps and samples, the seconds they took, and how many of these were spent on data."""
+class Counters:
+    """Steps and samples, their seconds, and the seconds spent waiting for data."""
 
     steps: int = 0
     samples: int = 0
@@ -23,7 +23,7 @@ class Count:
     waited: float = 0.0
 
     def speed(self, device: torch.device) -> dict[str, float]:
-        """Samples a second, milliseconds a step, share of the time waited for data, peak memory."""
+        """Samples a second, milliseconds a step, share of time waiting for data, peak memory."""
         seconds = max(self.seconds, 1e-9)
         values = (
             self.samples / seconds,
@@ -34,24 +34,25 @@ class Count:
         return dict(zip(SPEED, values, strict=True))
 
 
-class Meter:
-    """The clock of a fit, over the steps since this process took it up; evaluation is not in it."""
+class Throughput:
+    """Throughput of the training steps that this process has done; evaluation is excluded."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.total, self.epoch = Count(), Count()
-        self.begun = 0.0
-        # Called after each step.
-        self.after_step: Callable[[], None] = nothing
+        self.total, self.epoch = Counters(), Counters()
+        self.epoch_start = 0.0
+        # Called after each step, by the profiler.
+        self.after_step: Callable[[], None] = no_op
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
     def batches(self, batches: Iterable[Batch], sizes: Iterable[int]) -> Iterator[Batch]:
-        """The batches of an epoch, timed; on a GPU, what of a gather the CPU waits for. `sizes` are
-        those of the whole batches, of which several processes have parts.
+        """Time the batches of an epoch; `sizes` are those of the batches over all processes.
+
+        On a GPU only the part of a gather that the CPU waits for counts.
         """
-        self.epoch = epoch = Count()
-        before = self.begun = perf_counter()
+        self.epoch = epoch = Counters()
+        before = self.epoch_start = perf_counter()
         for batch, size in zip(batches, sizes, strict=True):
             epoch.waited += perf_counter() - before
             epoch.steps += 1
@@ -61,13 +62,13 @@ class Meter:
             before = perf_counter()
 
     def samples_per_second(self) -> float:
-        """Of the epoch under way."""
-        return self.epoch.samples / max(perf_counter() - self.begun, 1e-9)
+        """Throughput of the current epoch."""
+        return self.epoch.samples / max(perf_counter() - self.epoch_start, 1e-9)
 
     def end_epoch(self) -> dict[str, float]:
-        """The speed of the epoch, all of whose numbers have been read by now."""
+        """The speed of the epoch. Call it after its numbers were read from the device."""
         epoch, total = self.epoch, self.total
-        epoch.seconds = perf_counter() - self.begun
+        epoch.seconds = perf_counter() - self.epoch_start
         for name, value in vars(epoch).items():
             setattr(total, name, getattr(total, name) + value)
         return epoch.speed(self.device)
@@ -77,5 +78,5 @@ class Meter:
         return self.total.speed(self.device) if self.total.steps else {}
 
 
-def nothing() -> None:
-    """What most fits do after a step."""
+def no_op() -> None:
+    """Do nothing."""

@@ -1,7 +1,7 @@
-"""A model whose weights, gradients and moments are divided among the processes of a fit.
+"""Fully sharded training with torch's FSDP2, and its checkpoint folders.
 
-torch's FSDP2 does that: each process holds a part of every parameter, and has the whole of a unit
-of the model while that computes. Imported by fits that ask for it alone.
+Each process holds a part of every parameter, gradient and moment, and gathers a unit of the model
+while that computes. Imported only by fits with ``hardware.parallel=shard``.
 """
 
 import copy
@@ -24,32 +24,35 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import explained
-from stagesweep.core import checkpoint
-from stagesweep.parallel.process_group import Team
+from stagesweep.parallel.process_group import ProcessGroup
 
-# A module of so many parameters is a unit: it is collected before it computes, and let go after.
+# Parameters from which a module is a unit: gathered before it computes, and freed after.
 UNIT = 1_000_000
 
-# Where a tensor is in the state of a fit: ("model", "encoder.weight").
-Place = tuple[str | int, ...]
+# The keys that lead to a tensor in a nested state: ("model", "encoder.weight").
+KeyPath = tuple[str | int, ...]
+# Writes and reads what is not sharded, and reads a checkpoint.
+Save = Callable[[Path, dict[str, Any]], None]
+Load = Callable[[Path, Mapping[str, Any]], dict[str, Any]]
+Read = Callable[[Path], dict[str, Any]]
 
 
-class Shards:
-    """Whatever computes with divided models, all of which are used alike on every process.
+class FSDP:
+    """Shards models among the processes of a group, which all use them alike.
 
-    A unit must be called as a module, by all processes in the same order; what is smaller belongs
-    to the model as a whole, of which each process may use another part.
+    A unit must be called as a module, by all processes in the same order. Smaller modules belong to
+    the model as a whole; each process may use different ones.
     """
 
-    def __init__(self, team: Team, device: torch.device) -> None:
-        self.team = team
-        self.mesh = init_device_mesh(device.type, (team.size,))
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self.mesh = init_device_mesh(device.type, (group.world_size,))
         self.units: list[FSDPModule] = []
-        # Parameters that a backward pass has reached, by name.
+        # Names of the parameters that a backward pass has reached.
         self.reached: set[str] = set()
 
-    def divide(self, model: nn.Module) -> nn.Module:
-        """A divided copy of a model, which itself goes to the CPU and stays as it is.
+    def shard(self, model: nn.Module) -> nn.Module:
+        """A sharded copy of a model, which itself moves to the CPU.
 
         UserError for a model that has a parameter without dimensions.
         """
@@ -58,136 +61,143 @@ class Shards:
                 f"hardware.parallel=shard cannot divide '{scalars[0]}', which has no dimension; "
                 "give it one, or set hardware.parallel=replicate"
             )
-        divided = copy.deepcopy(model.cpu())
-        for name, unit in units(divided):
+        sharded = copy.deepcopy(model.cpu())
+        for name, unit in units(sharded):
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
             assert isinstance(unit, FSDPModule)
-            # The sum of the gradients, as every part of a batch has its share of one loss.
+            # Sum the gradients: every part of a batch has its share of one loss.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             # Processes may use different parameters of a unit.
             unit.set_reduce_scatter_unused_params(True, recurse=False)
-            # Behind the hook that collects the unit.
-            unit.register_forward_pre_hook(self._watch(name))
+            # Runs after the hook that gathers the unit.
+            unit.register_forward_pre_hook(self._track_gradients(name))
             self.units.append(unit)
-        return divided
+        return sharded
 
-    def _watch(self, prefix: str) -> Callable[[nn.Module, Any], None]:
-        """Note which parameters get a gradient: those that none has reached must have none."""
-        watched: set[str] = set()
+    def _track_gradients(self, prefix: str) -> Callable[[nn.Module, Any], None]:
+        """Note which parameters get a gradient: the others must have none."""
+        tracked: set[str] = set()
 
-        def note(unit: nn.Module, _: Any) -> None:
+        def track(unit: nn.Module, _: Any) -> None:
             for name, parameter in unit.named_parameters(prefix):
-                # Those of units within are divided now.
-                if isinstance(parameter, DTensor) or name in watched:
+                # Parameters of inner units are sharded at this point.
+                if isinstance(parameter, DTensor) or name in tracked:
                     continue
-                watched.add(name)
+                tracked.add(name)
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(
                         lambda _, name=name: self.reached.add(name)
                     )
 
-        return note
+        return track
 
-    def send(self, now: bool) -> None:
-        """Whether the next backward pass sends its gradients, and all that wait, to the others."""
-        for unit in self.units:
-            unit.set_requires_gradient_sync(now, recurse=False)
+    def gradients(self, model: nn.Module) -> "ShardedGradients":
+        """The gradients of a sharded model."""
+        return ShardedGradients(self, model)
 
-    def summed(self) -> AbstractContextManager[None]:
-        """FSDP2 needs nothing around the backward passes of a step."""
-        return nullcontext()
-
-    def settle(self, model: nn.Module) -> None:
-        """None for gradients that no process has, as in a fit of one, instead of zero."""
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        there = self.team.most(*(int(name in self.reached) for name, _ in named))
-        for (_, parameter), some in zip(named, there, strict=True):
-            if not some:
-                parameter.grad = None
-        self.reached.clear()
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
-        """Write a state as the folder ``step_<n>``, each process its part, and keep `keep` of them.
-
-        The folder has its name when all are done. UserError where a process could not write.
-        """
-        newest = folder / f"step_{step:09d}"
-        partial = newest.with_name(f".{newest.name}.tmp")
-        rest, parts = taken_out(state)
-        if self.team.main:
-            with explained(folder):
-                for other in folder.glob(".step_*.tmp"):
-                    shutil.rmtree(other)
-                partial.mkdir(parents=True)
-        self.team.share(None)
-        try:
-            state_dict_saver.save(
-                {key(place): part for place, part in parts.items()}, checkpoint_id=partial
-            )
-        except CheckpointException as error:
-            with explained(partial):
-                raise reason(error) from error
-        if self.team.main:
-            checkpoint.save(partial / REST, {**rest, "places": list(parts)})
-            with explained(newest):
-                if newest.exists():  # and could not be read
-                    shutil.rmtree(newest)
-                partial.rename(newest)
-            checkpoint.keep_newest(folder, newest, keep)
-        self.team.share(None)
-
-    def load_newest(self, folder: Path, own: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The newest state that all processes can read, whichever number of them wrote it.
-
-        Each has its part of all that is divided in its `own` state (of moments: the parameter).
-        """
-
-        def load(path: Path) -> dict[str, Any]:
-            state: dict[str, Any] = {}
-            problem: UserError | None = None
-            try:
-                state = checkpoint.load(path, own)
-            except UserError as error:
-                problem = error
-            if any(self.team.most(problem is not None)):
-                raise problem or UserError(f"another process cannot read checkpoint {path}")
-            for place, tensor in list(tensors(state)):
-                model = counterpart(own, place)
-                if model is not None and not isinstance(tensor, DTensor):
-                    put(state, place, self.part(tensor, model))
-            return state
-
-        return checkpoint.load_newest(folder, load)
-
-    def part(self, tensor: Tensor, like: DTensor) -> Tensor:
-        """What this process has of a tensor that each of them has whole: nothing is sent."""
+    def local_part(self, tensor: Tensor, like: DTensor) -> Tensor:
+        """The local part of a tensor that every process has in full; sends nothing."""
         if tensor.shape != like.shape:
             return tensor
         tensor = tensor.to(like.device)
         return distribute_tensor(tensor, self.mesh, like.placements, src_data_rank=None)
 
-    # ---------------------------------------------------------------- what every process must ask
+    # ---------------------------------------------------------------- collective operations
+
+    def write_state(self, folder: Path, state: Any, save: Save) -> None:
+        """Write a state to a new folder, each process its part; `save` writes what is not sharded.
+
+        The folder gets its name when all processes are done. UserError where one cannot write.
+        """
+        partial = folder.with_name(f".{folder.name}.tmp")
+        rest, shards = split(state)
+        if self.group.is_main:
+            with explained(folder):
+                for other in folder.parent.glob(".step_*.tmp"):
+                    shutil.rmtree(other)
+                partial.mkdir(parents=True)
+        self.group.barrier()
+        try:
+            state_dict_saver.save(
+                {joined_key(path): shard for path, shard in shards.items()}, checkpoint_id=partial
+            )
+        except CheckpointException as error:
+            with explained(partial):
+                raise cause(error) from error
+        if self.group.is_main:
+            save(partial / REST, {**rest, "places": list(shards)})
+            with explained(folder):
+                if folder.exists():  # and could not be read
+                    shutil.rmtree(folder)
+                partial.rename(folder)
+
+    def load_state(self, path: Path, own: Mapping[str, Any], load: Load) -> dict[str, Any]:
+        """Load a state that any number of processes wrote; UserError unless all can read it.
+
+        Each process gets its part of the tensors that are sharded in its `own` state (for the
+        moments of the optimizer: of their parameter).
+        """
+        state: dict[str, Any] = {}
+        problem: UserError | None = None
+        try:
+            state = load(path, own)
+        except UserError as error:
+            problem = error
+        if any(self.group.all_reduce_max(problem is not None)):
+            raise problem or UserError(f"another process cannot read checkpoint {path}")
+        for place, tensor in list(tensors(state)):
+            like = sharded_at(own, place)
+            if like is not None and not isinstance(tensor, DTensor):
+                insert(state, place, self.local_part(tensor, like))
+        return state
 
     @staticmethod
-    def whole(tensor: Tensor) -> Tensor:
-        """All of a tensor of which this process may have a part."""
+    def full_tensor(tensor: Tensor) -> Tensor:
+        """The full tensor of one that may be sharded."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @staticmethod
-    def weights(model: nn.Module) -> dict[str, Tensor]:
-        """The weights of a divided model on the CPU of the main process."""
+    def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+        """The full weights of a sharded model, on the CPU of the main process."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: dict[str, Tensor] = get_model_state_dict(model, options=options)  # type: ignore[assignment]
         return weights
 
 
-def units(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of at least `UNIT` parameters that are not in a smaller one, and then the model.
+class ShardedGradients:
+    """Gradients of a sharded model, which FSDP2 sums within the backward pass.
 
-    Inner ones first; a list of modules is none, for nothing calls it.
+    Has the methods of `GradientExchange`.
+    """
+
+    def __init__(self, fsdp: FSDP, model: nn.Module) -> None:
+        self.fsdp, self.model = fsdp, model
+
+    def set_is_last_backward(self, last: bool) -> None:
+        """Whether the next backward pass is the last of the step, which sends all gradients."""
+        for unit in self.fsdp.units:
+            unit.set_requires_gradient_sync(last, recurse=False)
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Nothing is needed around the backward passes of a step."""
+        return nullcontext()
+
+    def wait(self) -> None:
+        """Set a gradient that no process has to None, as in a single process, instead of zero."""
+        reached = self.fsdp.reached
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        found = self.fsdp.group.all_reduce_max(*(int(name in reached) for name, _ in named))
+        for (_, parameter), some in zip(named, found, strict=True):
+            if not some:
+                parameter.grad = None
+        reached.clear()
+
+
+def units(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules to shard, inner ones first: those of at least `UNIT` parameters, then the model.
+
+    Containers (`ModuleList`, `ModuleDict`) are skipped, since nothing calls them.
     """
     for part, child in model.named_children():
         count = sum(parameter.numel() for parameter in child.parameters())
@@ -199,79 +209,81 @@ def units(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 # ------------------------------------------------------------------ a state in a folder
 
-# What of a state is no divided tensor.
+
+# The file of all that is not sharded.
 REST = "rest.pt"
 
 
-def read(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in a folder: a part of what is divided in one's `own` state, the whole of others.
+def read_state(folder: Path, own: Mapping[str, Any], load: Read) -> dict[str, Any]:
+    """Read a state from a folder; `load` reads what is not sharded.
 
-    Any error of reading is the caller's.
+    Gives this process's part of a tensor that is sharded in its `own` state, and the full tensor of
+    others. Reading errors are the caller's.
     """
-    reader = FileSystemReader(path)
+    reader = FileSystemReader(folder)
     stored = reader.read_metadata().state_dict_metadata
-    state = checkpoint.load(path / REST)
+    state = load(folder / REST)
     found: dict[str, Tensor] = {}
-    places = {key(place): place for place in state.pop("places")}
-    for name, place in places.items():
-        model, about = counterpart(own, place), stored[name]
+    paths = {joined_key(path): path for path in state.pop("places")}
+    for name, path in paths.items():
+        sharded, about = sharded_at(own, path), stored[name]
         assert isinstance(about, TensorStorageMetadata)
-        if model is None:
+        if sharded is None:
             found[name] = torch.empty(about.size, dtype=about.properties.dtype)
         else:
-            found[name] = torch.zeros_like(model)
+            found[name] = torch.zeros_like(sharded)
     try:
         state_dict_loader.load(found, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
-        raise reason(error) from error
-    for name, place in places.items():
-        put(state, place, found[name])
+        raise cause(error) from error
+    for name, path in paths.items():
+        insert(state, path, found[name])
     return state
 
 
-def reason(error: CheckpointException) -> BaseException:
-    """What the first process failed with; torch's own error is no `Exception`."""
+def cause(error: CheckpointException) -> BaseException:
+    """The error of the first process that failed; torch's own is no `Exception`."""
     return next(iter(error.failures.values()))[0]
 
 
-def counterpart(own: Any, place: Sequence[str | int]) -> DTensor | None:
-    """The divided tensor in that place of one's own state, or on the way to it."""
-    for name in place:
+def sharded_at(own: Any, path: Sequence[str | int]) -> DTensor | None:
+    """The sharded tensor at a path of one's own state, or above it; None when there is none."""
+    for name in path:
         if isinstance(own, Tensor):
             break
         own = own.get(name) if isinstance(own, Mapping) else None
     return own if isinstance(own, DTensor) else None
 
 
-def key(place: Sequence[str | int]) -> str:
-    """The name of a tensor among those of a folder."""
-    return "/".join(map(str, place))
+def joined_key(path: Sequence[str | int]) -> str:
+    """The name of a tensor in a folder."""
+    return "/".join(map(str, path))
 
 
-def tensors(state: Any, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
-    """All tensors in a nested mapping, and where they are."""
+def tensors(state: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Tensor]]:
+    """All tensors of a nested mapping, with their paths."""
     if isinstance(state, Tensor):
-        yield place, state
+        yield path, state
     elif isinstance(state, Mapping):
         for name, value in state.items():
-            yield from tensors(value, (*place, name))
+            yield from tensors(value, (*path, name))
 
 
-def taken_out(state: Any) -> tuple[Any, dict[Place, DTensor]]:
-    """A nested mapping without its divided tensors, and these."""
-    parts = {place: each for place, each in tensors(state) if isinstance(each, DTensor)}
+def split(state: Any) -> tuple[Any, dict[KeyPath, DTensor]]:
+    """Split a nested mapping into one without sharded tensors, and these tensors by path."""
+    shards = {path: each for path, each in tensors(state) if isinstance(each, DTensor)}
 
-    def without(node: Any, place: Place) -> Any:
+    def without(node: Any, path: KeyPath) -> Any:
         if not isinstance(node, Mapping):
             return node
-        inner = {name: (*place, name) for name in node}
-        return {n: without(node[n], at) for n, at in inner.items() if at not in parts}
+        inner = {name: (*path, name) for name in node}
+        return {n: without(node[n], at) for n, at in inner.items() if at not in shards}
 
-    return without(state, ()), parts
+    return without(state, ()), shards
 
 
-def put(state: Any, place: Sequence[str | int], tensor: Tensor) -> None:
-    """Set what is in a place of a nested mapping."""
-    for name in place[:-1]:
+def insert(state: Any, path: Sequence[str | int], tensor: Tensor) -> None:
+    """Set the tensor at a path of a nested mapping."""
+    for name in path[:-1]:
         state = state.setdefault(name, {})
-    state[place[-1]] = tensor
+    state[path[-1]] = tensor

@@ -1,52 +1,53 @@
-"""The sum of the gradients over processes, sent while the backward pass still goes on."""
+"""Sums gradients over processes while the backward pass is still running."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from stagesweep.parallel.process_group import Team
+from stagesweep.parallel.process_group import ProcessGroup
 
-# Bytes that travel together, as in torch's DistributedDataParallel.
+# Bytes in a bucket, as in torch's DistributedDataParallel.
 BUCKET = 25 * 2**20
 
 
-class Gradients:
-    """``.grad`` of the parameters of a model that a `team` trains: views of a few long tensors,
-    the buckets, each of which is added up over processes as soon as it is complete.
+class GradientExchange:
+    """Gradients of a replicated model, summed over the processes of a `group`.
 
-    Backward passes reach parameters in about the reverse of their order, so that most buckets
-    travel while the rest is computed (Li et al. 2020, arXiv:2006.15704). They are sent in one
-    order by all, and all of them are sent even when the pass fails: no process waits in vain for
-    another, and all can start the step again.
+    ``.grad`` of the parameters are views of a few long tensors, the buckets. A bucket is sent as
+    soon as it is complete. Backward passes reach parameters in about the reverse of their order, so
+    most buckets travel while the rest is computed (Li et al. 2020, arXiv:2006.15704). All processes
+    send all buckets in one order, even when a pass fails: none waits in vain, and all can repeat
+    the step.
     """
 
-    def __init__(self, team: Team, parameters: Sequence[nn.Parameter]) -> None:
-        self.team, self.parameters = team, parameters
+    def __init__(self, group: ProcessGroup, parameters: Sequence[nn.Parameter]) -> None:
+        self.group, self.parameters = group, parameters
         self.buckets = list(_buckets(parameters[::-1]))
         self.flat = [
             bucket[0].new_zeros(sum(parameter.numel() for parameter in bucket))
             for bucket in self.buckets
         ]
-        self.place: dict[Tensor, int] = {
+        self.bucket_of: dict[Tensor, int] = {
             p: n for n, bucket in enumerate(self.buckets) for p in bucket
         }
         self.reached: set[Tensor] = set()
-        # Of each bucket, those that the last backward pass has not reached so far.
+        # For each bucket, the parameters that the last backward pass has not reached yet.
         self.missing: list[set[Tensor]] = []
         self.sent: list[Callable[[], object]] = []
-        self.now = False
+        self.last = False
 
-    def send(self, now: bool) -> None:
-        """Whether the next backward pass is the last, and sends what it completes."""
-        self.now = now
+    def set_is_last_backward(self, last: bool) -> None:
+        """Whether the next backward pass is the last of the step, which sends complete buckets."""
+        self.last = last
 
     @contextmanager
-    def summed(self) -> Iterator[None]:
-        """Backward passes within add to gradients of zero, and their sum is under way afterwards:
-        `settle` waits for it.
+    def accumulate(self) -> Iterator[None]:
+        """Zero the gradients, add those of the backward passes within, and send the sums.
+
+        `wait` must follow.
         """
-        self._wait()  # for what a step that failed has left
+        self._wait()  # for buckets of a step that failed
         self.reached.clear()
         self.missing = [set(bucket) for bucket in self.buckets]
         for bucket, flat in zip(self.buckets, self.flat, strict=True):
@@ -61,28 +62,28 @@ class Gradients:
                 hook.remove()
             self._send_until(None)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the sums.
 
-        A gradient that no process has is None, so that the optimizer leaves the parameter alone as
-        it would in one process; elsewhere it counts as zero.
+        A gradient that no process has becomes None, so that the optimizer skips the parameter as in
+        a single process. One that only some have counts as zero on the others.
         """
         self._wait()
-        there = self.team.most(*(int(p in self.reached) for p in self.parameters))
-        for parameter, some in zip(self.parameters, there, strict=True):
+        found = self.group.all_reduce_max(*(int(p in self.reached) for p in self.parameters))
+        for parameter, some in zip(self.parameters, found, strict=True):
             if not some:
                 parameter.grad = None
 
     def _reach(self, parameter: Tensor) -> None:
-        """The gradient of a parameter is there, as far as the backward pass goes."""
+        """Note that the backward pass has the gradient of a parameter."""
         self.reached.add(parameter)
-        if self.now:
-            self.missing[self.place[parameter]].discard(parameter)
+        if self.last:
+            self.missing[self.bucket_of[parameter]].discard(parameter)
             self._send_until(next((n for n, left in enumerate(self.missing) if left), None))
 
     def _send_until(self, end: int | None) -> None:
         for flat in self.flat[len(self.sent) : end]:
-            self.sent.append(self.team.start_sum(flat))
+            self.sent.append(self.group.all_reduce_async(flat))
 
     def _wait(self) -> None:
         for wait in self.sent:
@@ -91,7 +92,7 @@ class Gradients:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one type, about `BUCKET` bytes of them."""
+    """Neighbouring parameters of one type, about `BUCKET` bytes in each bucket."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:

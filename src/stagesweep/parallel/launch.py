@@ -34,7 +34,7 @@ def processes_to_start(settings: schema.Hardware) -> int:
 
     UserError when torchrun has started another number of them.
     """
-    count = detection.devices(settings)
+    count = detection.device_count(settings)
     world_size, local_world_size = (
         _environment("WORLD_SIZE", 1),
         _environment("LOCAL_WORLD_SIZE", 1),
@@ -46,7 +46,7 @@ def processes_to_start(settings: schema.Hardware) -> int:
                 f"--nnodes={settings.nodes} --nproc-per-node={count} --rdzv-backend=c10d "
                 "--rdzv-endpoint=HOST:PORT -m stagesweep"
             )
-        return detection.processes(settings)
+        return detection.process_count(settings)
     if settings.gpu_ids is not None:
         raise UserError("hardware.gpu_ids is not for torchrun; set CUDA_VISIBLE_DEVICES before it")
     if count not in (1, world_size, local_world_size):
@@ -81,14 +81,14 @@ def process_group_led() -> Iterator[None]:
     if _environment("WORLD_SIZE", 1) == 1:
         yield
         return
-    from stagesweep.parallel.process_group import join
+    from stagesweep.parallel.process_group import init_process_group
 
-    with join() as team:
+    with init_process_group() as group:
         try:
             yield
         finally:
             with suppress(Lost):
-                team.dismiss()
+                group.send_stop()
 
 
 def launch(count: int, main: Callable[[], Result], follow: Callable[[], None]) -> Result:
@@ -114,7 +114,7 @@ def launch(count: int, main: Callable[[], Result], follow: Callable[[], None]) -
         local_addr="localhost",
         max_restarts=0,
         # A forked process has torch imported already, but CUDA does not work in one.
-        start_method="spawn" if detection.may_be_there() else "fork",
+        start_method="spawn" if detection.has_gpu_driver() else "fork",
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
     )
     handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
@@ -150,7 +150,7 @@ def _process(
     die_with_parent(signal.SIGKILL)
     # A forked process has inherited the trial of its parent. Only the main process reports to the
     # sweep, and does so through its parent.
-    trial.become(Trial() if connection is None else _RelayedTrial(connection))
+    trial.set_current(Trial() if connection is None else _RelayedTrial(connection))
     rank = int(os.environ["RANK"])
     try:
         if rank == 0:

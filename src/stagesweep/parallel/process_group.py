@@ -1,7 +1,7 @@
-"""The processes that share a fit: each takes a part of every batch, and all do the same step.
+"""The process group of a run: each process takes a part of every batch, and all do the same step.
 
-What they tell each other goes through torch's process group: tensors of a GPU by NCCL, all else by
-gloo. Alone, nothing is asked of it and nothing is copied.
+Tensors of a GPU go through NCCL, all else through gloo. In a group of one process nothing is sent
+and nothing is copied.
 """
 
 import io
@@ -17,168 +17,180 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stagesweep.base.compat import default_store
 from stagesweep.base.errors import Lost, UserError
 
 Value = TypeVar("Value")
 
-# The longest that one process may keep the others waiting within a fit.
-PATIENCE = timedelta(hours=1)
-# Seconds between two looks for the next fit.
-LOOK = 0.02
+# How long a process waits for the others within a fit.
+TIMEOUT = timedelta(hours=1)
+# Seconds between two looks for the next task.
+POLL_SECONDS = 0.02
 
 
 @dataclass
-class Team:
-    """The processes of a run. All must call a method that talks to the others, in the same order;
-    those that fail because another one has died raise `Lost`.
+class ProcessGroup:
+    """The processes of a run.
+
+    All must call a collective operation, in the same order; when another process has died, it
+    raises `Lost`.
     """
 
     rank: int = 0
-    size: int = 1
-    # How many fits were handed out so far.
-    orders: int = 0
+    world_size: int = 1
+    # Number of tasks sent so far.
+    tasks: int = 0
 
     @property
-    def main(self) -> bool:
-        """Whether this is the process that writes."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
-    def part(self, n: int) -> slice:
-        """Which of `n` samples are this process's: parts differ by one at most."""
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+    def local_slice(self, n: int) -> slice:
+        """The part of `n` samples that belongs to this process; parts differ by one at most."""
+        size = self.world_size
+        return slice(n * self.rank // size, n * (self.rank + 1) // size)
 
-    def largest(self, n: int) -> int:
+    def largest_part(self, n: int) -> int:
         """The size of the largest part of `n` samples."""
-        return -(-n // self.size)
+        return -(-n // self.world_size)
 
-    def sum(self, value: Tensor) -> Tensor:
+    # ------------------------------------------------------------- collective operations
+
+    def all_reduce(self, value: Tensor) -> Tensor:
         """The sum over processes, in place."""
-        if self.size > 1:
-            with _lost():
+        if self.world_size > 1:
+            with _peer_errors():
                 dist.all_reduce(value)
         return value
 
-    def most(self, *values: int) -> list[int]:
-        """The largest of each number over processes; no GPU is waited for."""
-        if self.size == 1:
+    def all_reduce_async(self, value: Tensor) -> Callable[[], object]:
+        """Start the sum over processes, in place; returns the function that waits for it."""
+        with _peer_errors():
+            work = dist.all_reduce(value, async_op=True)
+        wait: Callable[[], object] = _peer_errors()(work.wait)
+        return wait
+
+    def all_reduce_max(self, *values: int) -> list[int]:
+        """The maximum of each number over processes; does not wait for a GPU."""
+        if self.world_size == 1:
             return list(values)
         highest = torch.tensor(values, dtype=torch.int64)
-        with _lost():
+        with _peer_errors():
             dist.all_reduce(highest, dist.ReduceOp.MAX)
         found: list[int] = highest.tolist()
         return found
 
-    def gather(self, part: Tensor, n: int) -> Tensor:
-        """The whole (n, …) of which this process has its `part`."""
-        if self.size == 1:
+    def all_gather(self, part: Tensor, n: int) -> Tensor:
+        """The whole tensor (n, …) of which this process has its `part`."""
+        if self.world_size == 1:
             return part
-        # Every process sends as much as the one that has most; NCCL knows no truth values.
-        sent = part.new_zeros(self.largest(n), *part.shape[1:])
+        # Parts are padded to one size; NCCL cannot send booleans.
+        sent = part.new_zeros(self.largest_part(n), *part.shape[1:])
         sent[: len(part)] = part
         sent = sent.byte() if part.dtype is torch.bool else sent
-        found = [torch.empty_like(sent) for _ in range(self.size)]
-        with _lost():
+        found = [torch.empty_like(sent) for _ in range(self.world_size)]
+        with _peer_errors():
             dist.all_gather(found, sent)
-        parts = (Team(r, self.size).part(n) for r in range(self.size))
-        whole = [all_[: own.stop - own.start] for all_, own in zip(found, parts, strict=True)]
-        return torch.cat(whole).to(part.dtype)
+        ranks = range(self.world_size)
+        slices = (ProcessGroup(rank, self.world_size).local_slice(n) for rank in ranks)
+        parts = [padded[: s.stop - s.start] for padded, s in zip(found, slices, strict=True)]
+        return torch.cat(parts).to(part.dtype)
 
-    def share(self, value: Value) -> Value:
-        """What the main process gives, on every process; tensors arrive on the CPU."""
-        given: list[Any] = [value]
-        if self.size > 1:
-            with _lost():
-                dist.broadcast_object_list(given, 0, device=torch.device("cpu"))
-        shared: Value = given[0]
-        return shared
+    def broadcast(self, value: Value) -> Value:
+        """The value of the main process, on every process; tensors arrive on the CPU."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            with _peer_errors():
+                dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
+        received: Value = values[0]
+        return received
 
-    def start_sum(self, value: Tensor) -> Callable[[], object]:
-        """Begin to add up over processes, in place; what is returned waits for the end of it."""
-        with _lost():
-            work = dist.all_reduce(value, async_op=True)
-        wait: Callable[[], object] = _lost()(work.wait)
-        return wait
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.broadcast(None)
 
     def average_buffers(self, *models: nn.Module | None) -> None:
-        """Give all processes the mean of each statistic that a model keeps (those of batch norm).
+        """Average the statistics of models (of batch norm) over processes.
 
-        A running mean is linear in what it has seen, so that its mean over processes is that of
-        their samples.
+        A running mean is linear in its samples, so the average is that of all samples.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return
         for model in models:
             for buffer in model.buffers() if model is not None else ():
                 if buffer.is_floating_point():
-                    buffer.copy_(self.sum(buffer.clone()) / self.size)
+                    buffer.copy_(self.all_reduce(buffer.clone()) / self.world_size)
 
-    # ------------------------------------------------------------- who does what
+    # ------------------------------------------------------------- tasks of the other processes
 
-    def hand_out(self, order: Any) -> None:
-        """Give the other processes something to do; main process only."""
-        if self.size > 1:
-            packed = _packed(order)
-            self._call("come")
-            self.share(packed)
+    def send_task(self, task: Any) -> None:
+        """Send a task to the other processes; main process only."""
+        if self.world_size > 1:
+            packed = _pack(task)
+            self._notify("task")
+            self.broadcast(packed)
 
-    def dismiss(self) -> None:
-        """Tell the other processes that nothing more comes; main process only."""
-        if self.size > 1:
-            self._call("go")
+    def send_stop(self) -> None:
+        """Tell the other processes that there are no more tasks; main process only."""
+        if self.world_size > 1:
+            self._notify("stop")
 
-    def next_order(self) -> Any:
-        """Wait, however long, for what the main process gives this one to do; None at the end."""
-        with _lost():
-            while not default_store().check([self._bell]):
-                time.sleep(LOOK)  # which a signal can interrupt
-            called = default_store().get(self._bell)
-        self.orders += 1
-        return _unpacked(self.share(b"")) if called == b"come" else None
+    def receive_task(self) -> Any:
+        """Wait without a timeout for the next task of the main process; None when it stops."""
+        with _peer_errors():
+            while not _store().check([self._key]):
+                time.sleep(POLL_SECONDS)  # which a signal can interrupt
+            notice = _store().get(self._key)
+        self.tasks += 1
+        return _unpack(self.broadcast(b"")) if notice == b"task" else None
 
-    # Not a collective operation: those who wait for one give up after a while.
-    def _call(self, what: str) -> None:
-        with _lost():
-            default_store().set(self._bell, what)
-        self.orders += 1
+    # Not a collective operation, which would time out between two fits.
+    def _notify(self, what: str) -> None:
+        with _peer_errors():
+            _store().set(self._key, what)
+        self.tasks += 1
 
     @property
-    def _bell(self) -> str:
-        return f"stagesweep/{self.orders}"
+    def _key(self) -> str:
+        return f"stagesweep/{self.tasks}"
 
 
-ALONE = Team()
-_team = ALONE
+SINGLE_PROCESS = ProcessGroup()
+_current = SINGLE_PROCESS
 
 
-def team() -> Team:
-    """The processes of this run: this one alone, unless it has joined others."""
-    return _team
+def current_group() -> ProcessGroup:
+    """The process group of this run; a group of one unless `init_process_group` was entered."""
+    return _current
 
 
 @contextmanager
-def join() -> Iterator[Team]:
-    """Be one of the processes that torchrun, or we ourselves, have started."""
-    global _team
+def init_process_group() -> Iterator[ProcessGroup]:
+    """Join the group that torchrun, or this run itself, has started."""
+    global _current
     if torch.cuda.is_available():
-        # Whether there are enough is asked where it is known that they are used.
+        # The hardware profile checks that there is a GPU for each process.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with _lost():
-        dist.init_process_group(backend, timeout=PATIENCE)
-    _team = Team(dist.get_rank(), dist.get_world_size())
+    with _peer_errors():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    _current = ProcessGroup(dist.get_rank(), dist.get_world_size())
     try:
-        yield _team
+        yield _current
     finally:
-        _team = ALONE
-    dist.destroy_process_group()  # after an error the others might not come to it
+        _current = SINGLE_PROCESS
+    dist.destroy_process_group()  # not after an error: the other processes might not get here
 
 
-def _packed(order: Any) -> bytes:
-    """As torch saves it, so that its tensors can be put on another device."""
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _pack(task: Any) -> bytes:
+    """Serialize with torch, so that tensors can be loaded on another device."""
     stream = io.BytesIO()
     try:
-        torch.save(order, stream)
+        torch.save(task, stream)
     except Exception as error:
         raise UserError(
             f"cannot be sent to another process: {error}; make it a class or function of a module, "
@@ -187,8 +199,8 @@ def _packed(order: Any) -> bytes:
     return stream.getvalue()
 
 
-def _unpacked(content: bytes) -> Any:
-    """Code comes with it, from the main process of this very run."""
+def _unpack(content: bytes) -> Any:
+    """Deserialize, code included: it comes from the main process of this run."""
 
     def place(storage: Any, where: str) -> Any:
         return storage.cuda() if where.startswith("cuda") else storage
@@ -197,8 +209,8 @@ def _unpacked(content: bytes) -> Any:
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
-    """What the group says when a process of it is gone."""
+def _peer_errors() -> Iterator[None]:
+    """Raise `Lost` when another process of the group has died."""
     try:
         yield
     except RuntimeError as error:

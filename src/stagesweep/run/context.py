@@ -16,24 +16,24 @@ from tqdm import tqdm
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_write
+from stagesweep.base.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.base.view import View
 from stagesweep.config import nodes, schema
 from stagesweep.core import checkpoint
 from stagesweep.core.fit import Loop
-from stagesweep.core.metric_log import MetricLog, Unwritten
 from stagesweep.core.predict import predict
-from stagesweep.core.seeding import derive, rng_state, seed_everything, set_rng_state
-from stagesweep.core.tensorboard import Board, read_rows
 from stagesweep.data.derived import DerivedData
 from stagesweep.hardware.profile import resolve
 from stagesweep.hardware.profiler import tracing
-from stagesweep.parallel.process_group import team
+from stagesweep.parallel.process_group import current_group
 from stagesweep.run import artifacts
 from stagesweep.run.build import build, build_stage, init_from, part_weights
 from stagesweep.run.fit_task import FitTask
 from stagesweep.run.result import StageResult
 from stagesweep.store import stage_inputs
 from stagesweep.store.store import Entry
+from stagesweep.tracking.metric_log import MetricLog, NullMetricLog
+from stagesweep.tracking.tensorboard import TensorBoardWriter, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ class Context:
         cfg: DictConfig,
         folder: Path = Path(),
         stages: Sequence[StageResult] = (),
-        board: Board | None = None,
+        board: TensorBoardWriter | None = None,
     ) -> None:
         self.cfg, self.folder, self.stages, self.board = cfg, folder, stages, board
         self.log = log
@@ -94,7 +94,7 @@ class Context:
         """Make a stage the current one; its model gets the newest weights."""
         self.stage, self.seed, self._entry = name, derive(self.cfg.seed, name), entry
         self.stage_path = f"{self.cfg.experiment}/{name}"
-        self.profile = self.run_profile.at(self.stage_path)
+        self.profile = self.run_profile.for_stage(self.stage_path)
         self.measured = {"speed": {}, "oom": []}
         paths = (folder / "weights.pt" for folder in self._folders()[1:])
         weights = next((path for path in paths if path.exists()), None)
@@ -213,10 +213,10 @@ class Context:
         )
         rows = MetricLog(self._entry.path / "metrics.jsonl", self.board, name)
         try:
-            team().hand_out(task)
+            current_group().send_task(task)
             loop = self._loop(task, rows)
             try:
-                with tracing(self.profile, loop.meter, self._entry.path / "profile", name):
+                with tracing(self.profile, loop.throughput, self._entry.path / "profile", name):
                     return loop.run()
             finally:
                 measured = loop.measured()
@@ -228,8 +228,8 @@ class Context:
 
     def follow(self, task: FitTask) -> None:
         """Take part in a fit that the main process has handed out."""
-        self.profile = self.run_profile.at(task.stage)
-        self._loop(task, Unwritten(task.name)).run()
+        self.profile = self.run_profile.for_stage(task.stage)
+        self._loop(task, NullMetricLog(task.name)).run()
 
     def _loop(self, task: FitTask, rows: MetricLog) -> Loop:
         views = task.views or {split: self.data.split(split) for split in ("train", "val")}

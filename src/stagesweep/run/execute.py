@@ -22,7 +22,7 @@ def execute(cfg: DictConfig) -> Objective:
     user can mend, Interrupted (exit status 130, 138 or 143) after a signal.
     """
     settings = hardware_settings(cfg)
-    detection.select(settings)
+    detection.set_visible_gpus(settings)
     planned = plan(cfg)
     if not planned.all_stored and (count := launch.processes_to_start(settings)) > 1:
         try:

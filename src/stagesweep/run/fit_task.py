@@ -12,9 +12,9 @@ from stagesweep.base.spec import Spec
 from stagesweep.base.view import View
 from stagesweep.config import schema
 from stagesweep.core.fit import Loop
-from stagesweep.core.metric_log import MetricLog
-from stagesweep.hardware.profile import Machine
-from stagesweep.parallel.process_group import team
+from stagesweep.hardware.profile import HardwareProfile
+from stagesweep.parallel.process_group import current_group
+from stagesweep.tracking.metric_log import MetricLog
 
 
 @dataclass
@@ -38,7 +38,7 @@ class FitTask:
     # Views `train` and `val`; None: each process reads the data of the run itself.
     views: Mapping[str, View] | None
 
-    def loop(self, views: Mapping[str, View], profile: Machine, rows: MetricLog) -> Loop:
+    def loop(self, views: Mapping[str, View], profile: HardwareProfile, rows: MetricLog) -> Loop:
         """The loop of this process over these views, which are ready for its device."""
         return Loop(
             model=self.model,
@@ -46,10 +46,10 @@ class FitTask:
             settings=self.settings,
             views=dict(views),
             spec=self.spec,
-            machine=profile,
+            hardware=profile,
             seed=self.seed,
             folder=self.folder,
             rows=rows,
-            trial=trial.current() if team().main else None,
-            team=team(),
+            trial=trial.current() if current_group().is_main else None,
+            group=current_group(),
         )

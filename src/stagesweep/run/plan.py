@@ -38,9 +38,9 @@ def plan(cfg: DictConfig) -> Plan:
         if cfg.resume is not Resume.never and all_stored(keys, list(objectives(cfg.objective))):
             return Plan(keys, all_stored=True)
     validate_targets(validate_structure(cfg) if resolved is None else resolved)
-    from stagesweep.hardware.profile import choose
+    from stagesweep.hardware.profile import choose_device
 
-    choose(hardware_settings(cfg))
+    choose_device(hardware_settings(cfg))
     return Plan(fingerprints(cfg) if keys is None else keys, all_stored=False)
 
 

@@ -43,11 +43,11 @@ def follow() -> None:
     """Take part in the fits that the main process hands out, until it dismisses this one."""
     register.register()
     logging.disable()  # the main process logs
-    from stagesweep.parallel.process_group import join
+    from stagesweep.parallel.process_group import init_process_group
 
-    with execution_whitelist(trust.trusted()), signals.handled(), join() as team:
+    with execution_whitelist(trust.trusted()), signals.handled(), init_process_group() as group:
         context = None
-        while (task := team.next_order()) is not None:
+        while (task := group.receive_task()) is not None:
             if context is None:
                 from stagesweep.run.context import Context
 

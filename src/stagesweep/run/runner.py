@@ -21,10 +21,11 @@ from stagesweep.base.errors import Interrupted, Pruned, UserError
 from stagesweep.base.files import atomic_text
 from stagesweep.config import schema
 from stagesweep.config.messages import explain
-from stagesweep.core.tensorboard import Board, read_rows
 from stagesweep.run import result
+from stagesweep.run.hyperparameters import write_hyperparameters
 from stagesweep.run.result import MEASURED, StageResult
 from stagesweep.store.store import Entry, Store
+from stagesweep.tracking.tensorboard import TensorBoardWriter, read_rows
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -74,7 +75,7 @@ class Runner:
                 shutil.rmtree(folder / name, ignore_errors=True)
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         atomic_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        self.board = Board(folder / "tensorboard")
+        self.board = TensorBoardWriter(folder / "tensorboard")
 
     @cached_property
     def context(self) -> "Context":
@@ -144,7 +145,7 @@ class Runner:
         self.write_result("complete")
         metrics = {name: number for name, number in self.metrics().items() if math.isfinite(number)}
         chosen = dict(text.lstrip("+~").partition("=")[::2] for text in self.overrides)
-        self.board.hyperparameters(chosen, metrics)
+        write_hyperparameters(self.board, chosen, metrics)
         line = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
         log.info("%s; results in %s", line, self.folder)
         multiple = not isinstance(self.cfg.objective.metric, str)

@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from stagesweep.base.errors import UserError
 from stagesweep.base.view import View
 from stagesweep.config import schema
-from stagesweep.core.predict import predict, read_by
+from stagesweep.core.predict import metric_inputs, predict
 from stagesweep.metric.interval import mean_interval
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class CrossValidate(schema.CrossValidate):
     All samples of a `group` are in one fold, and `stratify` has about the same distribution in each
     fold (scikit-learn's StratifiedGroupKFold). The rest is split again in the same way into
     training and validation samples, so the epoch is never chosen on the fold that is reported. A
-    model that fits preprocessing (``look_at``) sees its training samples only. Preprocessing that
+    model that fits preprocessing (``adapt``) sees its training samples only. Preprocessing that
     the data set fitted to its own training split is not repeated. Baselines are fitted to all
     samples outside the fold. If only one group remains outside it, its samples are split.
 
@@ -118,7 +118,7 @@ class CrossValidate(schema.CrossValidate):
         views["val"] = outer.take(torch.from_numpy(val))
         model = run.build_model()
         run.fit(model, self.fit, name, views)
-        names = read_by([*self.metrics.values(), *self.voted.values()])
+        names = metric_inputs([*self.metrics.values(), *self.voted.values()])
         if names is None:
             raise UserError(f"stage.{run.stage}: a metric does not say which arrays it `reads`")
         names |= {each for each in (self.vote, self.group) if each is not None}

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stagesweep.base.errors import UserError
-from stagesweep.core.predict import read_by
+from stagesweep.core.predict import metric_inputs
 from stagesweep.data.labels import label_names
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Score:
                 f"stage.{run.stage}.label={self.label}, but the data has no such label; choose "
                 f"from: {', '.join(run.data.spec.labels)}"
             )
-        names = {"assignment", "mean", self.label} | (read_by(self.metrics.values()) or set())
+        names = {"assignment", "mean", self.label} | (metric_inputs(self.metrics.values()) or set())
         parts = {s: run.predict(s, names) for s in SPLITS}
         methods = {"model": parts} | self.baseline_arrays(run, parts)
         rows = []

@@ -42,12 +42,12 @@ CHANGES_NO_RESULT = frozenset(
         f"{_OWN}.base.errors",
         f"{_OWN}.base.files",
         f"{_OWN}.base.signals",
-        f"{_OWN}.core.metric_log",
-        f"{_OWN}.core.tensorboard",
-        f"{_OWN}.hardware.micro_batch",
+        f"{_OWN}.hardware.micro_batch_search",
         f"{_OWN}.hardware.profiler",
         f"{_OWN}.hardware.throughput",
+        f"{_OWN}.parallel.micro_batch_size",
         f"{_OWN}.store",
+        f"{_OWN}.tracking",
     }
 )
 

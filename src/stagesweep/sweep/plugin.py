@@ -72,7 +72,7 @@ class SlotsLauncher(Launcher):
         from stagesweep.sweep.engine.slots import SlotBackend, local_slots
 
         settings = hardware_settings(self.config)
-        environment.prepare(settings)  # the fork server inherits it
+        environment.set_variables(settings)  # the fork server inherits it
         slots = local_slots(self.slots, settings)
         return SlotBackend(slots, self.hydra_context, self.config, self.task)
 

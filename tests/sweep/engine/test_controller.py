@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GPUS = """
 from stagesweep.hardware import detection
 from stagesweep.cli import main
-detection.may_be_there = lambda: True
+detection.has_gpu_driver = lambda: True
 main()
 """
 

@@ -70,7 +70,7 @@ def run_on_cluster(
     job_folder = work.folder / subdir
     redirect_output(job_folder / "trial.log")
     current = FileTrial(job_folder, prune_on)
-    trial.become(current)
+    trial.set_current(current)
     current.write(None, 0)  # the job has started
     try:
         return run_to_outcome(current, work, number, subdir, overrides)

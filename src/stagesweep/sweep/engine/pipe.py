@@ -64,7 +64,7 @@ class PipeTrial(Trial):
                 self._answers.put(bool(self.connection.recv()))
         except (EOFError, OSError):
             self._answers.put(False)
-            if signals.pending() is None:  # a second signal would leave no time to save
+            if not signals.pending():  # a second signal would leave no time to save
                 os.kill(os.getpid(), signal.SIGTERM)
             threading.Event().wait(GRACE)
             os._exit(143)
@@ -87,7 +87,7 @@ def run_in_slot(
     work: Work = pickle.loads(pickled)
     redirect_output(work.folder / subdir / "trial.log")
     current = PipeTrial(connection, prune_on)
-    trial.become(current)
+    trial.set_current(current)
     try:
         outcome = run_to_outcome(current, work, number, subdir, overrides)
     except (SystemExit, KeyboardInterrupt) as error:

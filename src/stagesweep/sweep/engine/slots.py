@@ -49,8 +49,8 @@ def local_slots(slots: str | int, hardware: schema.Hardware) -> list[Slot]:
     A group has ``devices_per_trial`` GPUs, or ``devices`` if that is more. With more slots than
     groups, slots share GPUs in turn.
     """
-    processes = detection.devices(hardware)
-    size, gpus = max(hardware.devices_per_trial, processes), detection.ids(hardware)
+    processes = detection.device_count(hardware)
+    size, gpus = max(hardware.devices_per_trial, processes), detection.gpu_ids(hardware)
     cores = len(os.sched_getaffinity(0))
     default = len(gpus) // size if gpus else cores // ((hardware.threads or 1) * processes)
     count = max(1, default if slots == "auto" else int(slots))

@@ -43,7 +43,7 @@ def batch(n: int = 10) -> Batch:
 def made(**settings: Any) -> GMVAE4P:
     torch.manual_seed(0)
     model = GMVAE4P(SPEC, hidden=(16, 8), width=6, **settings).eval()
-    model.look_at(View(batch()))
+    model.adapt(View(batch()))
     return model
 
 

@@ -55,7 +55,7 @@ class GMVAE4P(nn.Module):
         self.types = sizes["proportions"]
         count = min(genes or sizes["expression"], sizes["expression"])
         self.register_buffer("chosen", torch.arange(count))
-        # Of expression and of each modality: what `look_at` finds.
+        # Of expression and of each modality: what `adapt` finds.
         for name in ("expression", *self.modalities):
             self.register_buffer(f"{name}_shift", torch.zeros(sizes[name]))
             self.register_buffer(f"{name}_scale", torch.ones(sizes[name]))
@@ -77,7 +77,7 @@ class GMVAE4P(nn.Module):
         self.classifier = Predictor([width, width // 2], spec.labels[label], dropout)
 
     @torch.no_grad()
-    def look_at(self, train: View) -> None:
+    def adapt(self, train: View) -> None:
         """Choose genes and learn means and deviations, from what the model is fitted to alone."""
         for name in ("expression", *self.modalities):
             values = train[name].flatten(1)

@@ -1,4 +1,4 @@
-"""What three processes do for test_distributed: `python several.py <folder>` leaves what each of
+"""What three processes do for test_process_group: `python several.py <folder>` leaves what each of
 them found in `<folder>/<rank>.pt`.
 """
 
@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import Bench, columns
-from test_step import (
+from fits import Bench, columns
+from steps import (
     WEIGHTS,
     Model,
     Small,
     SmallAtTheEnd,
     by_hand,
     make_batch,
-    make_loss,
+    make_step,
 )
-from test_step import gradients as gradients_of
+from steps import gradients as gradients_of
 from torch import Tensor, nn
 
 from stagesweep.base.errors import Interrupted, Lost
@@ -32,7 +32,7 @@ from stagesweep.base.view import Batch, View
 from stagesweep.config import schema
 from stagesweep.core.predict import predict
 from stagesweep.parallel import gradient_exchange
-from stagesweep.parallel.process_group import Team, join, team
+from stagesweep.parallel.process_group import ProcessGroup, current_group, init_process_group
 
 Work = Callable[[Bench, Path], None]
 
@@ -77,12 +77,12 @@ def gradients_of_each() -> dict[str, float]:
     for n in SAMPLES:
         names = WEIGHTS if n > 1 else ["square", "masked"]
         batch = make_batch(n)
-        reference = make_loss(names)
+        reference = make_step(names)
         expected, pairs = by_hand(reference, reference.model(batch), batch)
         for micro_batch in MICRO:
-            loss = make_loss(names, micro_batch=micro_batch, team=team())
-            values = loss.backward(batch, 0.0)
-            differences = gradients_of(loss.model) - expected, (values - pairs) / pairs
+            step = make_step(names, micro_batch=micro_batch, group=current_group())
+            values = step.backward(batch, 0.0)
+            differences = gradients_of(step.model) - expected, (values - pairs) / pairs
             worst = max(difference.abs().max() for difference in differences)
             found[f"{n} samples, micro-batch {micro_batch}"] = worst.item()
     return found
@@ -91,12 +91,12 @@ def gradients_of_each() -> dict[str, float]:
 def own_part_alone() -> float:
     """The same where each process has no more than its own samples."""
     batch, names = make_batch(20), ["square", "masked"]
-    reference = make_loss(names)
+    reference = make_step(names)
     expected, _ = by_hand(reference, reference.model(batch), batch)
-    loss = make_loss(names, micro_batch=4, team=team())
-    part = {name: column[team().part(20)] for name, column in batch.items()}
-    loss.backward(part, 0.0, 20)
-    return float((gradients_of(loss.model) - expected).abs().max())
+    step = make_step(names, micro_batch=4, group=current_group())
+    part = {name: column[current_group().local_slice(20)] for name, column in batch.items()}
+    step.backward(part, 0.0, 20)
+    return float((gradients_of(step.model) - expected).abs().max())
 
 
 def parameters_of_some() -> dict[str, Any]:
@@ -106,11 +106,11 @@ def parameters_of_some() -> dict[str, Any]:
     for _ in range(2):
         torch.manual_seed(0)
         models.append(Sometimes().double())
-    alone = make_loss(["square"], model=models[0])
-    several = make_loss(["square"], model=models[1], team=team())
+    alone = make_step(["square"], model=models[0])
+    several = make_step(["square"], model=models[1], group=current_group())
     alone.backward(batch, 0.0)
     several.backward(batch, 0.0)
-    own = batch["x"][team().part(12), 0]
+    own = batch["x"][current_group().local_slice(12), 0]
     return {
         "on this process": bool((own > 1.5).any()),
         "there": [name for name, p in models[1].named_parameters() if p.grad is not None],
@@ -123,35 +123,35 @@ def out_of_memory_on_one(kind: type[Small]) -> dict[str, Any]:
     """A GPU with room for two samples, on one of the processes."""
     batch = make_batch(24)
     torch.manual_seed(0)
-    small = kind(2 if team().rank == 1 else 100).double()
-    loss = make_loss(WEIGHTS, model=small, team=team())
-    loss.backward(batch, 0.0)
-    reference = make_loss(WEIGHTS)
+    small = kind(2 if current_group().rank == 1 else 100).double()
+    step = make_step(WEIGHTS, model=small, group=current_group())
+    step.backward(batch, 0.0)
+    reference = make_step(WEIGHTS)
     expected, _ = by_hand(reference, reference.model(batch), batch)
-    worst = (gradients_of(loss.model) - expected).abs().max()
-    return {"micro_batch": loss.micro_batch, "worst": worst.item()}
+    worst = (gradients_of(step.model) - expected).abs().max()
+    return {"micro_batch": step.micro_batches.size, "worst": worst.item()}
 
 
 @dataclass
-class Watched(Team):
+class Watched(ProcessGroup):
     """Notes how many gradients there were when each sum was begun."""
 
-    sums: gradient_exchange.Gradients | None = None
+    sums: gradient_exchange.GradientExchange | None = None
     there: list[int] = field(default_factory=list)
 
-    def start_sum(self, value: Tensor) -> Callable[[], object]:
+    def all_reduce_async(self, value: Tensor) -> Callable[[], object]:
         assert self.sums is not None
         self.there.append(len(self.sums.reached))
-        return super().start_sum(value)
+        return super().all_reduce_async(value)
 
 
 def overlap() -> list[int]:
     """How many gradients there were when each bucket was sent, and how many there are."""
-    watched = Watched(team().rank, team().size)
-    loss = make_loss(WEIGHTS, team=watched)
-    watched.sums = loss.gradients
-    loss.backward(make_batch(24), 0.0)
-    return [*watched.there, sum(p.grad is not None for p in loss.model.parameters())]
+    watched = Watched(current_group().rank, current_group().world_size)
+    step = make_step(WEIGHTS, group=watched)
+    watched.sums = step.micro_batches.exchange
+    step.backward(make_batch(24), 0.0)
+    return [*watched.there, sum(p.grad is not None for p in step.model.parameters())]
 
 
 def rows(bench: Bench, name: str) -> list[dict[str, Any]]:
@@ -163,11 +163,13 @@ def fits(bench: Bench) -> dict[str, Any]:
     """Fits with everything in them, alone and with the others."""
     found: dict[str, Any] = {}
     for name, settings in {"everything": EVERYTHING, "own parts": OWN_PARTS}.items():
-        loop = bench.loop(name=name, team=team(), log_every=1, **settings)
-        found[name] = {"undivided": loop.undivided, "metrics": loop.run()}
+        loop = bench.loop(name=name, group=current_group(), log_every=1, **settings)
+        found[name] = {"undivided": loop.batches.undivided, "metrics": loop.run()}
         weights = torch.cat([p.detach().flatten() for p in loop.parameters])
-        found[name]["same weights"] = bool((team().gather(weights[None], SIZE) == weights).all())
-        if team().main:
+        found[name]["same weights"] = bool(
+            (current_group().all_gather(weights[None], SIZE) == weights).all()
+        )
+        if current_group().is_main:
             found[name]["rows"] = rows(bench, name)
             alone = bench.loop(name=f"{name} alone", log_every=1, **settings)
             found[name]["expected metrics"] = alone.run()
@@ -179,23 +181,23 @@ def stopped(bench: Bench) -> dict[str, Any]:
     """One of them is told to stop; then the others go on alone from what was saved."""
     from stagesweep.base import signals
 
-    loop = bench.loop(name="stopped", team=team(), **EVERYTHING)
-    begin = loop.set_rates
+    loop = bench.loop(name="stopped", group=current_group(), **EVERYTHING)
+    begin = loop.set_learning_rates
 
-    def tell(position: float) -> None:
+    def signal_at(position: float) -> None:
         begin(position)
-        if loop.step == 6 and team().rank == 1:
+        if loop.state.step == 6 and current_group().rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    loop.set_rates = tell  # type: ignore[method-assign]
+    loop.set_learning_rates = signal_at  # type: ignore[method-assign]
     said = ""
     with signals.handled():
         try:
             loop.run()
         except Interrupted as error:
             said = str(error)
-    found = {"said": said, "step": loop.step}
-    if team().main:
+    found = {"said": said, "step": loop.state.step}
+    if current_group().is_main:
         found["metrics"] = bench.loop(name="stopped", **EVERYTHING).run()
     return found
 
@@ -203,12 +205,14 @@ def stopped(bench: Bench) -> dict[str, Any]:
 def statistics(bench: Bench) -> dict[str, Any]:
     """Batch norm, after an epoch in which each process saw samples of its own."""
     torch.manual_seed(1)
-    from conftest import Tiny
+    from fits import Tiny
 
-    loop = bench.loop(name="norm", team=team(), model=Tiny(norm=True), epochs=1, batch_size=12)
+    loop = bench.loop(
+        name="norm", group=current_group(), model=Tiny(norm=True), epochs=1, batch_size=12
+    )
     loop.run()
     mean = loop.model.norm.running_mean
-    same = (team().gather(mean[None], SIZE) == mean).all()
+    same = (current_group().all_gather(mean[None], SIZE) == mean).all()
     return {"same": bool(same), "norm": mean.norm().item()}
 
 
@@ -219,8 +223,8 @@ def whole_split(bench: Bench) -> dict[str, bool]:
         loop = bench.loop(name=f"split {n}")
         view = View(columns(n))
         names = ["mean", "index", "x/mask"]
-        alone = predict(loop.model, view, names, loop.machine, 5)
-        several = predict(loop.model, view, names, loop.machine, 5, team=team())
+        alone = predict(loop.model, view, names, loop.hardware, 5)
+        several = predict(loop.model, view, names, loop.hardware, 5, group=current_group())
         found[str(n)] = all(
             several[k].dtype is alone[k].dtype and torch.allclose(several[k], alone[k])
             for k in names
@@ -230,10 +234,10 @@ def whole_split(bench: Bench) -> dict[str, bool]:
 
 def one_gone() -> str:
     """The last of them leaves without a word."""
-    if team().rank == SIZE - 1:
+    if current_group().rank == SIZE - 1:
         os._exit(0)
     try:
-        team().sum(torch.ones(1))
+        current_group().all_reduce(torch.ones(1))
     except Lost as error:
         return str(error)
     return "nothing"
@@ -252,16 +256,16 @@ def of_three(bench: Bench, folder: Path) -> None:
         "norm": statistics(bench),
         "split": whole_split(bench),
     }
-    torch.save(found, folder / f"{team().rank}.pt")
+    torch.save(found, folder / f"{current_group().rank}.pt")
     found["gone"] = one_gone()
-    torch.save(found, folder / f"{team().rank}.pt")
+    torch.save(found, folder / f"{current_group().rank}.pt")
 
 
 def process(rank: int, size: int, work: Work, folder: Path, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     bench = Bench(folder / f"rank {rank} of {size}")
-    with join():
+    with init_process_group():
         work(bench, folder)
         bench.close()
         os._exit(0)  # a group that has lost a process cannot be left

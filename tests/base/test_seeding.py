@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagesweep.core.seeding import (
+from stagesweep.base.seeding import (
     derive,
     rng_state,
     seed_everything,

@@ -16,27 +16,27 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from torch import nn
 
 from stagesweep.base.errors import UserError
-from stagesweep.core.metric_log import MetricLog, histogram, progress_bar
-from stagesweep.core.optim import trained
-from stagesweep.core.tensorboard import Board, read_rows
+from stagesweep.core.optim import parameters_and_gradients
+from stagesweep.tracking.metric_log import MetricLog, histogram, progress_bar
+from stagesweep.tracking.tensorboard import TensorBoardWriter, read_rows
 
 
 @pytest.fixture
-def board(tmp_path: Path) -> Iterator[Board]:
-    board = Board(tmp_path / "tensorboard")
-    yield board
-    board.close()
+def writer(tmp_path: Path) -> Iterator[TensorBoardWriter]:
+    writer = TensorBoardWriter(tmp_path / "tensorboard")
+    yield writer
+    writer.close()
 
 
-def read_back(board: Board) -> EventAccumulator:
-    board.writer.flush()
-    events = EventAccumulator(str(board.folder), size_guidance={"histograms": 0, "scalars": 0})
+def read_back(writer: TensorBoardWriter) -> EventAccumulator:
+    writer.writer.flush()
+    events = EventAccumulator(str(writer.folder), size_guidance={"histograms": 0, "scalars": 0})
     events.Reload()
     return events
 
 
-def scalars(board: Board) -> dict[str, list[tuple[int, Any]]]:
-    events = read_back(board)
+def scalars(writer: TensorBoardWriter) -> dict[str, list[tuple[int, Any]]]:
+    events = read_back(writer)
     return {
         tag: [(e.step, pytest.approx(e.value)) for e in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
@@ -44,8 +44,10 @@ def scalars(board: Board) -> dict[str, list[tuple[int, Any]]]:
 
 
 class TestRows:
-    def test_in_the_file_and_in_tensorboard(self, tmp_path: Path, board: Board) -> None:
-        log = MetricLog(tmp_path / "deep" / "metrics.jsonl", board, "joint")
+    def test_in_the_file_and_in_tensorboard(
+        self, tmp_path: Path, writer: TensorBoardWriter
+    ) -> None:
+        log = MetricLog(tmp_path / "deep" / "metrics.jsonl", writer, "joint")
         log.row("step", 1, 50, {"train_loss": 0.5, "lr_default": 1e-3})
         log.row("epoch", 1, 60, {"train_loss": 0.25, "val_loss": 0.75})
         rows = read_rows(log.path)  # readable before it is closed
@@ -67,7 +69,7 @@ class TestRows:
                 "val_loss": 0.75,
             },
         ]
-        assert scalars(board) == {
+        assert scalars(writer) == {
             "joint_step/train_loss": [(50, 0.5)],
             "joint_step/lr_default": [(50, 1e-3)],
             "joint/train_loss": [(60, 0.25)],
@@ -75,8 +77,10 @@ class TestRows:
         }
         log.close()
 
-    def test_numbers_that_are_none_are_null(self, tmp_path: Path, board: Board) -> None:
-        log = MetricLog(tmp_path / "metrics.jsonl", board, "fit")
+    def test_numbers_that_are_none_are_null(
+        self, tmp_path: Path, writer: TensorBoardWriter
+    ) -> None:
+        log = MetricLog(tmp_path / "metrics.jsonl", writer, "fit")
         log.row("epoch", 1, 2, {"a": math.nan, "b": math.inf, "c": 1.0})
         log.close()
 
@@ -85,15 +89,17 @@ class TestRows:
 
         (row,) = (json.loads(x, parse_constant=refuse) for x in log.path.read_text().splitlines())
         assert [row[name] for name in "abc"] == [None, None, 1.0]
-        assert scalars(board) == {"fit/c": [(2, 1.0)]}
+        assert scalars(writer) == {"fit/c": [(2, 1.0)]}
 
     def test_a_half_written_last_row_is_left_out(self, tmp_path: Path) -> None:
         path = tmp_path / "metrics.jsonl"
         path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "trai')
         assert read_rows(path) == [{"step": 1}, {"step": 2}]
 
-    def test_rewinding_keeps_what_will_not_come_again(self, tmp_path: Path, board: Board) -> None:
-        log = MetricLog(tmp_path / "metrics.jsonl", board, "fit")
+    def test_rewinding_keeps_what_will_not_come_again(
+        self, tmp_path: Path, writer: TensorBoardWriter
+    ) -> None:
+        log = MetricLog(tmp_path / "metrics.jsonl", writer, "fit")
         for step in range(1, 9):
             log.row("step", (step + 3) // 4, step, {"loss": float(step)})
             if step % 4 == 0:
@@ -107,19 +113,21 @@ class TestRows:
         steps = [("step", n, float(n)) for n in range(1, 9)]
         assert rows == [*steps[:4], ("epoch", 4, 0.0), *steps[4:], ("epoch", 8, 0.5)]
 
-    def test_rewinding_fills_a_new_tensorboard(self, tmp_path: Path, board: Board) -> None:
+    def test_rewinding_fills_a_new_tensorboard(
+        self, tmp_path: Path, writer: TensorBoardWriter
+    ) -> None:
         path = tmp_path / "metrics.jsonl"
         path.write_text(
             '{"stage": "fit", "kind": "epoch", "epoch": 1, "step": 5, "loss": 2.0}\n'
             '{"stage": "fit", "kind": "epoch", "epoch": 2, "step": 10, "loss": 1.0}\n'
         )
-        log = MetricLog(path, board, "fit")
+        log = MetricLog(path, writer, "fit")
         log.rewind(epoch=1, step=5)
         log.close()
-        assert scalars(board) == {"fit/loss": [(5, 2.0)]}
+        assert scalars(writer) == {"fit/loss": [(5, 2.0)]}
 
-    def test_a_full_disk_is_one_line(self, board: Board) -> None:
-        log = MetricLog(Path("/dev/full"), board, "fit")
+    def test_a_full_disk_is_one_line(self, writer: TensorBoardWriter) -> None:
+        log = MetricLog(Path("/dev/full"), writer, "fit")
         with pytest.raises(UserError, match=r"^disk full: cannot write /dev/full"):
             log.row("epoch", 1, 1, {"loss": 1.0})
         with pytest.raises(UserError, match=r"^disk full: cannot write /dev/full"):
@@ -164,14 +172,16 @@ class TestHistogram:
         found = histogram("a", torch.tensor([1.0, 2.0], dtype=torch.bfloat16)).histo
         assert (found.num, found.min, found.max) == (2, 1.0, 2.0)
 
-    def test_parameters_and_gradients_in_tensorboard(self, tmp_path: Path, board: Board) -> None:
+    def test_parameters_and_gradients_in_tensorboard(
+        self, tmp_path: Path, writer: TensorBoardWriter
+    ) -> None:
         inner = nn.Linear(3, 2)
         model = nn.Sequential(inner, nn.Linear(2, 1).requires_grad_(False))
         model(torch.ones(4, 3)).sum().backward()
-        log = MetricLog(tmp_path / "metrics.jsonl", board, "fit")
-        log.histograms(trained(model), 7)
+        log = MetricLog(tmp_path / "metrics.jsonl", writer, "fit")
+        log.histograms(parameters_and_gradients(model), 7)
         log.close()
-        events = read_back(board)
+        events = read_back(writer)
         names = {"fit/0.weight", "fit/0.bias", "fit/0.weight.grad", "fit/0.bias.grad"}
         assert set(events.Tags()["histograms"]) == names
         (event,) = events.Histograms("fit/0.weight")
@@ -180,9 +190,9 @@ class TestHistogram:
         assert event.histogram_value.max == pytest.approx(inner.weight.max().item())
 
 
-def test_a_reused_stage_is_drawn_again(board: Board) -> None:
-    board.row({"stage": "a", "kind": "epoch", "epoch": 1, "step": 3, "loss": 1.5, "b": None})
-    assert scalars(board) == {"a/loss": [(3, 1.5)]}
+def test_a_reused_stage_is_drawn_again(writer: TensorBoardWriter) -> None:
+    writer.row({"stage": "a", "kind": "epoch", "epoch": 1, "step": 3, "loss": 1.5, "b": None})
+    assert scalars(writer) == {"a/loss": [(3, 1.5)]}
 
 
 def test_the_bar_is_silent_when_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:

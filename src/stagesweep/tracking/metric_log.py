@@ -1,4 +1,4 @@
-"""What a fit says while it runs: metrics.jsonl, TensorBoard, a progress bar."""
+"""The logs of a fit: metrics.jsonl, TensorBoard and a progress bar."""
 
 import json
 import math
@@ -15,41 +15,41 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stagesweep.base.files import atomic_text, explained
-from stagesweep.core.tensorboard import Board, read_rows
+from stagesweep.tracking.tensorboard import TensorBoardWriter, read_rows
 
 
 class MetricLog:
-    """Rows of numbers, to ``metrics.jsonl`` of a stage and to the run's TensorBoard.
+    """Logs rows of metrics to ``metrics.jsonl`` of a stage and to the run's TensorBoard.
 
-    A row has ``kind`` (``step`` or ``epoch``), ``epoch``, ``step`` and values. The file is the
-    record that a reused stage brings along, from which TensorBoard is written again.
+    A row has ``kind`` (``step`` or ``epoch``), ``epoch``, ``step`` and values. When a stage is
+    reused, its file fills the TensorBoard of the new run.
     """
 
-    def __init__(self, path: Path, board: Board, stage: str) -> None:
+    def __init__(self, path: Path, writer: TensorBoardWriter, stage: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.board, self.stage = path, board, stage
+        self.path, self.writer, self.stage = path, writer, stage
         self.stream = path.open("a")
 
     def row(self, kind: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Write one row; its values become TensorBoard scalars ``<stage>/<name>``."""
-        # JSON has no word for NaN and infinity.
+        # JSON has no NaN and no infinity.
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = {"stage": self.stage, "kind": kind, "epoch": epoch, "step": step, **known}
         with explained(self.path):
             self.stream.write(json.dumps(row) + "\n")
             self.stream.flush()
-            self.board.row(row)
+            self.writer.row(row)
 
     def histograms(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """Distributions of tensors by name."""
+        """Write histograms of tensors by name."""
         values = [histogram(f"{self.stage}/{name}", tensor) for name, tensor in tensors]
         with explained(self.path):
-            self.board.add(values, step)
+            self.writer.add(values, step)
 
     def rewind(self, epoch: int, step: int) -> None:
-        """Keep the rows up to `step` and of whole epochs up to `epoch`: the others come again.
+        """Drop the rows after `step` and `epoch`, which the resumed fit writes again.
 
-        Those of other fits in the same file stay.
+        Rows of other fits in the same file stay.
         """
         self.stream.close()
         last = {"step": step, "epoch": epoch}
@@ -62,7 +62,7 @@ class MetricLog:
         self.stream = self.path.open("a")
         for row in rows:
             if row["stage"] == self.stage:
-                self.board.row(row)
+                self.writer.row(row)
 
     def close(self) -> None:
         """Close the file."""
@@ -71,7 +71,7 @@ class MetricLog:
 
 
 def histogram(tag: str, values: Tensor, bins: int = 30) -> Summary.Value:
-    """The finite `values` counted in equal bins, as many as TensorBoard draws."""
+    """A histogram of the finite `values` in equal bins, as many as TensorBoard draws."""
     values = values[values.isfinite()].float()
     low, high = (value.item() for value in values.aminmax()) if len(values) else (0.0, 0.0)
     left, right = (low, high) if low < high else (low - 1, high + 1)
@@ -87,27 +87,29 @@ def histogram(tag: str, values: Tensor, bins: int = 30) -> Summary.Value:
     return Summary.Value(tag=tag, histo=counted)
 
 
-class Unwritten(MetricLog):
-    """The rows of a process that is not the one that writes."""
+class NullMetricLog(MetricLog):
+    """The log of a process that does not write."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
 
     def row(self, kind: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Write nothing."""
+        """Do nothing."""
 
     def histograms(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """Write nothing; the processes that share a tensor collect it together."""
+        """Write nothing, but gather sharded tensors, which all processes must do."""
         for _ in tensors:
             pass
 
     def rewind(self, epoch: int, step: int) -> None:
-        """Nothing was written."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """There is no file."""
+        """Do nothing."""
 
 
-def progress_bar(stage: str, done: int, hidden: bool | None = None) -> "tqdm[Any]":
-    """A bar over the optimizer steps of a fit; silent when stderr is not a terminal."""
-    return tqdm(initial=done, desc=stage, unit="step", disable=hidden, leave=False)
+def progress_bar(stage: str, done: int, visible: bool = True) -> "tqdm[Any]":
+    """A progress bar over the steps of a fit; hidden when stderr is no terminal."""
+    return tqdm(
+        initial=done, desc=stage, unit="step", disable=None if visible else True, leave=False
+    )

@@ -1,4 +1,4 @@
-"""Random numbers: derived seeds, and the state a checkpoint must carry."""
+"""Seeds, and the state of the random number generators."""
 
 import hashlib
 import random
@@ -9,7 +9,7 @@ import torch
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A seed of its own for each purpose: a 63-bit hash of the run's seed and `names`."""
+    """Derive a seed for one purpose: a 63-bit hash of the run's seed and `names`."""
     text = "/".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
@@ -22,20 +22,20 @@ def seed_everything(seed: int) -> None:
 
 
 def torch_state() -> list[torch.Tensor]:
-    """The state of torch's generators: CPU, and the current GPU when one is in use."""
+    """State of torch's generators: the CPU's, and that of the current GPU when one is in use."""
     gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *gpu]
 
 
 def set_torch_state(state: list[torch.Tensor]) -> None:
-    """Put torch's generators back to a state of `torch_state`."""
+    """Restore the state that `torch_state` returned."""
     torch.set_rng_state(state[0])
     if state[1:] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state[1])
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every global generator, in types that ``weights_only`` loading allows."""
+    """State of all global generators, in types that ``weights_only`` loading allows."""
     numpy = dict(np.random.get_state(legacy=False))
     twister = numpy.pop("state")
     version, words, gauss_next = random.getstate()
@@ -47,7 +47,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put every global generator back to a state of `rng_state`."""
+    """Restore the state that `rng_state` returned."""
     set_torch_state(state["torch"])
     numpy = dict(state["numpy"])
     key = numpy.pop("key").numpy().astype(np.uint32)

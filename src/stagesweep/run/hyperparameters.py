@@ -1,0 +1,46 @@
+"""TensorBoard's table of hyperparameters: the overrides of a run and its metrics."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import (  # type: ignore[import-untyped]
+    Summary,
+    SummaryMetadata,
+)
+from tensorboard.plugins.hparams import (  # type: ignore[import-untyped]
+    api_pb2,
+    metadata,
+    plugin_data_pb2,
+)
+
+from stagesweep.tracking.tensorboard import TensorBoardWriter, scalars
+
+
+def write_hyperparameters(
+    writer: TensorBoardWriter, overrides: Mapping[str, str], metrics: Mapping[str, float]
+) -> None:
+    """Write one row of the table: overrides by key, and the metrics they led to."""
+    text = api_pb2.DataType.DATA_TYPE_STRING
+    experiment = api_pb2.Experiment(
+        hparam_infos=[api_pb2.HParamInfo(name=name, type=text) for name in overrides],
+        metric_infos=[api_pb2.MetricInfo(name={"tag": name}) for name in metrics],
+    )
+    start = plugin_data_pb2.SessionStartInfo()
+    for name, value in overrides.items():
+        start.hparams[name].string_value = value
+    end = plugin_data_pb2.SessionEndInfo(status=api_pb2.Status.STATUS_SUCCESS)
+    values = [
+        plugin_data(metadata.EXPERIMENT_TAG, experiment=experiment),
+        plugin_data(metadata.SESSION_START_INFO_TAG, session_start_info=start),
+        plugin_data(metadata.SESSION_END_INFO_TAG, session_end_info=end),
+    ]
+    writer.add([*values, *scalars(metrics)], step=0)
+
+
+def plugin_data(tag: str, **content: Any) -> Summary.Value:
+    """One record for the hyperparameter plugin."""
+    data = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
+    plugin = SummaryMetadata.PluginData(
+        plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString()
+    )
+    return Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
