@@ -73,7 +73,7 @@ class Process:
         self.wait(timeout)
         return self.output()
 
-    def said(self) -> tuple[str, str]:
+    def output(self) -> tuple[str, str]:
         """What it has written to stdout and stderr so far."""
         return self.files["stdout"].read_text(), self.files["stderr"].read_text()
 
