@@ -19,9 +19,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Bayesian sweep of the digits experiment: 12 trials, leaderboard, where to look
 	$(BIN)/stagesweep -m search=bayes experiment=digits search.n_trials=12 stage.figures.umap=false
 
-# One thread a process: the tests run in parallel themselves.
+# One thread a process: the tests run in parallel themselves. Neighbouring tests stay in one process,
+# which makes what they share once; a process that has finished takes half of another's rest.
 test: $(READY)  ## run the tests (real data: set STAGESWEEP_TEST_DATA)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 # In an environment of its own: what is optional must not be needed by the other tests. Of Ray only
 # what runs tasks: what its dashboard wants does not go with the other pins.

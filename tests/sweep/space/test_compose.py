@@ -22,6 +22,7 @@ from stagesweep.sweep.space.compose import (
 
 FIRST = ["stage.joint.optimizer.lr=0.001", "stage.joint.epochs=3", "seed=1", "experiment=digits"]
 FIXED = ["experiment=digits"]
+EXAMPLES: dict[str, bytes] = {}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,10 @@ def work() -> Iterator[Work]:
 
 def having(work: Work, first: list[str]) -> Work:
     """The work with an example, as it comes to another process."""
-    master: DictConfig = pickle.loads(work.master)
-    sent: Work = pickle.loads(with_example(work.context, master, work.task, first))
+    if (key := " ".join(first)) not in EXAMPLES:  # composed once: that is most of the time
+        master: DictConfig = pickle.loads(work.master)
+        EXAMPLES[key] = with_example(work.context, master, work.task, first)
+    sent: Work = pickle.loads(EXAMPLES[key])
     return sent
 
 
