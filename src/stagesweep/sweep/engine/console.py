@@ -149,7 +149,7 @@ def sum_up(config: DictConfig, opened: Study) -> None:
         return
     sweep = loading.read(folder, opened.optuna)
     tables.write(sweep)
-    page.at_the_end(folder)
+    page.write_or_warn(folder)
     if not sweep.complete:
         return
     several = len(sweep.objectives) > 1
@@ -168,7 +168,7 @@ def sum_up(config: DictConfig, opened: Study) -> None:
 
 def judge(opened: Study) -> None:
     """UserError when too many trials failed, of all that the sweep had."""
-    ended = [opened.told(trial.number) for trial in opened.trials()]
+    ended = [opened.outcome_of(trial.number) for trial in opened.trials()]
     failed = [each for each in ended if each is not None and each.state == "failed"]
     if ended and not any(each is not None and each.state == "complete" for each in ended):
         why = f"; the first: {failed[0].message}" if failed else ""

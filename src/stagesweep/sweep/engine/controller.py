@@ -24,9 +24,9 @@ from stagesweep.sweep.engine.backends import Places, opened_by
 from stagesweep.sweep.engine.slots import At, Ended, Event, Job, Report
 from stagesweep.sweep.space.grammar import parse
 from stagesweep.sweep.study import manifest
-from stagesweep.sweep.study.budget import BEHIND, Clock
-from stagesweep.sweep.study.controllers import Sharing, explained
-from stagesweep.sweep.study.states import Outcome, on_disk, valid
+from stagesweep.sweep.study.budget import RECORD_INTERVAL, SweepTimer
+from stagesweep.sweep.study.controllers import Coordinator, storage_errors
+from stagesweep.sweep.study.states import Outcome, check_objective, read_outcome
 from stagesweep.sweep.study.study import Study, Trial
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def sweep(
     space = parse(
         config.search.space,
         setup.without_hydra(arguments),
-        together=settings.zip,
+        zipped=settings.zip,
         when=settings.when,
         variants=settings.ablation.variants,
         leave_one_out=settings.ablation.leave_one_out,
@@ -59,24 +59,24 @@ def sweep(
     aims = objectives(config.objective)
     pruner = setup.chosen_pruner(settings, list(aims))
     about = manifest.about(space, config)
-    sharing = Sharing(sweeper.storage)
-    with explained(sweeper.storage), ExitStack() as held:
-        with sharing.alone():
+    coordinator = Coordinator(sweeper.storage)
+    with storage_errors(sweeper.storage), ExitStack() as held:
+        with coordinator.lock():
             folder, begun = setup.place(config, sweeper, space, about)
             places = None if begun else opened_by(launcher)
             if places is not None:  # what was begun has been checked
                 setup.check(config, space, launcher, places)
             folder.mkdir(parents=True, exist_ok=True)
-            if sharing.shared:
-                setup.keep_secret(config, sharing.url)
+            if coordinator.shared:
+                setup.keep_secret(config, coordinator.url)
             else:
                 held.enter_context(setup.locked(folder))
             setup.record(folder, sweeper, arguments, about)
-            sharing.url = sweeper.storage
+            coordinator.url = sweeper.storage
             modes = list(aims.values())
-            opened = Study(folder, sweeper, settings, space, points, pruner, modes, sharing)
+            opened = Study(folder, sweeper, settings, space, points, pruner, modes, coordinator)
         try:
-            if not opened.over:
+            if not opened.finished:
                 places = places or opened_by(launcher)
                 places.prune_on = setup.pruned_on(pruner, settings, next(iter(aims)))
                 Controller(opened, places, config, settings).run()
@@ -99,7 +99,7 @@ class Controller:
         self.one_by_one = opened.pruner is not None and settings.repeats > 1
         self.by_repeats = self.one_by_one and places.prune_on is None
         self.retries: dict[str, int] = {}
-        self.clock = Clock(opened.optuna)
+        self.clock = SweepTimer(opened.optuna)
         self.out_of_time = False
         self.stopped: int | None = None
         # Reports of a metric that is better the other way are recorded with the other sign.
@@ -110,7 +110,7 @@ class Controller:
     def run(self) -> None:
         """Until every trial has ended; Interrupted when a signal came and the trials have saved."""
         try:
-            with signals(self), self.study.sharing.joined(self.study.optuna):
+            with signals(self), self.study.coordinator.heartbeat(self.study.optuna):
                 self.loop()
         finally:
             self.board.close()
@@ -121,7 +121,7 @@ class Controller:
 
     def loop(self) -> None:
         """Record what ends and fill what is free, until nothing is left."""
-        if not self.study.sharing.shared:  # or else each takes what it has room for
+        if not self.study.coordinator.shared:  # or else each takes what it has room for
             for trial in self.study.unfinished():
                 self.begin(trial)
         try:
@@ -130,7 +130,9 @@ class Controller:
                 if not self.trials and not self.others():
                     return
                 self.clock.tick()
-                for event in self.places.wait(self.study.sharing.pause or BEHIND):
+                for event in self.places.wait(
+                    self.study.coordinator.poll_interval or RECORD_INTERVAL
+                ):
                     self.handle(event)
                 self.give_up()
                 if self.stopped is not None and not self.places.busy:
@@ -140,16 +142,16 @@ class Controller:
 
     def others(self) -> bool:
         """Whether to wait for trials of other controllers: they may leave them to this one."""
-        if not self.study.sharing.shared or self.stopped is not None or self.out_of_time:
+        if not self.study.coordinator.shared or self.stopped is not None or self.out_of_time:
             return False
         return bool(self.study.running())
 
     def give_up(self) -> None:
         """End what others have taken over, if they may have taken this controller for dead."""
-        if not self.study.sharing.late.is_set():
+        if not self.study.coordinator.missed_heartbeat.is_set():
             return
-        self.study.sharing.late.clear()
-        for number in set(self.study.lost()) & self.trials.keys():
+        self.study.coordinator.missed_heartbeat.clear()
+        for number in set(self.study.taken_over()) & self.trials.keys():
             log.warning("#%d was taken over by another controller while this one stood", number)
             self.queue = deque(job for job in self.queue if job.number != number)
             self.places.stop(number)
@@ -167,7 +169,7 @@ class Controller:
 
     def spent(self) -> bool:
         """Whether the sweep has had its time, and begins no more trials."""
-        budget, spent = self.settings.budget, self.clock.spent
+        budget, spent = self.settings.budget, self.clock.elapsed
         over = budget is not None and spent > budget
         if over and not self.out_of_time:
             begun = len(self.study.trials())
@@ -185,7 +187,7 @@ class Controller:
         """Put the runs of a trial into the queue, but for those that are done."""
         if (first := self.study.first(trial)) != trial.number:
             log.info("#%d is #%d again and is not run", trial.number, first)
-            if (known := self.study.told(first)) is not None:
+            if (known := self.study.outcome_of(first)) is not None:
                 self.study.tell(Trial(first, trial.overrides), [known])
             return
         trial.begun = time.monotonic()
@@ -200,7 +202,7 @@ class Controller:
         left = self.left[trial.number]
         while left:
             job = left.popleft()
-            if (done := on_disk(self.study.folder / job.subdir)) is not None:
+            if (done := read_outcome(self.study.folder / job.subdir)) is not None:
                 self.keep(job, done)
                 continue
             self.queue.append(job)
@@ -212,7 +214,7 @@ class Controller:
     def keep(self, job: Job, outcome: Outcome) -> None:
         """Remember how a run ended; when it decides for its trial, the rest is left out."""
         outcomes, left = self.outcomes[job.number], self.left[job.number]
-        outcomes[job.subdir] = outcome = valid(outcome)
+        outcomes[job.subdir] = outcome = check_objective(outcome)
         over = outcome.state != "complete"
         if self.by_repeats and not over:
             over = self.study.report(job.number, outcome.value, job.repeat)
@@ -265,7 +267,7 @@ class Controller:
         tried = self.retries.get(job.subdir, 0)
         if outcome.reason in RETRIED and tried < self.settings.max_retries:
             self.retries[job.subdir] = tried + 1
-            self.study.note(job.number, retries=tried + 1)
+            self.study.set_attrs(job.number, retries=tried + 1)
             log.warning("#%s %s (%s); again", job.subdir, outcome.reason, outcome.message)
             self.queue.appendleft(replace(job, stopping=None, deadline=float("inf")))
             return

@@ -26,7 +26,7 @@ from stagesweep.base.trial import Trial
 from stagesweep.config.messages import explain
 from stagesweep.config.nodes import copy_config
 from stagesweep.sweep.engine.pipe import attach
-from stagesweep.sweep.space.compose import Work, compose
+from stagesweep.sweep.space.compose import SweepContext, compose
 from stagesweep.sweep.study.states import Outcome
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def serve(
     os.setsid()  # Ctrl-C is the controller's; and what this starts can be ended with it
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    work: Work = pickle.loads(pickled)
+    work: SweepContext = pickle.loads(pickled)
     write_to(work.folder / subdir / "trial.log")
     child = attach(pipe, prune_on)
     try:
@@ -57,7 +57,7 @@ def serve(
 
 
 def run_to_end(
-    child: Trial, work: Work, number: int, subdir: str, overrides: Sequence[str]
+    child: Trial, work: SweepContext, number: int, subdir: str, overrides: Sequence[str]
 ) -> Outcome:
     """`run` a job, and say how it ended; what tells this process to end is raised."""
     try:
@@ -75,7 +75,7 @@ def run_to_end(
     return Outcome("complete", returned)
 
 
-def run(work: Work, number: int, subdir: str, overrides: Sequence[str]) -> Any:
+def run(work: SweepContext, number: int, subdir: str, overrides: Sequence[str]) -> Any:
     """Compose the config of a job and run it as Hydra's launchers do; returns the objective."""
     setup_globals()
     composed = compose(work, overrides)

@@ -23,7 +23,7 @@ from stagesweep.base.files import atomic_text
 from stagesweep.base.trial import Trial
 from stagesweep.sweep.engine.job import name_of, run_to_end, write_to
 from stagesweep.sweep.engine.slots import Ended, Event, Job, Report
-from stagesweep.sweep.space.compose import Work, shared
+from stagesweep.sweep.space.compose import SweepContext, sweep_context
 from stagesweep.sweep.study.states import Outcome
 
 REPORTS, ORDER = "reports.jsonl", "order.txt"
@@ -81,7 +81,7 @@ class Remote:
         own = {key: text for key, text in os.environ.items() if key.startswith("STAGESWEEP_")}
         where = (str(Path.cwd()), [path for path in sys.path if path], own)
         given = (job.number, job.subdir, job.overrides, self.prune_on)
-        handle = self.submit(serve, where, pickle.dumps(shared(*self._shared)), *given)
+        handle = self.submit(serve, where, pickle.dumps(sweep_context(*self._shared)), *given)
         self.running[job.subdir] = _Running(job, handle)
 
     def wait(self, seconds: float | None = None) -> Iterator[Event]:
@@ -252,7 +252,7 @@ def serve(
     sys.path.extend(path for path in paths if path not in sys.path)
     from stagesweep import cli  # noqa: F401  Hydra gets to know the package
 
-    work: Work = pickle.loads(pickled)
+    work: SweepContext = pickle.loads(pickled)
     folder = work.folder / subdir
     write_to(folder / "trial.log")
     writer = Writer(folder, prune_on)

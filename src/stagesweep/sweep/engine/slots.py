@@ -26,7 +26,7 @@ from stagesweep.config.messages import explain
 from stagesweep.hardware import detection
 from stagesweep.sweep.engine import pipe
 from stagesweep.sweep.engine.job import name_of, serve
-from stagesweep.sweep.space.compose import shared, with_example
+from stagesweep.sweep.space.compose import sweep_context, with_example
 from stagesweep.sweep.study.states import Outcome
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class Slots:
         try:
             packed: bytes = self.call(with_example, *self._shared, overrides)
         except UserError:
-            packed = pickle.dumps(shared(*self._shared))
+            packed = pickle.dumps(sweep_context(*self._shared))
         return packed
 
     @property
