@@ -33,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Points beside the one they are compared with; ``ablation``: that is the full model."""
+    """Points and their baseline, which is the full model when ``ablation`` is true."""
 
     points: list[Point]
     baseline: Point
@@ -41,7 +41,7 @@ class Comparison:
 
 
 def points(sweep: Sweep, metric: str) -> list[Point]:
-    """The complete trials by what they try: seeds of one setting are one point."""
+    """Group the complete trials into points. Trials that differ in their seed are one point."""
     found: dict[str, Point] = {}
     for trial in sweep.complete:
         params = {key: value for key, value in trial.params.items() if key != "seed"}
@@ -56,7 +56,7 @@ def points(sweep: Sweep, metric: str) -> list[Point]:
 
 
 def of_runs(sweep: Sweep, trial: Trial, metric: str) -> list[float]:
-    """A metric of each run of a trial: an objective, or another number of its result."""
+    """A metric of each run of a trial: an objective, or another metric of its result."""
     if metric in sweep.objectives:
         place = sweep.objectives.index(metric)
         return [row[place] for row in trial.repeats or [trial.values]]
@@ -65,7 +65,7 @@ def of_runs(sweep: Sweep, trial: Trial, metric: str) -> list[float]:
 
 
 def compare(sweep: Sweep, objective: int = 0) -> Comparison | None:
-    """Each point beside the full model of an ablation, or beside the best where there are repeats.
+    """Compare each point with the full model of an ablation or, with repeats, with the best.
 
     The full model is what the study's attribute ``baseline`` names among the values of the
     parameter ``ablation``, by default the first of them. None when there is nothing to compare.
@@ -83,7 +83,7 @@ def compare(sweep: Sweep, objective: int = 0) -> Comparison | None:
 
 
 def comparisons(sweep: Sweep) -> dict[str, Comparison]:
-    """Comparisons by objective; an ablation's other metrics keep the order of the first."""
+    """Comparisons by metric. The further metrics of an ablation keep the order of the first."""
     found = {name: compare(sweep, place) for place, name in enumerate(sweep.objectives)}
     known = {name: each for name, each in found.items() if each is not None}
     first = next(iter(known.values()), None)

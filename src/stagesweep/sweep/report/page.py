@@ -112,7 +112,7 @@ def write_or_warn(folder: Path) -> None:
 
 
 def page(sweeps: Sequence[Sweep], place: Path) -> str:
-    """The report as HTML; links to trials are relative to the folder `place`."""
+    """Render the report as HTML. Links to trials are relative to the folder `place`."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -237,12 +237,12 @@ class _Section:
         return charts.bar_chart(shares, f"importance for {self.sweep.objectives[objective]}")
 
     def parallel(self, objective: int) -> Markup | None:
-        """Parallel coordinates; of a single parameter its slice says all."""
+        """Parallel coordinates, when there are several parameters."""
         enough = len(drawable(self.sweep, objective)) > 1 and len(self.sweep.parameters) > 1
         return charts.parallel_coordinates(self.sweep, objective) if enough else None
 
     def slices(self, objective: int) -> list[Markup]:
-        """A picture for each parameter."""
+        """A slice plot for each parameter."""
         trials = drawable(self.sweep, objective)
         names = [p for p in self.sweep.parameters if any(p in trial.params for trial in trials)]
         return [
@@ -251,7 +251,7 @@ class _Section:
 
     @cached_property
     def fronts(self) -> list[Markup]:
-        """Every two objectives against each other."""
+        """A Pareto front for each pair of objectives."""
         if not drawable(self.sweep):
             return []
         pairs = combinations(range(len(self.sweep.objectives)), 2)
@@ -261,18 +261,18 @@ class _Section:
 
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
-        """Points beside a baseline, by metric; empty without an ablation and without repeats."""
+        """Comparisons by metric; empty without an ablation and without repeats."""
         return comparisons(self.sweep)
 
     @cached_property
     def methods(self) -> pd.DataFrame | None:
-        """What every trial compared, method by method, when they differ in their seed only."""
+        """The table of `over_seeds`, when trials differ in their seed only."""
         if self.sweep.parameters != ["seed"]:
             return None
         return over_seeds(table(self.sweep))
 
     def forest(self, comparison: Comparison, name: str) -> Markup | None:
-        """Differences from the baseline as a picture."""
+        """The differences from the baseline as a chart."""
         differences = [p.minus(comparison.baseline).mean for p in comparison.points]
         if len(comparison.points) < 2 or not all(map(math.isfinite, differences)):
             return None
@@ -281,7 +281,7 @@ class _Section:
 
     @cached_property
     def curves(self) -> list[tuple[str, Markup]]:
-        """Learning curves: of each fit, and of what was reported to the pruner."""
+        """Learning curves of each fit, and of the values reported to the pruner."""
         return [*curves.fits(self.sweep), *curves.reports(self.sweep)]
 
 

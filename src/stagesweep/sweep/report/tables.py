@@ -25,7 +25,7 @@ def write(sweep: Sweep) -> None:
 
 
 def table(sweep: Sweep) -> pd.DataFrame:
-    """One row a trial: number, state, reason, objectives, seconds, reused, dir, parameters.
+    """One row for each trial: number, state, reason, objectives, seconds, reused, dir, parameters.
 
     With repeats an objective is followed by ``<objective>_low`` and ``<objective>_high``, its 95 %
     interval. With constraints, ``feasible`` follows the objectives.
@@ -131,7 +131,7 @@ def over_seeds(trials: pd.DataFrame) -> pd.DataFrame | None:
 
 
 def by_split(table: pd.DataFrame) -> list[pd.DataFrame]:
-    """The rows of each split, in the order in which splits appear; or all, where there are none."""
+    """Divide a table by its column ``split``, when it has one."""
     if "split" not in table:
         return [table]
     return [rows for _, rows in table.groupby("split", sort=False)]
@@ -162,7 +162,7 @@ def agreement(files: Sequence[Path]) -> dict[tuple[str, ...], list[float]]:
 
 
 def leaderboard(sweep: Sweep, rows: int = 10) -> str:
-    """The best trials as aligned text; of several objectives the Pareto front, by the first."""
+    """The best trials or the Pareto front as aligned text."""
     front = {trial.number for trial in sweep.front if len(sweep.objectives) > 1}
     best = [trial.number for trial in sweep.ranked() if not front or trial.number in front]
     shown = table(sweep).drop(columns=["state", "reason", "dir"])
@@ -183,8 +183,9 @@ def measured(table: pd.DataFrame) -> list[str]:
 
 
 def with_intervals(table: pd.DataFrame) -> str:
-    """The table of `over_seeds` as aligned text, split by split: ``mean ± half an interval``; of
-    the agreement, its mean and range. Only metrics that tell the methods apart.
+    """The table of `over_seeds` as aligned text, split by split, with the `measured` metrics.
+
+    A cell is ``mean ± half an interval``, or mean and range for the agreement.
     """
     shown = table[["method", *(["split"] if "split" in table else [])]].copy()
     for name in measured(table):
