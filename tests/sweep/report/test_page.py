@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from stagesweep.sweep.report import charts, svg
+from stagesweep.sweep.report import importances as importances_module
 from stagesweep.sweep.report import page as report
 from stagesweep.sweep.report.comparison import comparisons
 from stagesweep.sweep.report.loading import read
@@ -182,7 +183,7 @@ def test_importances_need_trials(make: Make) -> None:
 def test_many_trials_have_their_importances_by_another_method(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "MANY", 10)
+    monkeypatch.setattr(importances_module, "MANY", 10)
     maker = make()
     for number in range(12):
         maker.trial({"lr": 0.01 * (number + 1), "other": 1.0}, [float(number)])
