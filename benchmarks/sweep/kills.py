@@ -45,16 +45,8 @@ def main(argv: Sequence[str]) -> int:
             due = int(n / given.kills * 0.9 * given.trials)
             process = until(lambda due=due: len(watch.finished()) >= due, process, here, overrides)
             time.sleep(chance.uniform(0, 2))
-            kind, pid = None, None
-            while pid is None:  # none of a kind while the command starts or ends
-                if process.poll() is not None:
-                    process = here.start(*overrides)
-                kind = chance.choice(VICTIMS)
-                pid = chance.choice(watch.processes(process.pid)[kind] or [None])
-                time.sleep(0.01)
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
+            process, kind = kill_one(chance, watch, process, here, overrides)
+            if kind is None:
                 continue
             killed[kind] += 1
             if kind == "controller":
@@ -89,6 +81,28 @@ def main(argv: Sequence[str]) -> int:
         here.sweep(*quiet)
         same = points == sorted(t.params["stage.toy.x"] for t in here.study.trials)
     return verdict((same, "the points of an undisturbed sweep")) or status
+
+
+def kill_one(
+    chance: random.Random,
+    watch: "Watch",
+    process: "subprocess.Popen[bytes]",
+    here: Lab,
+    overrides: Sequence[str],
+) -> tuple["subprocess.Popen[bytes]", str | None]:
+    """Kill a random process. Returns the running command, and the kind that was killed, if any."""
+    kind, pid = "", None
+    while pid is None:  # none of a kind while the command starts or ends
+        if process.poll() is not None:
+            process = here.start(*overrides)
+        kind = chance.choice(VICTIMS)
+        pid = chance.choice(watch.processes(process.pid)[kind] or [None])
+        time.sleep(0.01)
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return process, None
+    return process, kind
 
 
 def until(

@@ -1,4 +1,4 @@
-"""Private names of torch: a failure here says what upstream has changed."""
+"""Private names of Hydra, Optuna and torch: a failure here says what upstream has changed."""
 
 import inspect
 import os
@@ -71,3 +71,56 @@ def test_default_store() -> None:
         )
     finally:
         dist.destroy_process_group()
+
+
+def test_optuna_tables() -> None:
+    from optuna.trial import TrialState
+
+    columns = {
+        "StudyUserAttributeModel": {"study_id", "key", "value_json"},
+        "StudySystemAttributeModel": {"study_id", "key", "value_json"},
+        "TrialModel": {"trial_id", "study_id", "number", "state", "datetime_start"}
+        | {"datetime_complete"},
+        "TrialParamModel": {"trial_id", "param_name", "param_value", "distribution_json"},
+        "TrialUserAttributeModel": {"trial_id", "key", "value_json"},
+        "TrialSystemAttributeModel": {"trial_id", "key", "value_json"},
+        "TrialValueModel": {"trial_id", "objective", "value", "value_type"},
+        "TrialIntermediateValueModel": {"trial_id", "step", "intermediate_value"}
+        | {"intermediate_value_type"},
+    }
+    tables = compat.optuna_tables()
+    for name, wanted in columns.items():
+        table = getattr(tables, name, None)
+        assert table is not None, f"optuna.storages._rdb.models has no {name} any more"
+        found = {column.name for column in table.__table__.columns}
+        keys = {column.name for column in table.__table__.primary_key}
+        assert wanted <= found, f"{name} of Optuna has lost columns: {wanted - found}"
+        required = {c.name for c in table.__table__.columns if not c.nullable and c.default is None}
+        new = required - wanted - keys
+        assert not new, f"{name} of Optuna has new columns that need a value: {new}"
+    assert tables.TrialModel.__table__.columns["state"].type.enum_class is TrialState, (
+        "Optuna stores the state of a trial in another way"
+    )
+    stored, kind = tables.TrialValueModel.value_to_stored_repr(float("inf"))
+    assert kind.name == "INF_POS", "Optuna stores infinite values in another way"
+    stored, kind = tables.TrialIntermediateValueModel.intermediate_value_to_stored_repr(
+        float("nan")
+    )
+    assert (stored, kind.name) == (None, "NAN"), "Optuna stores NaN in another way"
+
+
+def test_optuna_distribution() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    wanted = {
+        "a=choice(x, y)": CategoricalDistribution(("x", "y")),
+        "a=1,2": CategoricalDistribution((1, 2)),
+        "a=range(1, 4)": IntDistribution(1, 3),
+        "a=interval(0.5, 1)": FloatDistribution(0.5, 1.0),
+        "a=tag(log, interval(0.1, 1))": FloatDistribution(0.1, 1.0, log=True),
+    }
+    parser = OverridesParser.create()
+    for text, distribution in wanted.items():
+        found = compat.optuna_distribution(parser.parse_override(text))
+        assert found == distribution, f"hydra-optuna-sweeper reads {text} as {found}"

@@ -1,4 +1,4 @@
-"""Private names of torch that stagesweep needs, each with the reason.
+"""Private names of Hydra, Optuna and torch that stagesweep needs, each with the reason.
 
 A private name may change in any release. No other module touches one, so that an upgrade is
 mended here; ``tests/base/test_compat.py`` says which name has changed. Imports nothing at module
@@ -6,6 +6,29 @@ level: a command that only prints help reads this module, too.
 """
 
 from typing import Any
+
+# ----------------------------------------------------------------------------------- Optuna
+
+
+def optuna_tables() -> Any:
+    """The SQLAlchemy tables of Optuna's database.
+
+    Optuna has no public way to write several changes in one transaction, or without reading first.
+    """
+    from optuna.storages._rdb import models
+
+    return models
+
+
+def optuna_distribution(override: Any) -> Any:
+    """The Optuna distribution of an override that sweeps a key, parsed by Hydra's Optuna sweeper.
+
+    The sweeper has no public parser of its search space.
+    """
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
+
+    return create_optuna_distribution_from_override(override)
+
 
 # ------------------------------------------------------------------------------------ torch
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from stagesweep.base.errors import UserError
 from stagesweep.config import register, trust
 from stagesweep.sweep.engine.worker import run_task
-from stagesweep.sweep.space.compose import Work, with_example
+from stagesweep.sweep.space.compose import SweepContext, with_example
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root.handlers[:], root.level = handlers, level
 
 
-def work(folder: Path, *watching: Watching) -> Work:
+def work(folder: Path, *watching: Watching) -> SweepContext:
     """The work of a sweep there, as it comes to another process."""
     register.register()
     callbacks = Callbacks()
@@ -77,7 +77,7 @@ def work(folder: Path, *watching: Watching) -> Work:
         master = loader.load_configuration("config", given, run_mode=RunMode.MULTIRUN)
         context = HydraContext(loader, callbacks, trust.trusted())
         packed = with_example(context, master, (__name__, "task"), ["seed=1", FIXED[0]])
-    found: Work = pickle.loads(packed)
+    found: SweepContext = pickle.loads(packed)
     found.context.callbacks.callbacks.extend(watching)
     return found
 

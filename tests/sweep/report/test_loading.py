@@ -1,4 +1,4 @@
-"""The record of a sweep, read from its folder."""
+"""A sweep is loaded from its folder, and its results are tables."""
 
 import json
 import math
@@ -11,14 +11,11 @@ import optuna
 import pandas as pd
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
 from stagesweep.base.errors import UserError
 from stagesweep.sweep.report import charts, tables
-from stagesweep.sweep.report.loading import Point, read
-from stagesweep.sweep.study.url import without_password
+from stagesweep.sweep.report.loading import read
 
 Make = Callable[..., Any]
 
@@ -144,14 +141,6 @@ def test_nothing_finished_is_no_error(make: Make) -> None:
     assert "best_params" not in tables.best(read(maker.folder))
 
 
-def test_a_password_is_not_written() -> None:
-    shown = "postgresql://me@host:5432/studies"
-    assert without_password("postgresql://me:secret@host:5432/studies") == shown
-    assert without_password(f"{shown}?password=secret") == shown
-    assert without_password("sqlite:///study.db") == "sqlite:///study.db"
-    assert without_password("no url") == "no url"
-
-
 # ------------------------------------------------------------------------------ what is not there
 
 
@@ -222,57 +211,6 @@ def test_repeats_have_intervals(make: Make) -> None:
     assert [run.name for run in read(maker.folder).trials[0].runs] == ["0", "1", "2"]
 
 
-numbers = st.floats(-100, 100)
-PAIRS = st.lists(st.tuples(numbers, numbers), min_size=2, max_size=12)
-
-
-@given(PAIRS)
-def test_differences_are_paired(pairs: list[tuple[float, float]]) -> None:
-    ours, theirs = zip(*pairs, strict=True)
-    trial: Any = None
-    one = Point("one", trial, dict(enumerate(ours)))
-    # The order is not that of the seeds, and one has a seed that the other lacks.
-    other = Point("other", trial, dict(reversed([*enumerate(theirs), (99, 1.0)])))
-    found = one.minus(other)
-    difference = np.subtract(ours, theirs)
-    assert found.mean == pytest.approx(difference.mean(), abs=1e-9)
-    wanted = stats.ttest_rel(ours, theirs).confidence_interval(0.95) if np.ptp(difference) else None
-    if wanted is not None and difference.std() > 1e-6:
-        assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-6)
-
-
-def test_an_ablation_is_beside_the_full_model(make: Make) -> None:
-    maker = make()
-    maker.trial({"ablation": "a"}, [0.5], repeats=[0.4, 0.6])
-    maker.trial({"ablation": "full"}, [0.75], repeats=[0.7, 0.8])
-    maker.trial({"ablation": "b"}, [0.8], repeats=[0.7, 0.9])
-    found = tables.compare(read(maker.folder))
-    assert found is not None
-    assert found.ablation
-    assert [point.name for point in found.points] == ["full", "b", "a"]
-    assert found.points[2].minus(found.baseline).mean == pytest.approx(-0.25)
-    maker.study.set_user_attr("baseline", "b")
-    found = tables.compare(read(maker.folder))
-    assert found is not None
-    assert found.baseline.name == "b"
-
-
-def test_seeds_of_one_setting_are_repeats(make: Make) -> None:
-    maker = make()
-    for lr, shift in ((0.1, 0.0), (0.2, 0.25)):
-        for seed, value in (("0", 0.25), ("1", 0.5)):
-            maker.trial({"lr": lr, "seed": seed}, [value + shift])
-    found = tables.compare(read(maker.folder))
-    assert found is not None
-    assert not found.ablation
-    assert [point.name for point in found.points] == ["lr=0.2", "lr=0.1"]
-    assert found.points[1].minus(found.baseline) == pytest.approx((-0.25, -0.25, -0.25))
-
-
-def test_without_repeats_nothing_is_compared(mixed: Path) -> None:
-    assert tables.compare(read(mixed)) is None
-
-
 # ------------------------------------------------------------------------------ reuse
 
 
@@ -288,9 +226,9 @@ def test_what_reuse_saved(make: Make, tmp_path: Path) -> None:
     maker.trial({"lr": 0.2}, [0.6], stages=reused)
     sweep = read(maker.folder)
     assert [trial.reused for trial in sweep.trials] == [0, 3]
-    assert tables.saved(sweep) == (3, 99, 2)
+    assert tables.savings(sweep) == (3, 99, 2)
     # The store knows what other sweeps trained, and how long an interrupted stage took in all.
     entry = tmp_path / "store" / "bb" / b
     entry.mkdir(parents=True)
     (entry / "manifest.json").write_text(json.dumps({"files": {}, "seconds": 52}))
-    assert tables.saved(sweep) == (3, 149, 1)
+    assert tables.savings(sweep) == (3, 149, 1)

@@ -17,10 +17,11 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
-from stagesweep.sweep.report import charts
+from stagesweep.sweep.report import charts, svg
+from stagesweep.sweep.report import importances as importances_module
 from stagesweep.sweep.report import page as report
+from stagesweep.sweep.report.comparison import comparisons
 from stagesweep.sweep.report.loading import read
-from stagesweep.sweep.report.tables import compare, comparisons
 
 Make = Callable[..., Any]
 
@@ -179,21 +180,10 @@ def test_importances_need_trials(make: Make) -> None:
     assert "Too few trials: 3 complete" in shown(maker.folder).text
 
 
-def test_importances_find_what_matters(make: Make) -> None:
-    maker = make()
-    for number in range(20):
-        params = {"matters": 0.01 * 1.5**number, "other": 0.1 + 7 * number % 5}
-        maker.trial(params, [float(number)])
-    found = report.importances(read(maker.folder), 0)
-    assert isinstance(found, dict)
-    assert found["matters"] > 0.8
-    assert sum(found.values()) == pytest.approx(1)
-
-
 def test_many_trials_have_their_importances_by_another_method(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "MANY", 10)
+    monkeypatch.setattr(importances_module, "MANY", 10)
     maker = make()
     for number in range(12):
         maker.trial({"lr": 0.01 * (number + 1), "other": 1.0}, [float(number)])
@@ -353,34 +343,22 @@ def test_the_end_of_a_sweep_survives_its_report(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = full(make, count=2)
-    report.at_the_end(folder)
+    report.write_or_warn(folder)
     assert (folder / "report.html").exists()
     monkeypatch.setattr(report, "page", lambda *_: 1 / 0)
-    report.at_the_end(folder)
+    report.write_or_warn(folder)
     assert "no report.html: division by zero; try: stagesweep-report" in caplog.text
 
 
 def test_pictures_have_the_colours_of_the_page(make: Make) -> None:
     folder = full(make)
-    svg = charts.history(read(folder), 0, lambda trial: f"{trial.number}/")
-    assert "var(--best)" in svg
-    assert set(re.findall(r"var\(--(.*?)\)", svg)) <= set(charts._NAMES.values())
-    assert not set(re.findall(r"#[0-9a-f]{6}\b", svg)) - {"#ffffff"}
+    drawn = charts.history(read(folder), 0, lambda trial: f"{trial.number}/")
+    assert "var(--best)" in drawn
+    assert set(re.findall(r"var\(--(.*?)\)", drawn)) <= set(svg._NAMES.values())
+    assert not set(re.findall(r"#[0-9a-f]{6}\b", drawn)) - {"#ffffff"}
     style = (report.HERE / "report.css").read_text()
-    for name in charts._NAMES.values():
+    for name in svg._NAMES.values():
         assert style.count(f"--{name}:") == 2, "for light and for dark"
-
-
-def test_the_forest_marks_what_is_clear(make: Make) -> None:
-    maker = make()
-    maker.trial({"ablation": "full"}, [0.8], repeats=[0.75, 0.8, 0.86])
-    maker.trial({"ablation": "a"}, [0.2], repeats=[0.15, 0.21, 0.25])
-    maker.trial({"ablation": "b"}, [0.8], repeats=[0.8, 0.75, 0.85])
-    found = compare(read(maker.folder))
-    assert found is not None
-    svg = charts.forest(found, "difference")
-    assert "var(--accent)" in svg  # a: its interval has no zero
-    assert "var(--muted)" in svg  # b
 
 
 # ------------------------------------------------------------------------------ in a browser

@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.config import register
 from stagesweep.sweep.space.compose import (
-    Work,
+    SweepContext,
     compose,
-    composed,
+    compose_with_hydra,
     differences,
-    shared,
+    sweep_context,
     with_example,
 )
 
@@ -26,7 +26,7 @@ EXAMPLES: dict[str, bytes] = {}
 
 
 @pytest.fixture(scope="module")
-def work() -> Iterator[Work]:
+def work() -> Iterator[SweepContext]:
     register.register()
     with initialize_config_dir(str(register.folder()), job_name="stagesweep"):
         loader = GlobalHydra.instance().config_loader()
@@ -34,26 +34,24 @@ def work() -> Iterator[Work]:
             "config", [*FIXED, "hydra.sweep.dir=there", "search.study=s"], run_mode=RunMode.MULTIRUN
         )
         context = HydraContext(config_loader=loader, callbacks=None)  # type: ignore[arg-type]
-        yield shared(context, master, ("there", "task"))
+        yield sweep_context(context, master, ("there", "task"))
 
 
-def having(work: Work, first: list[str]) -> Work:
+def having(work: SweepContext, first: list[str]) -> SweepContext:
     """The work with an example, as it comes to another process."""
-    if (key := " ".join(first)) not in EXAMPLES:  # composed once: that is most of the time
-        master: DictConfig = pickle.loads(work.master)
-        EXAMPLES[key] = with_example(work.context, master, work.task, first)
-    sent: Work = pickle.loads(EXAMPLES[key])
+    master: DictConfig = pickle.loads(work.master)
+    sent: SweepContext = pickle.loads(with_example(work.context, master, work.task, first))
     return sent
 
 
-def plainly(work: Work, overrides: list[str]) -> DictConfig:
+def plainly(work: SweepContext, overrides: list[str]) -> DictConfig:
     """What Hydra composes."""
-    return composed(work.context, pickle.loads(work.master), overrides)
+    return compose_with_hydra(work.context, pickle.loads(work.master), overrides)
 
 
-def text(composed: DictConfig) -> str:
+def text(config: DictConfig) -> str:
     """All of a config but the moment and the folder, which are not of the overrides."""
-    return OmegaConf.to_yaml(composed)
+    return OmegaConf.to_yaml(config)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,9 @@ def text(composed: DictConfig) -> str:
         ),
     ],
 )
-def test_is_what_hydra_composes(work: Work, first: list[str], then: list[str], quick: bool) -> None:
+def test_is_what_hydra_composes(
+    work: SweepContext, first: list[str], then: list[str], quick: bool
+) -> None:
     try:
         expected = plainly(work, then)
     except ConfigCompositionException as error:
@@ -111,7 +111,7 @@ def test_is_what_hydra_composes(work: Work, first: list[str], then: list[str], q
     seed=st.integers(0, 2**31),
     path=st.text("ab c,=[]{}:/'\"\\$", max_size=6),
 )
-def test_any_value(work: Work, rate: float, epochs: int, seed: int, path: str) -> None:
+def test_any_value(work: SweepContext, rate: float, epochs: int, seed: int, path: str) -> None:
     quoted = "'" + path.replace("\\", "").replace("'", "").replace("$", "") + "'"
     then = [f"stage.joint.optimizer.lr={rate}", f"stage.joint.epochs={epochs}", f"seed={seed}"]
     first = [*FIRST[:3], "init_from=null", *FIXED]
@@ -123,7 +123,7 @@ def test_any_value(work: Work, rate: float, epochs: int, seed: int, path: str) -
     assert text(made) == text(expected)
 
 
-def test_a_wrong_value_is_refused_as_ever(work: Work) -> None:
+def test_a_wrong_value_is_refused_as_ever(work: SweepContext) -> None:
     wrong = ["stage.joint.optimizer.lr=fast", *FIRST[1:]]
     with pytest.raises(ConfigCompositionException) as there:
         plainly(work, wrong)

@@ -61,7 +61,7 @@ def test_values_keep_their_meaning() -> None:
 
 def test_zipped_keys_move_together() -> None:
     lists = {"a.lr": "1e-3,1e-2", "seed": "range(0, 3)", "b.lr": "choice(0.1, 0.2)"}
-    space = parse(lists, [], together=[["a.lr", "b.lr"]])
+    space = parse(lists, [], zipped=[["a.lr", "b.lr"]])
     assert space.distributions == {
         "a.lr,b.lr": CategoricalDistribution(["0.001,0.1", "0.01,0.2"]),
         "seed": IntDistribution(0, 2),
@@ -75,7 +75,7 @@ def test_zipped_keys_move_together() -> None:
 
 
 def test_a_zipped_list_may_repeat_a_value() -> None:
-    space = parse({"a": "1,1,2", "b": "x,y,y", "c": "range(3)"}, [], together=[["a", "b", "c"]])
+    space = parse({"a": "1,1,2", "b": "x,y,y", "c": "range(3)"}, [], zipped=[["a", "b", "c"]])
     assert [space.overrides(p) for p in space.points(10)] == [
         ["a=1", "b=x", "c=0"],
         ["a=1", "b=y", "c=1"],
@@ -84,7 +84,7 @@ def test_a_zipped_list_may_repeat_a_value() -> None:
 
 
 def test_a_group_that_is_fixed_is_no_longer_zipped() -> None:
-    space = parse({"a": "1,2", "b": "3,4"}, ["a=1", "b=3"], together=[["a", "b"]])
+    space = parse({"a": "1,2", "b": "3,4"}, ["a=1", "b=3"], zipped=[["a", "b"]])
     assert space.distributions == {}
 
 
@@ -165,33 +165,33 @@ ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
     "twice": ({"n": "1,2,1"}, {}, "n lists 1 twice; name every value once"),
     "zip: unequal": (
         {"a": "1,2", "b": "1,2,3"},
-        {"together": [["a", "b"]]},
+        {"zipped": [["a", "b"]]},
         "search.zip: a has 2 values and b 3; keys that move together need equally many",
     ),
     "zip: unknown": (
         {"alpha": "1,2", "b": "1,2"},
-        {"together": [["alhpa", "b"]]},
+        {"zipped": [["alhpa", "b"]]},
         "search.zip: alhpa is not swept by itself: did you mean 'alpha'?",
     ),
     "zip: in two groups": (
         {"a": "1,2", "b": "1,2", "c": "1,2"},
-        {"together": [["a", "b"], ["a", "c"]]},
+        {"zipped": [["a", "b"], ["a", "c"]]},
         "search.zip: a is not swept by itself: there are a,b, c",
     ),
     "zip: alone": (
         {"a": "1,2"},
-        {"together": [["a"]]},
+        {"zipped": [["a"]]},
         "search.zip: a is alone; a group names two or more keys",
     ),
     "zip: continuous": (
         {"a": "1,2", "b": "interval(0, 1)"},
-        {"together": [["a", "b"]]},
+        {"zipped": [["a", "b"]]},
         "b=interval(0.0, 1.0): its values cannot be listed; name them with choice(…) or "
         "range(from, to, step), or search it with search=random",
     ),
     "zip: twice": (
         {"a": "1,1", "b": "2,2"},
-        {"together": [["a", "b"]]},
+        {"zipped": [["a", "b"]]},
         "a,b lists 1,2 twice; name every value once",
     ),
     "when: unknown key": (
@@ -226,7 +226,7 @@ ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
     ),
     "when: zipped apart": (
         TREE | {"e": "1,2,3"},
-        {"when": {"b": "a=x"}, "together": [["b", "e"]]},
+        {"when": {"b": "a=x"}, "zipped": [["b", "e"]]},
         "search.when: b,e move together; give all one condition",
     ),
     "ablation: name taken": (

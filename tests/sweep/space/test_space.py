@@ -13,7 +13,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from stagesweep.base.errors import UserError
 from stagesweep.sweep.space.grammar import parse
-from stagesweep.sweep.space.space import Space, describe
+from stagesweep.sweep.space.parameter import describe
+from stagesweep.sweep.space.space import Space
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -59,14 +60,14 @@ def test_what_it_depends_on_may_be_fixed_zipped_or_an_ablation() -> None:
     assert gone.size() == 4
     free = parse(TREE, ["b=2"], when=WHEN)
     assert free.size() == 2 * 4 * 2
-    zipped = parse(TREE, [], when={"c": "a=x"}, together=[["a", "d"]])
+    zipped = parse(TREE, [], when={"c": "a=x"}, zipped=[["a", "d"]])
     assert zipped.size() == 3 * (4 + 1)
     removed = parse({"w": "1,2"}, [], when={"w": "ablation=full"}, leave_one_out=["v=0"])
     assert [removed.overrides(p) for p in removed.points(9)] == [["w=1"], ["w=2"], ["v=0"]]
 
 
 def test_zipped_keys_may_share_a_condition() -> None:
-    space = parse(TREE | {"e": "7,8,9"}, [], together=[["b", "e"]], when={"b": "a=x", "e": "a=x"})
+    space = parse(TREE | {"e": "7,8,9"}, [], zipped=[["b", "e"]], when={"b": "a=x", "e": "a=x"})
     assert space.size() == (3 + 1) * 4 * 2
 
 
@@ -81,7 +82,7 @@ def test_a_named_point_is_read_as_the_study_has_it() -> None:
         "n": "range(0, 9, 2)",
         "t": "true,null",
     }
-    space = parse(lists, [], together=[["a", "b"]])
+    space = parse(lists, [], zipped=[["a", "b"]])
     named = {"a": 2, "b": "'y z'", "lr": 0.5, "n": 4, "t": None}
     params = space.point(named)
     assert params == {"a,b": "2,'y z'", "lr": 0.5, "n": 4, "t": "null"}
@@ -123,7 +124,7 @@ def test_a_named_point_outside_is_one_line(case: str) -> None:
     named, line = POINT_ERRORS[case]
     lists = {"a": "1,2", "b": "x,y", "lr": "interval(0, 1)", "n": "range(0, 9, 2)"}
     with pytest.raises(UserError) as error:
-        parse(lists, [], together=[["a", "b"]]).point(named)
+        parse(lists, [], zipped=[["a", "b"]]).point(named)
     assert str(error.value) == line
 
 
@@ -194,7 +195,7 @@ def spaces(draw: DrawFn, texts: SearchStrategy[str]) -> Arguments:
         "space": space,
         "arguments": [],
         "when": when,
-        "together": together,
+        "zipped": together,
         "leave_one_out": removed,
     }
 
@@ -240,7 +241,8 @@ def test_every_suggested_point_lies_in_the_space(
         assert space.overrides(params) == overrides
         for name, value in params.items():
             distribution = space.distributions[name]
-            assert distribution._contains(distribution.to_internal_repr(value))
+            internal = distribution.to_internal_repr(value)
+            assert distribution.to_external_repr(internal) == value
         inactive = {
             key for key, c in arguments["when"].items() if f"parent={params['parent']}" != c
         }

@@ -1,4 +1,4 @@
-"""How a trial ended follows from its repeats, and from what its run has left."""
+"""The outcome of a trial follows from its repeats and from the files of its runs."""
 
 import json
 import math
@@ -9,28 +9,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagesweep.sweep.study.states import Outcome, on_disk, together, valid
+from stagesweep.sweep.study.states import Outcome, check_objective, combine_repeats, read_outcome
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5)
 
 
 @given(NUMBERS)
 def test_repeats_have_their_mean(values: list[float]) -> None:
-    ended = together([Outcome("complete", value) for value in values])
+    ended = combine_repeats([Outcome("complete", value) for value in values])
     assert ended.state == "complete"
     assert min(values) <= ended.value <= max(values) or len(set(values)) == 1
     assert ended.value == pytest.approx(math.fsum(values) / len(values))
 
 
 def test_of_several_objectives_each_has_its_mean() -> None:
-    ended = together([Outcome("complete", [1.0, 10.0]), Outcome("complete", (3.0, 20.0))])
+    ended = combine_repeats([Outcome("complete", [1.0, 10.0]), Outcome("complete", (3.0, 20.0))])
     assert ended == Outcome("complete", [2.0, 15.0])
 
 
 @pytest.mark.parametrize("bad", ["pruned", "failed"])
 def test_one_that_did_not_complete_is_the_end_of_all(bad: str) -> None:
     other = Outcome(bad, None, "oom", "too large")
-    assert together([Outcome("complete", 1.0), other, Outcome("complete", 2.0)]) == other
+    assert combine_repeats([Outcome("complete", 1.0), other, Outcome("complete", 2.0)]) == other
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def test_one_that_did_not_complete_is_the_end_of_all(bad: str) -> None:
     ],
 )
 def test_what_is_no_number_is_a_failure(value: Any, reason: str, message: str) -> None:
-    assert valid(Outcome("complete", value)) == Outcome("failed", None, reason, message)
-    assert together([Outcome("complete", 1.0), Outcome("complete", value)]).reason == reason
+    assert check_objective(Outcome("complete", value)) == Outcome("failed", None, reason, message)
+    assert combine_repeats([Outcome("complete", 1.0), Outcome("complete", value)]).reason == reason
 
 
 def test_a_run_that_was_told_to_end_stays_so() -> None:
-    assert valid(Outcome("interrupted")) == Outcome("interrupted")
+    assert check_objective(Outcome("interrupted")) == Outcome("interrupted")
 
 
 @pytest.mark.parametrize(
@@ -67,16 +67,16 @@ def test_a_run_that_was_told_to_end_stays_so() -> None:
 def test_a_folder_says_how_its_run_ended(
     tmp_path: Path, result: dict[str, Any], expected: Outcome | None
 ) -> None:
-    assert on_disk(tmp_path) is None, "not begun"
+    assert read_outcome(tmp_path) is None, "not begun"
     (tmp_path / "result.json").write_text(json.dumps(result))
-    assert on_disk(tmp_path) == expected
+    assert read_outcome(tmp_path) == expected
     (tmp_path / "result.json").write_text(json.dumps(result)[:-3])
-    assert on_disk(tmp_path) is None, "a file that was cut off says nothing"
+    assert read_outcome(tmp_path) is None, "a file that was cut off says nothing"
 
 
-def test_an_objective_that_was_no_number_is_nan_on_disk(tmp_path: Path) -> None:
+def test_an_objective_that_was_no_number_is_nan_read_outcome(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"status": "complete", "objective": {"value": null}}')
-    found = on_disk(tmp_path)
+    found = read_outcome(tmp_path)
     assert found is not None
     assert math.isnan(found.value)
-    assert valid(found).reason == "nan"
+    assert check_objective(found).reason == "nan"

@@ -1,28 +1,41 @@
-"""What is read from memory is what is on disk."""
+"""A study in memory equals the study on disk, and a killed writer leaves one that opens."""
 
+import os
+import signal
+import time
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from stagesweep.sweep.study.storage import OneWriter
+from stagesweep.sweep.study.storage import SingleWriterStorage, read_only
 
 
 def same(study: optuna.Study, url: str) -> list[FrozenTrial]:
-    """The trials as this process sees them; another one sees the same."""
+    """The trials in memory, which equal those that another process reads."""
     other = optuna.load_study(study_name="s", storage=url)
     seen = study.get_trials()
-    assert seen == other.get_trials()
-    assert [study._storage.get_trial(t._trial_id) for t in seen] == seen
+    # Ids differ: those of the database count from 1, and are not in the text of a trial.
+    assert [repr(t) for t in map(plain, seen)] == [repr(t) for t in map(plain, other.get_trials())]
     return seen
+
+
+def plain(trial: FrozenTrial) -> dict[str, object]:
+    """All that a trial says, but for its id in the storage."""
+    names = "number state values datetime_start datetime_complete constraints params distributions"
+    names += " user_attrs system_attrs intermediate_values"
+    found = {name: getattr(trial, name) for name in names.split()}
+    return {k: dict(sorted(v.items())) if isinstance(v, dict) else v for k, v in found.items()}
 
 
 def test_memory_and_disk_agree_after_every_write(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=1, multivariate=True)
-    study = optuna.create_study(study_name="s", storage=OneWriter(url), sampler=sampler)
+    study = optuna.create_study(study_name="s", storage=SingleWriterStorage(url), sampler=sampler)
     for number in range(4):
         if number == 2:
             study.enqueue_trial({"x": 0.5})
@@ -37,7 +50,7 @@ def test_memory_and_disk_agree_after_every_write(tmp_path: Path) -> None:
         if number != 1:  # one stays under way
             study.tell(trial, float(number))
             assert same(study, url)[number].value == number
-    again = optuna.load_study(study_name="s", storage=OneWriter(url))
+    again = optuna.load_study(study_name="s", storage=SingleWriterStorage(url))
     assert [trial.state.name for trial in same(again, url)] == ["COMPLETE", "RUNNING"] + [
         "COMPLETE"
     ] * 2
@@ -47,25 +60,25 @@ def test_memory_and_disk_agree_after_every_write(tmp_path: Path) -> None:
 
 def test_a_block_is_written_at_once_or_not_at_all(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    storage = OneWriter(url)
+    storage = SingleWriterStorage(url)
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(study_name="s", storage=storage, sampler=sampler)
     other = optuna.load_study(study_name="s", storage=url)
-    with storage.at_once():
+    with storage.transaction():
         trial = study.ask()
         trial.suggest_float("x", 0, 1)
         trial.set_user_attr("overrides", ["x=1"])
         assert other.get_trials() == []
         assert study.trials[0].user_attrs == {"overrides": ["x=1"]}
     assert same(study, url)[0].params == trial.params
-    with storage.at_once():
+    with storage.transaction():
         trial.set_user_attr("reason", "nan")
         study.tell(trial, 2.0)
         assert other.get_trials()[0].state.name == "RUNNING"
     assert same(study, url)[0].value == 2.0
 
     def interrupted() -> None:
-        with storage.at_once():
+        with storage.transaction():
             study.ask()
             raise KeyboardInterrupt
 
@@ -73,28 +86,31 @@ def test_a_block_is_written_at_once_or_not_at_all(tmp_path: Path) -> None:
         interrupted()
     assert len(other.get_trials()) == 1
     # Nothing is held back after it.
-    again = optuna.create_study(study_name="s", storage=OneWriter(url), load_if_exists=True)
+    again = optuna.create_study(
+        study_name="s", storage=SingleWriterStorage(url), load_if_exists=True
+    )
     again.ask()
     assert len(same(again, url)) == 2
 
 
 def test_a_known_point_and_its_end(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    storage = OneWriter(url)
+    storage = SingleWriterStorage(url)
     study = optuna.create_study(study_name="s", storage=storage, directions=["minimize"] * 2)
     space: dict[str, optuna.distributions.BaseDistribution] = {
         "x": optuna.distributions.FloatDistribution(0, 1),
         "c": optuna.distributions.CategoricalDistribution(["a", None]),
     }
-    given = {"params": {"x": 0.5, "c": None}, "distributions": space}
+    given: dict[str, Any] = {"params": {"x": 0.5, "c": None}, "distributions": space}
     for number in range(2):
         assert len(same(study, url)) == number
         notes = {"overrides": [f"x={number}"]}
         template = optuna.create_trial(state=TrialState.RUNNING, user_attrs=notes, **given)
-        storage.create_new_trial(study._study_id, template)
+        study.add_trial(template)
     before = study.get_trials(deepcopy=False)[1]
-    storage.set_trial_user_attr(before._trial_id, "overrides", ["x=2"])
-    storage.set_trial_user_attr(before._trial_id, "seconds", 2.5)
+    ids = [storage.get_trial_id_from_study_id_trial_number(0, number) for number in range(2)]
+    storage.set_trial_user_attr(ids[1], "overrides", ["x=2"])
+    storage.set_trial_user_attr(ids[1], "seconds", 2.5)
     assert before.user_attrs == {"overrides": ["x=1"]}  # whoever has it keeps it
     assert same(study, url)[1].user_attrs == {"overrides": ["x=2"], "seconds": 2.5}
     study.tell(0, [1, float("-inf")])
@@ -104,4 +120,80 @@ def test_a_known_point_and_its_end(tmp_path: Path) -> None:
     assert ended[0].values == [1.0, float("-inf")]
     assert ended[0].params == {"x": 0.5, "c": None}
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
-        storage.set_trial_user_attr(ended[0]._trial_id, "seconds", 1.0)
+        storage.set_trial_user_attr(ids[0], "seconds", 1.0)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
+def test_times_are_stored_as_optuna_stores_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zone: str
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        url = f"sqlite:///{tmp_path / 'study.db'}"
+        study = optuna.create_study(study_name="s", storage=SingleWriterStorage(url))
+        study.ask()
+        study.tell(0, 1.0)
+        same(study, url)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def write_for_ever(url: str, ready: str) -> None:
+    storage = SingleWriterStorage(url)
+    study = optuna.create_study(study_name="s", storage=storage, load_if_exists=True)
+    Path(ready).touch()
+    while True:
+        with storage.transaction():
+            trial = study.ask()
+            trial.suggest_float("x", 0, 1)
+            trial.set_user_attr("overrides", ["x=1"])
+        with storage.transaction():
+            trial.set_user_attr("seconds", 1.0)
+            study.tell(trial, 1.0)
+
+
+def test_a_study_opens_after_its_writer_was_killed(tmp_path: Path) -> None:
+    url, known = f"sqlite:///{tmp_path / 'study.db'}", 0
+    for attempt in range(4):
+        ready = tmp_path / f"ready{attempt}"
+        writer = get_context("fork").Process(target=write_for_ever, args=(url, str(ready)))
+        writer.start()
+        while not ready.exists():
+            assert writer.is_alive()
+            time.sleep(0.01)
+        time.sleep(0.05 + 0.037 * attempt)
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        study = optuna.load_study(study_name="s", storage=SingleWriterStorage(url))
+        trials = same(study, url)
+        assert len(trials) > known
+        known = len(trials)
+        assert [trial.number for trial in trials] == list(range(known))
+        for trial in trials:  # a proposal and an end are whole
+            assert trial.user_attrs["overrides"] == ["x=1"]
+            assert ("seconds" in trial.user_attrs) == (trial.state is TrialState.COMPLETE)
+
+
+def test_attributes_of_the_study_are_on_disk(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(study_name="s", storage=SingleWriterStorage(url))
+    for value in (1, (2, 3)):
+        study.set_user_attr("a", value)
+        assert study.user_attrs == optuna.load_study(study_name="s", storage=url).user_attrs
+    again = optuna.load_study(study_name="s", storage=SingleWriterStorage(url))
+    assert again.user_attrs == {"a": [2, 3]}
+
+
+def test_a_read_only_storage_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    study = optuna.create_study(study_name="s", storage=SingleWriterStorage(f"sqlite:///{file}"))
+    study.ask()
+    before = file.read_bytes()
+    opened = optuna.load_study(study_name="s", storage=read_only(file))
+    assert len(opened.trials) == 1
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        opened.ask()
+    assert file.read_bytes() == before

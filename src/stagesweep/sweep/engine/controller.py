@@ -25,9 +25,9 @@ from stagesweep.sweep.engine.console import Console
 from stagesweep.sweep.engine.job import Finished, Job, JobEvent, Progress, Report
 from stagesweep.sweep.engine.trial_results import constraint_violations, total_seconds
 from stagesweep.sweep.study import manifest
-from stagesweep.sweep.study.budget import BEHIND, Clock
-from stagesweep.sweep.study.controllers import Sharing, explained
-from stagesweep.sweep.study.states import Outcome, on_disk, valid
+from stagesweep.sweep.study.budget import RECORD_INTERVAL, SweepTimer
+from stagesweep.sweep.study.controllers import Coordinator, storage_errors
+from stagesweep.sweep.study.states import Outcome, check_objective, read_outcome
 from stagesweep.sweep.study.study import Study, Trial
 
 log = logging.getLogger(__name__)
@@ -46,25 +46,25 @@ def sweep(
     modes = objectives(config.objective)
     pruner = setup.make_pruner(settings, list(modes))
     about = manifest.about(space, config)
-    sharing = Sharing(sweeper.storage)
-    with explained(sweeper.storage), ExitStack() as stack:
-        with sharing.alone():
+    coordinator = Coordinator(sweeper.storage)
+    with storage_errors(sweeper.storage), ExitStack() as stack:
+        with coordinator.lock():
             folder, resumed = setup.choose_folder(config, sweeper, space, about)
             backend = None if resumed else open_backend(launcher)
             if backend is not None:  # a resumed sweep was validated when it began
                 setup.validate_sweep(config, space, launcher, backend)
             folder.mkdir(parents=True, exist_ok=True)
-            if sharing.shared:
-                setup.remove_password(config, sharing.url)
+            if coordinator.shared:
+                setup.remove_password(config, coordinator.url)
             else:
                 stack.enter_context(setup.folder_lock(folder))
             setup.write_manifest(folder, sweeper, arguments, about)
-            sharing.url = sweeper.storage
+            coordinator.url = sweeper.storage
             study = Study(
-                folder, sweeper, settings, space, points, pruner, list(modes.values()), sharing
+                folder, sweeper, settings, space, points, pruner, list(modes.values()), coordinator
             )
         try:
-            if not study.over:
+            if not study.finished:
                 backend = backend or open_backend(launcher)
                 backend.prune_on = setup.pruning_metric(pruner, settings, next(iter(modes)))
                 Controller(study, backend, config, settings).run()
@@ -91,7 +91,7 @@ class Controller:
         self.repeats_in_turn = study.pruner is not None and settings.repeats > 1
         self.prune_by_repeats = self.repeats_in_turn and backend.prune_on is None
         self.retries: dict[str, int] = {}
-        self.clock = Clock(study.optuna)
+        self.clock = SweepTimer(study.optuna)
         self.out_of_time = False
         self.stop_signal: int | None = None
         # The pruner compares values by the mode of the objective. The sign of a metric with the
@@ -103,7 +103,7 @@ class Controller:
     def run(self) -> None:
         """Run until every trial has finished; Interrupted if a signal stopped the sweep."""
         try:
-            with handle_signals(self), self.study.sharing.joined(self.study.optuna):
+            with handle_signals(self), self.study.coordinator.heartbeat(self.study.optuna):
                 self.loop()
         finally:
             self.console.close()
@@ -116,7 +116,9 @@ class Controller:
 
     def loop(self) -> None:
         """Start jobs and handle their events, until nothing is left."""
-        if not self.study.sharing.shared:  # several controllers take unfinished trials one by one
+        if (
+            not self.study.coordinator.shared
+        ):  # several controllers take unfinished trials one by one
             for trial in self.study.unfinished():
                 self.start_trial(trial)
         try:
@@ -125,7 +127,9 @@ class Controller:
                 if not self.trials and not self.waits_for_others():
                     return
                 self.clock.tick()
-                for event in self.backend.wait(self.study.sharing.pause or BEHIND):
+                for event in self.backend.wait(
+                    self.study.coordinator.poll_interval or RECORD_INTERVAL
+                ):
                     self.handle(event)
                 self.drop_lost_trials()
                 if self.stop_signal is not None and not self.backend.busy:
@@ -135,16 +139,16 @@ class Controller:
 
     def waits_for_others(self) -> bool:
         """Whether another controller runs trials, which this one takes over if that one dies."""
-        if not self.study.sharing.shared or self.stop_signal is not None or self.out_of_time:
+        if not self.study.coordinator.shared or self.stop_signal is not None or self.out_of_time:
             return False
         return bool(self.study.running())
 
     def drop_lost_trials(self) -> None:
         """Stop the trials that another controller has taken over from this one."""
-        if not self.study.sharing.late.is_set():
+        if not self.study.coordinator.missed_heartbeat.is_set():
             return
-        self.study.sharing.late.clear()
-        for number in set(self.study.lost()) & self.trials.keys():
+        self.study.coordinator.missed_heartbeat.clear()
+        for number in set(self.study.taken_over()) & self.trials.keys():
             log.warning("#%d was taken over by another controller while this one stood", number)
             self.queue = deque(job for job in self.queue if job.number != number)
             self.backend.stop(number)
@@ -162,7 +166,7 @@ class Controller:
 
     def is_budget_spent(self) -> bool:
         """Whether ``search.budget`` is spent, so that no more trials start."""
-        budget, spent = self.settings.budget, self.clock.spent
+        budget, spent = self.settings.budget, self.clock.elapsed
         over = budget is not None and spent > budget
         if over and not self.out_of_time:
             log.info(
@@ -179,7 +183,7 @@ class Controller:
         """Queue the jobs of a trial. A repeated point gets the outcome of the first one instead."""
         if (first := self.study.first(trial)) != trial.number:
             log.info("#%d is #%d again and is not run", trial.number, first)
-            if (known := self.study.told(first)) is not None:
+            if (known := self.study.outcome_of(first)) is not None:
                 self.study.tell(Trial(first, trial.overrides), [known])
             return
         trial.begun = time.monotonic()
@@ -212,7 +216,7 @@ class Controller:
         pending = self.pending[trial.number]
         while pending:
             job = pending.popleft()
-            if (outcome := on_disk(self.study.folder / job.subdir)) is not None:
+            if (outcome := read_outcome(self.study.folder / job.subdir)) is not None:
                 self.record_outcome(job, outcome)
                 continue
             self.queue.append(job)
@@ -224,7 +228,7 @@ class Controller:
     def record_outcome(self, job: Job, outcome: Outcome) -> None:
         """Keep the outcome of a job; drop the pending jobs if it decides the trial."""
         outcomes, pending = self.outcomes[job.number], self.pending[job.number]
-        outcomes[job.subdir] = outcome = valid(outcome)
+        outcomes[job.subdir] = outcome = check_objective(outcome)
         decided = outcome.state != "complete"
         if self.prune_by_repeats and not decided:
             decided = self.study.report(job.number, outcome.value, job.repeat)
@@ -260,7 +264,7 @@ class Controller:
         retries = self.retries.get(job.subdir, 0)
         if outcome.reason in RETRIED and retries < self.settings.max_retries:
             self.retries[job.subdir] = retries + 1
-            self.study.note(job.number, retries=retries + 1)
+            self.study.set_attrs(job.number, retries=retries + 1)
             log.warning("#%s %s (%s); again", job.subdir, outcome.reason, outcome.message)
             self.queue.appendleft(replace(job, stop_reason=None, deadline=float("inf")))
             return

@@ -19,7 +19,7 @@ from stagesweep.base.files import atomic_text
 from stagesweep.sweep.engine.file_trial import COMMAND, REPORTS, run_on_cluster
 from stagesweep.sweep.engine.job import Finished, Job, JobEvent, Report
 from stagesweep.sweep.engine.worker import task_name
-from stagesweep.sweep.space.compose import shared
+from stagesweep.sweep.space.compose import sweep_context
 from stagesweep.sweep.study.states import Outcome
 
 # Seconds between two polls of the jobs.
@@ -83,7 +83,7 @@ class FileBackend:
         variables = {key: text for key, text in os.environ.items() if key.startswith("STAGESWEEP_")}
         environment = (str(Path.cwd()), [path for path in sys.path if path], variables)
         arguments = (job.number, job.subdir, job.overrides, self.prune_on)
-        work = pickle.dumps(shared(*self._shared))
+        work = pickle.dumps(sweep_context(*self._shared))
         handle = self.submit(run_on_cluster, environment, work, *arguments)
         self.running[job.subdir] = _SubmittedJob(job, handle)
 

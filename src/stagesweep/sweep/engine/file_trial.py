@@ -12,7 +12,7 @@ from pathlib import Path
 from stagesweep.base import trial
 from stagesweep.base.trial import Trial
 from stagesweep.sweep.engine.worker import redirect_output, run_to_outcome
-from stagesweep.sweep.space.compose import Work
+from stagesweep.sweep.space.compose import SweepContext
 from stagesweep.sweep.study.states import Outcome
 
 # Files in the folder of a job: what it reports, and what the controller tells it.
@@ -66,7 +66,7 @@ def run_on_cluster(
     os.chdir(folder)
     os.environ.update(variables)
     sys.path.extend(path for path in search_path if path not in sys.path)
-    work: Work = pickle.loads(pickled)
+    work: SweepContext = pickle.loads(pickled)
     job_folder = work.folder / subdir
     redirect_output(job_folder / "trial.log")
     current = FileTrial(job_folder, prune_on)

@@ -17,7 +17,7 @@ from typing import Any
 from stagesweep.base import signals, trial
 from stagesweep.base.trial import Trial
 from stagesweep.sweep.engine.worker import redirect_output, run_to_outcome
-from stagesweep.sweep.space.compose import Work
+from stagesweep.sweep.space.compose import SweepContext
 
 # Seconds between SIGTERM, upon which a fit saves its checkpoint, and SIGKILL.
 GRACE = 15.0
@@ -84,7 +84,7 @@ def run_in_slot(
     os.setsid()
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    work: Work = pickle.loads(pickled)
+    work: SweepContext = pickle.loads(pickled)
     redirect_output(work.folder / subdir / "trial.log")
     current = PipeTrial(connection, prune_on)
     trial.set_current(current)

@@ -37,7 +37,7 @@ def search_space(
     space = parse(
         config.search.space,
         trial_overrides(arguments),
-        together=settings.zip,
+        zipped=settings.zip,
         when=settings.when,
         variants=settings.ablation.variants,
         leave_one_out=settings.ablation.leave_one_out,

@@ -29,7 +29,7 @@ from stagesweep.hardware import detection
 from stagesweep.sweep.engine.job import Finished, Job, JobEvent, Progress, Report
 from stagesweep.sweep.engine.pipe import GRACE, run_in_slot
 from stagesweep.sweep.engine.worker import task_name
-from stagesweep.sweep.space.compose import shared, with_example
+from stagesweep.sweep.space.compose import sweep_context, with_example
 from stagesweep.sweep.study.states import Outcome
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class SlotBackend:
         try:
             pickled: bytes = self.call(with_example, *self._shared, overrides)
         except UserError:
-            pickled = pickle.dumps(shared(*self._shared))
+            pickled = pickle.dumps(sweep_context(*self._shared))
         return pickled
 
     @property

@@ -17,7 +17,7 @@ def write_results(study: Study) -> None:
         return
     sweep = loading.read(folder, study.optuna)
     tables.write(sweep)
-    page.at_the_end(folder)
+    page.write_or_warn(folder)
     if not sweep.complete:
         return
     several = len(sweep.objectives) > 1
@@ -47,7 +47,7 @@ def closing_lines(folder: Path, best: Path | None) -> str:
 
 def check_failures(study: Study) -> None:
     """UserError when no trial is complete, or more failed than ``search.max_failure_rate``."""
-    outcomes = [study.told(trial.number) for trial in study.trials()]
+    outcomes = [study.outcome_of(trial.number) for trial in study.trials()]
     ended = [outcome for outcome in outcomes if outcome is not None]
     failed = [outcome for outcome in ended if outcome.state == "failed"]
     if outcomes and not any(outcome.state == "complete" for outcome in ended):

@@ -22,14 +22,14 @@ from stagesweep.base.errors import reason
 from stagesweep.base.trial import Trial
 from stagesweep.config.messages import explain
 from stagesweep.config.nodes import copy_config
-from stagesweep.sweep.space.compose import Work, compose
+from stagesweep.sweep.space.compose import SweepContext, compose
 from stagesweep.sweep.study.states import Outcome
 
 log = logging.getLogger(__name__)
 
 
 def run_to_outcome(
-    current: Trial, work: Work, number: int, subdir: str, overrides: Sequence[str]
+    current: Trial, work: SweepContext, number: int, subdir: str, overrides: Sequence[str]
 ) -> Outcome:
     """`run_task`, with its result or its error as an outcome.
 
@@ -50,7 +50,7 @@ def run_to_outcome(
     return Outcome("complete", returned)
 
 
-def run_task(work: Work, number: int, subdir: str, overrides: Sequence[str]) -> Any:
+def run_task(work: SweepContext, number: int, subdir: str, overrides: Sequence[str]) -> Any:
     """Compose the config of a job and call the task with it; returns the objective."""
     task = load_task(work.task)  # its module also registers the configs that Hydra composes
     setup_globals()

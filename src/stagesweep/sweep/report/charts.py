@@ -1,161 +1,51 @@
-"""The pictures of a report: SVG for a page, whose text stays text and whose colours are the page's.
-
-Each function gives the markup of one picture. Colours are written as stand-ins that `picture`
-replaces by the variables of the page's style sheet, so that one picture suits light and dark.
-"""
+"""The charts of a report. Each function returns one chart as SVG."""
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from io import StringIO
 from typing import Any, Literal
 
 import numpy as np
-from markupsafe import Markup, escape
-from matplotlib import rc_context
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial
 
-from stagesweep.sweep.report.loading import Comparison, Sweep, Trial
-from stagesweep.sweep.report.tables import shown
+from stagesweep.sweep.report.comparison import Comparison
+from stagesweep.sweep.report.loading import Sweep, Trial, drawable
+from stagesweep.sweep.report.svg import (
+    ACCENT,
+    BAD,
+    BEST,
+    INK,
+    MUTED,
+    RANKS,
+    SERIES,
+    draw_points,
+    plain_ticks,
+    render_svg,
+    scale_axis,
+    shorten,
+)
+from stagesweep.sweep.report.text import format_value
 
+# The link to a trial's folder.
 Link = Callable[[Trial], str]
-Floats = Sequence[float]
-
-# What is larger, or positive and smaller than its inverse, is left out of axes.
-LARGEST = 1e100
-
-# Stand-ins, and the variables of the style sheet that they are.
-INK, MUTED, LINE, ACCENT, BEST, BAD = (f"#0{n}0{n}0{n}" for n in range(1, 7))
-SERIES = tuple(f"#0{n}0a0{n}" for n in range(6))
-RANKS = tuple(f"#0{n}0b0{n}" for n in range(5))
-_NAMES = {INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", BEST: "best", BAD: "bad"}
-_NAMES |= {colour: f"series{n}" for n, colour in enumerate(SERIES)}
-_NAMES |= {colour: f"rank{n}" for n, colour in enumerate(RANKS)}
-_COLOURS = {colour: f"var(--{name})" for colour, name in _NAMES.items()}
-
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "stagesweep",
-    "text.parse_math": False,  # names are not formulas
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "grid.color": LINE,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
-
-_count = 0
-
-
-def picture(
-    draw: Callable[[Axes], None], label: str, width: float = 480, height: float = 270
-) -> Markup:
-    """The SVG of what `draw` draws, `width` by `height` units, with `label` for who cannot see."""
-    global _count
-    _count += 1
-    with rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        draw(figure.subplots())
-        stream = StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-    text = stream.getvalue()
-    text = re.sub(r"<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r"<(?:style|metadata).*?</(?:style|metadata)>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0], f"p{_count}-"), text)
-    start = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
-    return Markup(re.sub(r"<svg[^>]*>", lambda _: start, text, count=1))
-
-
-def _tag(tag: str, prefix: str) -> str:
-    """A tag with names of its own on the page, and the page's colours."""
-    tag = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\1{prefix}", tag)
-    return re.sub(r"#0[0-9a-f]{5}", lambda found: _COLOURS.get(found[0], found[0]), tag)
-
-
-# ------------------------------------------------------------------------------ axes
-
-
-def _plain(axis: Any, log: bool = False) -> None:
-    """Ticks as plain numbers."""
-    if log:
-        low, high = axis.get_view_interval()
-        decades = math.log10(high / low) if low > 0 else 1
-        subs = (
-            (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(range(1, 10))
-        )
-        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
-        axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
-
-
-def _values_axis(axes: Axes, values: Sequence[float], which: str = "y") -> None:
-    """A logarithmic axis when positive values span more than two decades."""
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    known = [value for value in values if math.isfinite(value)]
-    log = bool(known) and min(known) > 1 / LARGEST and max(known) > 100 * min(known)
-    if log:
-        (axes.set_yscale if which == "y" else axes.set_xscale)("log")
-    _plain(axis, log)
-
-
-def _short(name: str, length: int = 34) -> str:
-    return name if len(name) <= length else "…" + name[1 - length :]
-
-
-def _dots(
-    axes: Axes,
-    x: Floats,
-    y: Floats,
-    links: Sequence[str],
-    color: str = ACCENT,
-    size: float = 26,
-    alpha: float = 0.75,
-    label: str = "",
-) -> None:
-    """Points that lead to their trials."""
-    dots = axes.scatter(x, y, s=size, c=color, alpha=alpha, linewidths=0, label=label)
-    dots.set_urls(list(links))
-
-
-def finite(sweep: Sweep, objective: int = 0) -> list[Trial]:
-    """The complete trials whose objective is a number that can be drawn."""
-    return [trial for trial in sweep.complete if abs(trial.values[objective]) < LARGEST]
 
 
 def best_so_far(sweep: Sweep, objective: int = 0) -> list[float]:
-    """The best value up to each of the `finite` trials; NaN before one keeps the constraints."""
+    """The best value up to each `drawable` trial; NaN before the first feasible one."""
     better = np.fmax if sweep.maximise[objective] else np.fmin
-    trials = finite(sweep, objective)
+    trials = drawable(sweep, objective)
     values = [trial.values[objective] if trial.feasible else math.nan for trial in trials]
     return [float(value) for value in better.accumulate(values)]
 
 
-# ------------------------------------------------------------------------------ pictures
-
-
 def history(sweep: Sweep, objective: int, link: Link, width: float = 480) -> Markup:
-    """Values by trial, and the best so far."""
-    trials = finite(sweep, objective)
+    """The objective by trial, and the best so far."""
+    trials = drawable(sweep, objective)
     values = [trial.values[objective] for trial in trials]
     numbers = [trial.number for trial in trials]
 
@@ -166,8 +56,8 @@ def history(sweep: Sweep, objective: int, link: Link, width: float = 480) -> Mar
             chosen = [trial for trial in trials if trial.feasible is feasible]
             x, y = [t.number for t in chosen], [t.values[objective] for t in chosen]
             if chosen:
-                _dots(axes, x, y, [link(t) for t in chosen], colour, label=name)
-        _values_axis(axes, values)
+                draw_points(axes, x, y, [link(t) for t in chosen], colour, label=name)
+        scale_axis(axes, values)
         for state, colour in (("pruned", MUTED), ("failed", BAD)):
             found = [trial.number for trial in sweep.trials if trial.state == state]
             if found:
@@ -175,13 +65,13 @@ def history(sweep: Sweep, objective: int, link: Link, width: float = 480) -> Mar
                 (ticks,) = axes.plot(found, [0.0] * len(found), "|", label=state, transform=below)
                 ticks.set(markersize=9, markeredgewidth=1.6, color=colour, clip_on=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set(xlabel="trial", ylabel=_short(sweep.objectives[objective]))
+        axes.set(xlabel="trial", ylabel=shorten(sweep.objectives[objective]))
         axes.figure.legend(loc="outside upper center", ncols=4)
 
-    return picture(draw, f"{sweep.objectives[objective]} by trial, and the best so far", width)
+    return render_svg(draw, f"{sweep.objectives[objective]} by trial, and the best so far", width)
 
 
-def histories(sweeps: Mapping[str, Sweep]) -> Markup:
+def compare_histories(sweeps: Mapping[str, Sweep]) -> Markup:
     """The best so far of several sweeps with the same objective."""
 
     def draw(axes: Axes) -> None:
@@ -194,15 +84,17 @@ def histories(sweeps: Mapping[str, Sweep]) -> Markup:
             axes.step(count, best, where="post", color=colour, ls=style, lw=1.8, label=name)
             axes.plot(count[-1:], best[-1:], "o", color=colour, ms=5)
             everything += [value for value in best if math.isfinite(value)]
-        _values_axis(axes, everything)
+        scale_axis(axes, everything)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set(xlabel="finished trials", ylabel=_short(next(iter(sweeps.values())).objectives[0]))
+        axes.set(
+            xlabel="finished trials", ylabel=shorten(next(iter(sweeps.values())).objectives[0])
+        )
         axes.figure.legend(loc="outside upper center", ncols=3)
 
-    return picture(draw, "the best so far of each sweep", width=720)
+    return render_svg(draw, "the best so far of each sweep", width=720)
 
 
-def bars(shares: Mapping[str, float], label: str) -> Markup:
+def bar_chart(shares: Mapping[str, float], label: str) -> Markup:
     """Shares of a whole, largest first."""
     names, values = list(shares)[::-1], list(shares.values())[::-1]
 
@@ -210,27 +102,29 @@ def bars(shares: Mapping[str, float], label: str) -> Markup:
         axes.barh(range(len(names)), values, color=ACCENT, height=0.6)
         for place, value in enumerate(values):
             axes.text(value + 0.01, place, f"{value:.2f}", va="center", fontsize=9)
-        axes.set_yticks(range(len(names)), [_short(name, 40) for name in names])
+        axes.set_yticks(range(len(names)), [shorten(name, 40) for name in names])
         axes.set_xlim(0, max([*values, 0.1]) * 1.15)
         axes.grid(axis="y", visible=False)
         axes.spines.left.set_visible(False)
-        _plain(axes.xaxis)
+        plain_ticks(axes.xaxis)
 
-    return picture(draw, label, height=56 + 24 * len(names))
+    return render_svg(draw, label, height=56 + 24 * len(names))
 
 
-def place_of(
+def axis_positions(
     values: Sequence[Any], distribution: BaseDistribution
 ) -> tuple[list[float], list[str]]:
-    """Where values lie on an axis; the names of the places when they are choices."""
+    """The positions of values on an axis, and the names of the ticks of choices."""
     if isinstance(distribution, CategoricalDistribution):
         choices = list(distribution.choices)
-        return [float(choices.index(v)) for v in values], [shown(choice) for choice in choices]
+        return [float(choices.index(v)) for v in values], [
+            format_value(choice) for choice in choices
+        ]
     return [float(value) for value in values], []
 
 
-def distributions(sweep: Sweep) -> dict[str, BaseDistribution]:
-    """What each parameter may be, as the newest trial that has it says."""
+def newest_distributions(sweep: Sweep) -> dict[str, BaseDistribution]:
+    """The distribution of each parameter in the newest trial that has it."""
     found: dict[str, BaseDistribution] = {}
     frozen: Sequence[FrozenTrial] = sweep.study.get_trials(deepcopy=False)
     for trial in frozen:
@@ -238,18 +132,18 @@ def distributions(sweep: Sweep) -> dict[str, BaseDistribution]:
     return {name: found[name] for name in sweep.parameters}
 
 
-def slice_of(sweep: Sweep, parameter: str, objective: int, link: Link) -> Markup:
-    """The objective against one parameter; the best trial stands out."""
-    trials = [trial for trial in finite(sweep, objective) if parameter in trial.params]
-    distribution = distributions(sweep)[parameter]
+def slice_plot(sweep: Sweep, parameter: str, objective: int, link: Link) -> Markup:
+    """The objective against one parameter, with the best trial highlighted."""
+    trials = [trial for trial in drawable(sweep, objective) if parameter in trial.params]
+    distribution = newest_distributions(sweep)[parameter]
     values = [trial.values[objective] for trial in trials]
-    x, names = place_of([trial.params[parameter] for trial in trials], distribution)
+    x, names = axis_positions([trial.params[parameter] for trial in trials], distribution)
     best = {trial.number for trial in sweep.ranked(objective)[:1]}
 
     def draw(axes: Axes) -> None:
         if names:
             spread = np.random.default_rng(0).uniform(-0.12, 0.12, len(x))
-            axes.set_xticks(range(len(names)), [_short(name, 14) for name in names])
+            axes.set_xticks(range(len(names)), [shorten(name, 14) for name in names])
             axes.set_xlim(-0.5, len(names) - 0.5)
             if len(names) > 5 or max(map(len, names)) > 8:
                 axes.tick_params(axis="x", rotation=35)
@@ -259,31 +153,31 @@ def slice_of(sweep: Sweep, parameter: str, objective: int, link: Link) -> Markup
             if log:
                 axes.set_xscale("log")
         places = [float(value) for value in np.add(x, spread)]
-        _dots(axes, places, values, [link(trial) for trial in trials])
+        draw_points(axes, places, values, [link(trial) for trial in trials])
         for trial, place, value in zip(trials, places, values, strict=True):
             if trial.number in best:
-                _dots(axes, [place], [value], [link(trial)], BEST, 60, 1)
+                draw_points(axes, [place], [value], [link(trial)], BEST, 60, 1)
         if not names:
-            _plain(axes.xaxis, log)
-        _values_axis(axes, values)
-        axes.set(xlabel=_short(parameter, 44), ylabel=_short(sweep.objectives[objective], 28))
+            plain_ticks(axes.xaxis, log)
+        scale_axis(axes, values)
+        axes.set(xlabel=shorten(parameter, 44), ylabel=shorten(sweep.objectives[objective], 28))
 
-    return picture(draw, f"{sweep.objectives[objective]} by {parameter}", 360, 240)
+    return render_svg(draw, f"{sweep.objectives[objective]} by {parameter}", 360, 240)
 
 
-def parallel(sweep: Sweep, objective: int) -> Markup:
-    """Every complete trial as a line across its parameters and its objective."""
-    found = distributions(sweep)
-    trials = [t for t in finite(sweep, objective) if all(name in t.params for name in found)]
+def parallel_coordinates(sweep: Sweep, objective: int) -> Markup:
+    """Each complete trial as a line across its parameters and its objective."""
+    found = newest_distributions(sweep)
+    trials = [t for t in drawable(sweep, objective) if all(name in t.params for name in found)]
     order = sweep.ranked(objective)
     rank = {trial.number: place / max(len(order), 1) for place, trial in enumerate(order)}
     columns, ticks = [], []
     for name, distribution in found.items():
-        values, names = place_of([trial.params[name] for trial in trials], distribution)
-        column, marks = _unit(values, names, bool(getattr(distribution, "log", False)))
+        values, names = axis_positions([trial.params[name] for trial in trials], distribution)
+        column, marks = _to_unit(values, names, bool(getattr(distribution, "log", False)))
         columns.append(column)
         ticks.append(marks)
-    column, marks = _unit([trial.values[objective] for trial in trials], [], False)
+    column, marks = _to_unit([trial.values[objective] for trial in trials], [], False)
     lines = np.array([*columns, column]).T
     labels = [*found, sweep.objectives[objective]]
 
@@ -300,23 +194,23 @@ def parallel(sweep: Sweep, objective: int) -> Markup:
             axes.axvline(place, color=MUTED, linewidth=0.8)
             for height, text in beside:
                 axes.text(
-                    place + 0.02, height, _short(text, 16), fontsize=8, color=INK, va="center"
+                    place + 0.02, height, shorten(text, 16), fontsize=8, color=INK, va="center"
                 )
-        axes.set_xticks(range(len(labels)), [_folded(label) for label in labels])
+        axes.set_xticks(range(len(labels)), [_wrap_name(label) for label in labels])
         axes.set(xlim=(-0.15, len(labels) - 0.6), ylim=(-0.05, 1.05), yticks=[])
         axes.grid(visible=False)
         for spine in axes.spines.values():
             spine.set_visible(False)
 
-    return picture(
+    return render_svg(
         draw, "parameters and objective of every trial", max(640, 150 * len(labels)), 300
     )
 
 
-def _unit(
+def _to_unit(
     values: Sequence[float], names: Sequence[str], log: bool
 ) -> tuple[list[float], list[tuple[float, str]]]:
-    """Values between 0 and 1, and (height, text) of the marks beside the axis."""
+    """Scale values to [0, 1]. Also returns (height, text) of each tick."""
     if names:
         top = max(len(names) - 1, 1)
         marks = [(place / top, name) for place, name in enumerate(names)]
@@ -330,19 +224,19 @@ def _unit(
     return list((known - low) / width), list(zip(heights, texts, strict=True))
 
 
-def _folded(name: str, width: int = 20) -> str:
+def _wrap_name(name: str, width: int = 20) -> str:
     """A dotted name on several lines."""
     lines = [""]
     for part in re.split(r"(?<=[._/])", name):
         if len(lines[-1]) + len(part) > width and lines[-1]:
             lines.append("")
         lines[-1] += part
-    return "\n".join(_short(line, 24) for line in lines[-3:])
+    return "\n".join(shorten(line, 24) for line in lines[-3:])
 
 
-def front(sweep: Sweep, first: int, second: int, link: Link) -> Markup:
-    """Two objectives against each other, with the trials that none is better than."""
-    trials = [trial for trial in finite(sweep, first) if math.isfinite(trial.values[second])]
+def pareto_front(sweep: Sweep, first: int, second: int, link: Link) -> Markup:
+    """Two objectives against each other, with the Pareto front."""
+    trials = [trial for trial in drawable(sweep, first) if math.isfinite(trial.values[second])]
     best = {trial.number for trial in sweep.front}
 
     def draw(axes: Axes) -> None:
@@ -356,7 +250,7 @@ def front(sweep: Sweep, first: int, second: int, link: Link) -> Markup:
             if colour == BEST and len(sweep.objectives) == 2:
                 where: Literal["pre", "post"] = "pre" if sweep.maximise[first] else "post"
                 axes.step(x, y, where=where, color=BEST, linewidth=1.2, alpha=0.6)
-            _dots(
+            draw_points(
                 axes,
                 x,
                 y,
@@ -366,16 +260,16 @@ def front(sweep: Sweep, first: int, second: int, link: Link) -> Markup:
                 0.8,
                 label,
             )
-        _values_axis(axes, [trial.values[first] for trial in trials], "x")
-        _values_axis(axes, [trial.values[second] for trial in trials])
-        axes.set(xlabel=sweep.objectives[first], ylabel=_short(sweep.objectives[second]))
+        scale_axis(axes, [trial.values[first] for trial in trials], "x")
+        scale_axis(axes, [trial.values[second] for trial in trials])
+        axes.set(xlabel=sweep.objectives[first], ylabel=shorten(sweep.objectives[second]))
         axes.figure.legend(loc="outside upper center", ncols=2)
 
-    return picture(draw, f"{sweep.objectives[first]} against {sweep.objectives[second]}")
+    return render_svg(draw, f"{sweep.objectives[first]} against {sweep.objectives[second]}")
 
 
-def forest(comparison: Comparison, label: str) -> Markup:
-    """Differences from the baseline with their intervals."""
+def forest_plot(comparison: Comparison, label: str) -> Markup:
+    """The differences from the baseline with their 95 % intervals."""
     others = [p for p in comparison.points if p is not comparison.baseline][:40][::-1]
 
     def draw(axes: Axes) -> None:
@@ -387,21 +281,21 @@ def forest(comparison: Comparison, label: str) -> Markup:
             if math.isfinite(found.low):
                 axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2)
             axes.plot([found.mean], [place], "o", color=colour, ms=6)
-        axes.set_yticks(range(len(others)), [_short(point.name, 40) for point in others])
+        axes.set_yticks(range(len(others)), [shorten(point.name, 40) for point in others])
         axes.set(xlabel=label, ylim=(-0.6, len(others) - 0.4))
         axes.spines.left.set_visible(False)
-        _plain(axes.xaxis)
+        plain_ticks(axes.xaxis)
 
-    return picture(draw, label, 640, 60 + 24 * len(others))
+    return render_svg(draw, label, 640, 60 + 24 * len(others))
 
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
-def curves(
+def learning_curves(
     grey: Sequence[Curve], top: Mapping[str, Sequence[Curve]], names: tuple[str, str]
 ) -> Markup:
-    """Lines over epochs or steps: the best trials in colour, all others in grey."""
+    """Curves over epochs or steps: the best trials in colour, all others in grey."""
 
     def draw(axes: Axes) -> None:
         for x, y in grey:
@@ -416,13 +310,13 @@ def curves(
                     marker="o" if len(x) == 1 else None,
                     label=label if not count else None,
                 )
-        _values_axis(
+        scale_axis(
             axes, [v for _, y in [*grey, *(c for cs in top.values() for c in cs)] for v in y]
         )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set(xlabel=names[0], ylabel=_short(names[1]))
+        axes.set(xlabel=names[0], ylabel=shorten(names[1]))
         if top:
             handles, labels = axes.get_legend_handles_labels()
             axes.figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=5)
 
-    return picture(draw, f"{names[1]} by {names[0]}")
+    return render_svg(draw, f"{names[1]} by {names[0]}")

@@ -1,4 +1,4 @@
-"""The learning curves of a sweep: of each fit, and of what was reported to the pruner."""
+"""The learning curves of a sweep: of each fit, and of the values reported to the pruner."""
 
 import json
 import math
@@ -10,14 +10,14 @@ from typing import Any
 from markupsafe import Markup
 
 from stagesweep.sweep.report import charts
-from stagesweep.sweep.report.loading import Sweep, Trial
+from stagesweep.sweep.report.loading import LARGEST, Sweep, Trial
 
-# Of a large sweep so many curves are drawn, and so many of the best are named.
+# The most curves of a chart, and how many of the best trials have a colour.
 LINES, TOP = 200, 5
 
 
 def fits(sweep: Sweep) -> list[tuple[str, Markup]]:
-    """For each stage that trains, one number over its epochs; runs that share it have one line."""
+    """For each fit, one metric over its epochs. Runs that share a stored fit have one line."""
     top = sweep.ranked()[:TOP]
     best = {trial.number for trial in top}
     rest = [trial for trial in reversed(sweep.trials) if trial.number not in best]
@@ -46,12 +46,12 @@ def fits(sweep: Sweep) -> list[tuple[str, Markup]]:
                 grey.append(curve)
         if len(runs) == 1 and len(sweep.complete) > 1:
             named, grey = {"shared by all trials": grey}, []
-        found.append((stage, charts.curves(grey, named, ("epoch", f"{stage}/{metric}"))))
+        found.append((stage, charts.learning_curves(grey, named, ("epoch", f"{stage}/{metric}"))))
     return found
 
 
 def reports(sweep: Sweep) -> list[tuple[str, Markup]]:
-    """What trials reported while they ran, by step."""
+    """The values that running trials reported, by step."""
     top = {trial.number for trial in sweep.ranked()[:TOP]} if len(sweep.objectives) == 1 else set()
     drawn = [trial for trial in sweep.trials if trial.reports]
     if not drawn:
@@ -59,17 +59,19 @@ def reports(sweep: Sweep) -> list[tuple[str, Markup]]:
     curve = {t.number: _thinned(sorted(t.reports.items())) for t in drawn[-LINES:]}
     named = {f"#{number}": [line] for number, line in curve.items() if number in top}
     grey = [line for number, line in curve.items() if number not in top]
-    return [("reported while training", charts.curves(grey, named, ("step", "reported value")))]
+    return [
+        ("reported while training", charts.learning_curves(grey, named, ("step", "reported value")))
+    ]
 
 
 def _fingerprints(trial: Trial, run: Path) -> dict[str, str]:
-    """The fingerprint of each stage of a run that is through."""
+    """The fingerprint of each finished stage of a run."""
     stages = trial.results.get(run, {}).get("stages", [])
     return {stage["name"]: stage["fingerprint"] for stage in stages}
 
 
 def _epochs(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of epochs in a run's metrics, by stage; a half-written line is left out."""
+    """The epochs in a run's metrics, by stage, without a half-written line."""
     found: dict[str, list[dict[str, Any]]] = {}
     path = run / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -81,7 +83,7 @@ def _epochs(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _metric(sweep: Sweep, stage: str, rows: Sequence[dict[str, Any]]) -> str | None:
-    """The number of a fit that says most: an objective, else a loss."""
+    """The metric to draw: an objective, or else a loss."""
     have = {name for row in rows for name, value in row.items() if value is not None}
     own = [name.partition("/")[2] for name in sweep.objectives if name.startswith(f"{stage}/")]
     wanted = (*own, *(name.rpartition("/")[2] for name in sweep.objectives))
@@ -89,8 +91,8 @@ def _metric(sweep: Sweep, stage: str, rows: Sequence[dict[str, Any]]) -> str | N
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> charts.Curve:
-    """Points with finite values, at most some hundred, as x and y."""
-    known = [(x, y) for x, y in points if abs(y) < charts.LARGEST]
+    """Thin out the points with finite values, and return x and y."""
+    known = [(x, y) for x, y in points if abs(y) < LARGEST]
     step = max(math.ceil(len(known) / most), 1)
     chosen = known[::step] + ([known[-1]] if known and (len(known) - 1) % step else [])
     return [x for x, _ in chosen], [y for _, y in chosen]

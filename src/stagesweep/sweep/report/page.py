@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import os
-import re
 import sys
 import webbrowser
 from collections.abc import Sequence
@@ -25,30 +24,25 @@ from markupsafe import Markup
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text
 from stagesweep.sweep.report import charts, curves
-from stagesweep.sweep.report.loading import Comparison, Sweep, Trial, read
-from stagesweep.sweep.report.tables import (
-    comparisons,
-    interval,
-    measured,
-    over_seeds,
-    saved,
-    shown,
-    table,
+from stagesweep.sweep.report.comparison import Comparison, comparisons
+from stagesweep.sweep.report.importances import importances, method
+from stagesweep.sweep.report.loading import Sweep, Trial, drawable, read
+from stagesweep.sweep.report.tables import interval, measured, over_seeds, savings, table
+from stagesweep.sweep.report.text import (
+    breakable,
+    format_duration,
+    format_number,
 )
 
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 
-# What is drawn and listed of a large sweep; `results_summary.csv` has every trial.
+# The most rows and slice plots of a page. `results_summary.csv` has every trial.
 ROWS, SLICES = 500, 24
 
-# Below this number of complete trials an importance is chance.
+# Below this number of complete trials importances mean nothing.
 ENOUGH = 10
-
-# Above this number of trials another method is used.
-MANY = 300
-
 
 # ------------------------------------------------------------------------------ the command
 
@@ -72,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def default_output(folders: Sequence[Path]) -> Path:
-    """Where a report goes by itself: of one sweep beside its trials, of several here."""
+    """The default path: in the folder of one sweep; of several, in the current folder."""
     return folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
 
 
@@ -104,12 +98,12 @@ def _at_a_desktop() -> bool:
 
 
 def write(sweeps: Sequence[Sweep], output: Path) -> None:
-    """Write the report of some sweeps, whole or not at all."""
+    """Write the report of some sweeps, atomically."""
     atomic_text(output, page(sweeps, output.parent))
 
 
-def at_the_end(folder: Path) -> None:
-    """Write the report of a sweep that ends; what is wrong with it does not hurt the sweep."""
+def write_or_warn(folder: Path) -> None:
+    """Write the report of a sweep that ends. An error is logged, and does not stop the sweep."""
     try:
         write([read(folder)], folder / "report.html")
     except Exception as error:
@@ -118,7 +112,7 @@ def at_the_end(folder: Path) -> None:
 
 
 def page(sweeps: Sequence[Sweep], place: Path) -> str:
-    """The report as HTML; links to trials are relative to the folder `place`."""
+    """Render the report as HTML. Links to trials are relative to the folder `place`."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -128,34 +122,34 @@ def page(sweeps: Sequence[Sweep], place: Path) -> str:
     )
     script = (HERE / "report.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    parts = [_Part(sweep, f"s{n}", place) for n, sweep in enumerate(sweeps)]
+    parts = [_Section(sweep, f"s{n}", place) for n, sweep in enumerate(sweeps)]
     return environment.get_template("report.html.j2").render(
         parts=parts,
-        together=together(parts),
+        together=compared_histories(parts),
         style=Markup((HERE / "report.css").read_text()),
         script=Markup(script),
         digest=digest,
         now=datetime.now(),
-        duration=duration,
-        number=number,
+        duration=format_duration,
+        number=format_number,
         measured=measured,
         method=method,
-        folded=folded,
+        folded=breakable,
     )
 
 
-def together(parts: Sequence["_Part"]) -> Markup | None:
-    """The best so far of several sweeps, when they steer by the same single metric."""
+def compared_histories(parts: Sequence["_Section"]) -> Markup | None:
+    """The histories of several sweeps in one chart, when they have the same single objective."""
     aims = {(*part.sweep.objectives, *part.sweep.maximise) for part in parts}
-    drawn = {part.title: part.sweep for part in parts if charts.finite(part.sweep)}
+    drawn = {part.title: part.sweep for part in parts if drawable(part.sweep)}
     if len(parts) < 2 or len(aims) > 1 or len(drawn) < 2 or len(parts[0].sweep.objectives) > 1:
         return None
-    return charts.histories(drawn)
+    return charts.compare_histories(drawn)
 
 
 @dataclass
-class _Part:
-    """What the page says of one sweep."""
+class _Section:
+    """The section of one sweep."""
 
     sweep: Sweep
     id: str
@@ -176,8 +170,8 @@ class _Part:
 
     @cached_property
     def saved(self) -> Any:
-        """What reuse spared."""
-        return saved(self.sweep)
+        """The time saved by reuse."""
+        return savings(self.sweep)
 
     def best(self, objective: int) -> dict[str, Any] | None:
         """The best value of an objective, its trial, and its interval when it was repeated."""
@@ -193,7 +187,7 @@ class _Part:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The leaderboard: complete trials by rank, then those under way or pruned."""
+        """The leaderboard: complete trials by rank, then running and pruned ones."""
         front = {trial.number for trial in self.sweep.front}
         ranked = self.sweep.ranked()
         others = [trial for trial in self.sweep.trials if trial.state in ("running", "pruned")]
@@ -215,128 +209,80 @@ class _Part:
 
     @cached_property
     def silent(self) -> float | None:
-        """Seconds since the trials under way gave a sign of life; None when there are none."""
-        seen = [t.seen for t in self.sweep.trials if t.state == "running" and t.seen]
+        """Seconds since a running trial last wrote a file; None when none is running."""
+        seen = [
+            t.last_activity for t in self.sweep.trials if t.state == "running" and t.last_activity
+        ]
         return max((datetime.now() - max(seen)).total_seconds(), 0.0) if seen else None
 
     @cached_property
     def histories(self) -> list[Markup]:
-        """A picture for each objective."""
+        """A chart for each objective."""
         count = len(self.sweep.objectives)
         return [
             charts.history(self.sweep, n, self.link, width=480 if count > 1 else 720)
             for n in range(count)
-            if charts.finite(self.sweep, n)
+            if drawable(self.sweep, n)
         ]
 
     def importances(self, objective: int) -> dict[str, float] | str:
-        """How much each parameter moves an objective, or why that cannot be said."""
-        count = len(charts.finite(self.sweep, objective))
+        """The importance of each parameter, or why it cannot be computed."""
+        count = len(drawable(self.sweep, objective))
         if count < ENOUGH:
             return f"Too few trials: {count} complete, and below {ENOUGH} importances are chance."
         return importances(self.sweep, objective)
 
     def bars(self, shares: dict[str, float], objective: int) -> Markup:
-        """Importances as a picture."""
-        return charts.bars(shares, f"importance for {self.sweep.objectives[objective]}")
+        """Importances as a chart."""
+        return charts.bar_chart(shares, f"importance for {self.sweep.objectives[objective]}")
 
     def parallel(self, objective: int) -> Markup | None:
-        """Parallel coordinates; of a single parameter its slice says all."""
-        enough = len(charts.finite(self.sweep, objective)) > 1 and len(self.sweep.parameters) > 1
-        return charts.parallel(self.sweep, objective) if enough else None
+        """Parallel coordinates, when there are several parameters."""
+        enough = len(drawable(self.sweep, objective)) > 1 and len(self.sweep.parameters) > 1
+        return charts.parallel_coordinates(self.sweep, objective) if enough else None
 
     def slices(self, objective: int) -> list[Markup]:
-        """A picture for each parameter."""
-        trials = charts.finite(self.sweep, objective)
+        """A slice plot for each parameter."""
+        trials = drawable(self.sweep, objective)
         names = [p for p in self.sweep.parameters if any(p in trial.params for trial in trials)]
-        return [charts.slice_of(self.sweep, name, objective, self.link) for name in names[:SLICES]]
+        return [
+            charts.slice_plot(self.sweep, name, objective, self.link) for name in names[:SLICES]
+        ]
 
     @cached_property
     def fronts(self) -> list[Markup]:
-        """Every two objectives against each other."""
-        if not charts.finite(self.sweep):
+        """A Pareto front for each pair of objectives."""
+        if not drawable(self.sweep):
             return []
         pairs = combinations(range(len(self.sweep.objectives)), 2)
-        return [charts.front(self.sweep, first, second, self.link) for first, second in pairs]
+        return [
+            charts.pareto_front(self.sweep, first, second, self.link) for first, second in pairs
+        ]
 
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
-        """Points beside a baseline, by metric; empty without an ablation and without repeats."""
+        """Comparisons by metric; empty without an ablation and without repeats."""
         return comparisons(self.sweep)
 
     @cached_property
     def methods(self) -> pd.DataFrame | None:
-        """What every trial compared, method by method, when they differ in their seed only."""
+        """The table of `over_seeds`, when trials differ in their seed only."""
         if self.sweep.parameters != ["seed"]:
             return None
         return over_seeds(table(self.sweep))
 
     def forest(self, comparison: Comparison, name: str) -> Markup | None:
-        """Differences from the baseline as a picture."""
+        """The differences from the baseline as a chart."""
         differences = [p.minus(comparison.baseline).mean for p in comparison.points]
         if len(comparison.points) < 2 or not all(map(math.isfinite, differences)):
             return None
         against = "the full model" if comparison.ablation else "the best"
-        return charts.forest(comparison, f"{name}: difference from {against}")
+        return charts.forest_plot(comparison, f"{name}: difference from {against}")
 
     @cached_property
     def curves(self) -> list[tuple[str, Markup]]:
-        """Learning curves: of each fit, and of what was reported to the pruner."""
+        """Learning curves of each fit, and of the values reported to the pruner."""
         return [*curves.fits(self.sweep), *curves.reports(self.sweep)]
-
-
-# ------------------------------------------------------------------------------ what it needs
-
-
-def method(sweep: Sweep) -> str:
-    """How importances are computed: fANOVA takes minutes where there are many trials."""
-    return "fANOVA" if len(sweep.complete) <= MANY else "mean decrease of impurity"
-
-
-def importances(sweep: Sweep, objective: int) -> dict[str, float] | str:
-    """The share of the variance that each parameter explains, or why there is none."""
-    import optuna
-
-    if len({trial.values[objective] for trial in charts.finite(sweep, objective)}) < 2:
-        return f"{sweep.objectives[objective]} is the same in all trials."
-    kind = {
-        "fANOVA": optuna.importance.FanovaImportanceEvaluator,
-        "mean decrease of impurity": optuna.importance.MeanDecreaseImpurityImportanceEvaluator,
-    }[method(sweep)]
-    try:
-        found = optuna.importance.get_param_importances(
-            sweep.study, evaluator=kind(seed=0), target=lambda trial: trial.values[objective]
-        )
-    except (ValueError, RuntimeError) as error:
-        return f"Cannot be computed: {error}"
-    if not found:
-        return "No parameter that varies is common to all trials."
-    return {name: float(share) for name, share in found.items()}
-
-
-def duration(seconds: float | None) -> str:
-    """A time as a person says it."""
-    if seconds is None or not math.isfinite(seconds):
-        return "—"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
-
-
-def folded(name: str) -> Markup:
-    """A name that may go on in the next line after a dot, a slash or an underscore."""
-    return Markup("<wbr>").join(re.split(r"(?<=[._/])", name))
-
-
-def number(value: Any, digits: int = 4) -> str:
-    """A number to some digits, and a dash for none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "—"
-    return f"{value:.{digits}g}" if isinstance(value, float) else shown(value)
 
 
 if __name__ == "__main__":

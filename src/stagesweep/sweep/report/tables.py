@@ -1,11 +1,11 @@
-"""The results of a sweep, from its record: tables, comparisons, and what is printed."""
+"""The results of a sweep as tables: its CSV and YAML files, and the text that is printed."""
 
 import math
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml
@@ -13,11 +13,8 @@ import yaml
 from stagesweep.base.files import atomic_text
 from stagesweep.metric.interval import Interval, mean_interval
 from stagesweep.store.store import Store
-from stagesweep.sweep.report.loading import Comparison, Point, Saved, Sweep, Trial
+from stagesweep.sweep.report.loading import Sweep, Trial
 from stagesweep.sweep.study.url import without_password
-
-if TYPE_CHECKING:
-    from optuna import Study
 
 
 def write(sweep: Sweep) -> None:
@@ -28,10 +25,10 @@ def write(sweep: Sweep) -> None:
 
 
 def table(sweep: Sweep) -> pd.DataFrame:
-    """One row a trial: number, state, reason, objectives, seconds, reused, dir, parameters.
+    """One row for each trial: number, state, reason, objectives, seconds, reused, dir, parameters.
 
     With repeats an objective is followed by ``<objective>_low`` and ``<objective>_high``, its 95 %
-    interval. With constraints, ``feasible`` after the objectives says who keeps them.
+    interval. With constraints, ``feasible`` follows the objectives.
     """
     repeated = any(trial.repeats for trial in sweep.trials)
     rows = []
@@ -58,7 +55,7 @@ def interval(trial: Trial, objective: int = 0) -> Interval:
 
 
 def best(sweep: Sweep) -> dict[str, Any]:
-    """The best trial or, of several objectives, the Pareto front: the stock plugin's keys first."""
+    """The best trial or the Pareto front, with the keys of Hydra's Optuna sweeper first."""
     found: dict[str, Any] = {"name": "optuna"}
     front = sweep.front
     if len(sweep.objectives) > 1:
@@ -75,73 +72,16 @@ def best(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def points(sweep: Sweep, metric: str) -> list[Point]:
-    """The complete trials by what they try: seeds of one setting are one point."""
-    found: dict[str, Point] = {}
-    for trial in sweep.complete:
-        params = {key: value for key, value in trial.params.items() if key != "seed"}
-        name = ", ".join(f"{key}={shown(value)}" for key, value in params.items())
-        if list(params) == ["ablation"]:
-            name = str(params["ablation"])
-        point = found.setdefault(repr(params), Point(name or "all", trial, {}))
-        seed = trial.params.get("seed")
-        for repeat, value in enumerate(of_runs(sweep, trial, metric)):
-            point.values.setdefault((seed, repeat), value)
-    return list(found.values())
+class Savings(NamedTuple):
+    """The reused stages, and the seconds saved. ``unknown`` counts stages without a known time."""
+
+    stages: int
+    seconds: float
+    unknown: int
 
 
-def of_runs(sweep: Sweep, trial: Trial, metric: str) -> list[float]:
-    """A metric of each run of a trial: an objective, or another number of its result."""
-    if metric in sweep.objectives:
-        place = sweep.objectives.index(metric)
-        return [row[place] for row in trial.repeats or [trial.values]]
-    known = (result.get("metrics", {}).get(metric) for result in trial.results.values())
-    return [math.nan if value is None else float(value) for value in known]
-
-
-def compare(sweep: Sweep, objective: int = 0) -> Comparison | None:
-    """Each point beside the full model of an ablation, or beside the best where there are repeats.
-
-    The full model is what the study's attribute ``baseline`` names among the values of the
-    parameter ``ablation``, by default the first of them. None when there is nothing to compare.
-    """
-    found = points(sweep, sweep.objectives[objective])
-    full = next((p for p in found if _is_full(p.trial, sweep.study)), None)
-    if full is None and not any(len(point.values) > 1 for point in found):
-        return None
-    sign = -1.0 if sweep.maximise[objective] else 1.0
-    found.sort(key=lambda point: sign * point.interval.mean)
-    found.sort(key=lambda point: not point.trial.feasible)
-    if full is not None:
-        return Comparison([full, *(p for p in found if p is not full)], full, ablation=True)
-    return Comparison(found, found[0], ablation=False)
-
-
-def comparisons(sweep: Sweep) -> dict[str, Comparison]:
-    """Comparisons by objective; an ablation's other metrics keep the order of the first."""
-    found = {name: compare(sweep, place) for place, name in enumerate(sweep.objectives)}
-    known = {name: each for name, each in found.items() if each is not None}
-    first = next(iter(known.values()), None)
-    if first is not None and first.ablation:
-        for name in sweep.metrics:
-            own = {point.trial.number: point for point in points(sweep, name)}
-            ordered = [own[point.trial.number] for point in first.points]
-            known.setdefault(name, Comparison(ordered, ordered[0], ablation=True))
-    return known
-
-
-def _is_full(trial: Trial, study: "Study") -> bool:
-    if "ablation" not in trial.params:
-        return False
-    baseline = study.user_attrs.get("baseline")
-    if baseline is None:
-        frozen = study.get_trials(deepcopy=False)[trial.number]
-        baseline = getattr(frozen.distributions["ablation"], "choices", (None,))[0]
-    return bool(trial.params["ablation"] == baseline)
-
-
-def saved(sweep: Sweep) -> Saved:
-    """What reuse spared: for each reused stage the time it once took, less that of loading it."""
+def savings(sweep: Sweep) -> Savings:
+    """The time saved by reuse: that of training each reused stage, minus that of loading it."""
     took: dict[str, float] = {}
     reused = []
     for stage in (stage for trial in sweep.trials for stage in trial.stages):
@@ -155,20 +95,15 @@ def saved(sweep: Sweep) -> Saved:
         if (manifest := store.entry(key).manifest) and "seconds" in manifest:
             took[key] = float(manifest["seconds"])
     known = [stage for stage in reused if stage["fingerprint"] in took]
-    spared = (took[stage["fingerprint"]] - float(stage["seconds"]) for stage in known)
-    return Saved(len(reused), sum(max(each, 0.0) for each in spared), len(reused) - len(known))
-
-
-def shown(value: Any) -> str:
-    """A value as a person wants to read it: numbers to four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    saved = (took[stage["fingerprint"]] - float(stage["seconds"]) for stage in known)
+    return Savings(len(reused), sum(max(each, 0.0) for each in saved), len(reused) - len(known))
 
 
 # ------------------------------------------------------------------------------ what is printed
 
 
 def over_seeds(trials: pd.DataFrame) -> pd.DataFrame | None:
-    """What every trial compared, method by method, as mean and 95 % interval over the trials.
+    """Mean and 95 % interval over the trials of each method that they compared.
 
     Reads ``comparison.csv`` of each completed trial: columns ``method``, perhaps ``split``, and one
     for each metric. Returns, for each metric, its mean and, in ``<metric>_low`` and
@@ -196,7 +131,7 @@ def over_seeds(trials: pd.DataFrame) -> pd.DataFrame | None:
 
 
 def by_split(table: pd.DataFrame) -> list[pd.DataFrame]:
-    """The rows of each split, in the order in which splits appear; or all, where there are none."""
+    """Divide a table by its column ``split``, when it has one."""
     if "split" not in table:
         return [table]
     return [rows for _, rows in table.groupby("split", sort=False)]
@@ -227,7 +162,7 @@ def agreement(files: Sequence[Path]) -> dict[tuple[str, ...], list[float]]:
 
 
 def leaderboard(sweep: Sweep, rows: int = 10) -> str:
-    """The best trials as aligned text; of several objectives the Pareto front, by the first."""
+    """The best trials or the Pareto front as aligned text."""
     front = {trial.number for trial in sweep.front if len(sweep.objectives) > 1}
     best = [trial.number for trial in sweep.ranked() if not front or trial.number in front]
     shown = table(sweep).drop(columns=["state", "reason", "dir"])
@@ -239,7 +174,7 @@ def leaderboard(sweep: Sweep, rows: int = 10) -> str:
 
 
 def measured(table: pd.DataFrame) -> list[str]:
-    """The metrics in the table of `over_seeds` that tell its methods apart; of one method, all."""
+    """The metrics of `over_seeds` that differ between methods; with one method, all."""
     found = [name for name in table if f"{name}_low" in table and table[name].notna().any()]
     splits = by_split(table)
     return [
@@ -248,8 +183,9 @@ def measured(table: pd.DataFrame) -> list[str]:
 
 
 def with_intervals(table: pd.DataFrame) -> str:
-    """The table of `over_seeds` as aligned text, split by split: ``mean ± half an interval``; of
-    the agreement, its mean and range. Only metrics that tell the methods apart.
+    """The table of `over_seeds` as aligned text, split by split, with the `measured` metrics.
+
+    A cell is ``mean ± half an interval``, or mean and range for the agreement.
     """
     shown = table[["method", *(["split"] if "split" in table else [])]].copy()
     for name in measured(table):

@@ -1,7 +1,7 @@
-"""The config of a run of a sweep, as Hydra composes it, or in a hundredth of the time.
+"""Composes the config of each run of a sweep, in a hundredth of the time that Hydra takes.
 
-Most runs of a sweep differ from its first one in values only. Hydra would read and merge every
-file again for each of them; here the values are put into a config that it has composed.
+Most runs of a sweep differ in values only. Hydra would read and merge every file again for each of
+them. Instead, the values are set in a config that Hydra has composed for another run.
 """
 
 import pickle
@@ -19,11 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the runs of a sweep have in common; it travels to the processes that run them.
+class SweepContext:
+    """The context that all runs of a sweep share. It is pickled and sent to their processes.
 
-    ``master``, pickled, is what Hydra composes them from, and ``task`` where they find the function
-    to call. ``folder`` is the sweep's. ``like`` is the config of one of the runs.
+    ``master`` is the pickled config of the sweep, ``task`` names the function to call, and
+    ``folder`` is the sweep's. ``like`` is the composed config of one of the runs.
     """
 
     context: HydraContext
@@ -33,22 +33,22 @@ class Work:
     like: DictConfig | None = None
 
 
-def shared(context: HydraContext, master: DictConfig, task: tuple[str, str]) -> Work:
-    """The work of a sweep that is begun in the folder of ``master``."""
-    return Work(context, pickle.dumps(master), task, Path(master.hydra.sweep.dir))
+def sweep_context(context: HydraContext, master: DictConfig, task: tuple[str, str]) -> SweepContext:
+    """The context of the sweep in the folder of ``master``."""
+    return SweepContext(context, pickle.dumps(master), task, Path(master.hydra.sweep.dir))
 
 
 def with_example(
     context: HydraContext, master: DictConfig, task: tuple[str, str], overrides: Sequence[str]
 ) -> bytes:
-    """The work with the config of a run, pickled."""
+    """The pickled context of a sweep, with the config of the run that has these overrides."""
     setup_globals()
-    example = composed(context, master, overrides)
-    return pickle.dumps(replace(shared(context, master, task), like=example))
+    example = compose_with_hydra(context, master, overrides)
+    return pickle.dumps(replace(sweep_context(context, master, task), like=example))
 
 
-def compose(work: Work, overrides: Sequence[str]) -> DictConfig:
-    """The config with these overrides. It may be ``work.like`` itself, changed."""
+def compose(work: SweepContext, overrides: Sequence[str]) -> DictConfig:
+    """Compose the config with these overrides. This may change and return ``work.like``."""
     if work.like is not None and (values := differences(work.like, overrides)) is not None:
         try:
             for key, value in values.items():
@@ -56,12 +56,14 @@ def compose(work: Work, overrides: Sequence[str]) -> DictConfig:
             work.like.hydra.overrides.task = list(overrides)
             return work.like
         except OmegaConfBaseException:
-            pass  # what is wrong with a value, Hydra says best
-    return composed(work.context, pickle.loads(work.master), overrides)
+            pass  # Hydra has the better message for a wrong value
+    return compose_with_hydra(work.context, pickle.loads(work.master), overrides)
 
 
-def composed(context: HydraContext, master: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config as Hydra composes it, in the folder and the study of the sweep."""
+def compose_with_hydra(
+    context: HydraContext, master: DictConfig, overrides: Sequence[str]
+) -> DictConfig:
+    """Compose a config with Hydra, in the folder and the study of the sweep."""
     made: DictConfig = context.config_loader.load_sweep_config(master, list(overrides))
     with open_dict(made):
         made.hydra.sweep.dir = master.hydra.sweep.dir
@@ -70,12 +72,12 @@ def composed(context: HydraContext, master: DictConfig, overrides: Sequence[str]
 
 
 def differences(like: DictConfig, overrides: Sequence[str]) -> dict[str, Any] | None:
-    """By key, the values in which other overrides differ; None when they differ in more."""
+    """The values that differ, by key. None when more than plain values differ."""
     before = list(like.hydra.overrides.task)
     keys = [key_of(each) for each in overrides]
     if keys != [key_of(each) for each in before] or len(set(keys)) < len(keys):
         return None
-    # Of a key and one above it, the later wins; but groups are chosen before values are set.
+    # Of a key and its parent, the later override wins. Groups are chosen before values are set.
     groups = like.hydra.runtime.choices
     values = [key for key in keys if key not in groups]
     parser, found = OverridesParser.create(), dict[str, Any]()
@@ -93,12 +95,12 @@ def differences(like: DictConfig, overrides: Sequence[str]) -> dict[str, Any] | 
 
 
 def plain(override: Override) -> bool:
-    """Whether an override sets one value of a key that is there."""
+    """Whether an override changes one existing key to a plain value."""
     value = override.value()
     single = value is None or isinstance(value, bool | int | float | str)
     return override.type is OverrideType.CHANGE and override.package is None and single
 
 
 def key_of(override: str) -> str:
-    """What an override is about, with its ``+`` or ``~``."""
+    """The key of an override, with its ``+`` or ``~``."""
     return override.partition("=")[0]

@@ -1,7 +1,6 @@
-"""How a space is written, and the reading of it.
+"""Parses a search space from YAML and from the command line.
 
-Values are written in the grammar of Hydra's Optuna sweeper, which also reads them here: a space in
-YAML and a key swept on the command line are the same thing.
+Both use the grammar of Hydra's Optuna sweeper, whose parser is used here.
 """
 
 import math
@@ -11,21 +10,16 @@ from itertools import pairwise
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
-from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
 from optuna.distributions import CategoricalDistribution
 
+from stagesweep.base import compat
 from stagesweep.base.errors import UserError
 from stagesweep.config.messages import nearest
-from stagesweep.sweep.space.space import (
-    Condition,
-    Parameter,
-    Space,
-    as_text,
-    read_overrides,
-    value_of,
-)
+from stagesweep.sweep.space.overrides import as_text, read_overrides, value_of
+from stagesweep.sweep.space.parameter import Condition, Parameter
+from stagesweep.sweep.space.space import Space
 
-# The parameter of an ablation, and its value where nothing is left out.
+# The parameter of an ablation, and its value for the full model.
 ABLATION = "ablation"
 FULL = "full"
 
@@ -34,23 +28,23 @@ def parse(
     space: Mapping[str, str],
     arguments: Sequence[str],
     *,
-    together: Sequence[Sequence[str]] = (),
+    zipped: Sequence[Sequence[str]] = (),
     when: Mapping[str, str] | None = None,
     variants: Mapping[str, Sequence[str]] | None = None,
     leave_one_out: Sequence[str] = (),
 ) -> Space:
-    """Read a space (``search.space``) and what the command line sweeps or fixes, which wins.
+    """Parse a space (``search.space``). Overrides of the command line take precedence.
 
     Args:
-        space: key -> what it may be.
-        arguments: overrides as typed.
-        together: groups of keys whose lists of values are zipped (``search.zip``).
+        space: key -> its values, as override text.
+        arguments: overrides of the command line.
+        zipped: groups of keys whose lists of values are zipped (``search.zip``).
         when: key -> the condition ``parent=value[,value]`` under which it exists.
         variants: name -> overrides of a variant of an ablation.
-        leave_one_out: overrides, each a variant by itself.
+        leave_one_out: overrides, each of which is a variant.
 
     Raises:
-        UserError: in one line that names the key and the remedy.
+        UserError: for a space that is wrong; one line names the key and the remedy.
 
     """
     overrides = read_overrides([f"{key}={text}" for key, text in space.items()])
@@ -59,7 +53,7 @@ def parse(
     swept = {key: override for key, override in last.items() if override.is_sweep_override()}
     fixed = {key: value_of(override) for key, override in last.items() if key not in swept}
     parameters = [_plain(override) for override in swept.values()]
-    parameters = _zipped(parameters, together, fixed)
+    parameters = _zip_groups(parameters, zipped, fixed)
     if variants or leave_one_out:
         parameters.insert(0, _ablation(variants or {}, leave_one_out, swept))
     for each in parameters:
@@ -70,12 +64,12 @@ def parse(
 
 
 def _key(override: Override) -> str:
-    """What an override is about, however it does it (``+`` adds, ``~`` takes out)."""
+    """The key of an override, without ``+`` or ``~``."""
     return override.get_key_element().lstrip("+~")
 
 
 def _values(override: Override) -> tuple[str, ...]:
-    """The values of a plain list or of one value, as override text."""
+    """The values of a list or the single value of an override, as override text."""
     if not override.is_choice_sweep():
         return (value_of(override),)
     return tuple(map(as_text, override.sweep_iterator(transformer=Transformer.encode)))
@@ -89,7 +83,7 @@ def _plain(override: Override) -> Parameter:
     if isinstance(value, IntervalSweep):
         _check_interval(str(line), value)
     try:
-        distribution = create_optuna_distribution_from_override(override)
+        distribution = compat.optuna_distribution(override)
     except (AssertionError, NotImplementedError) as error:
         raise UserError(f"{line}: cannot be searched; list the values with choice(…)") from error
     except ValueError as error:
@@ -100,7 +94,7 @@ def _plain(override: Override) -> Parameter:
 
 
 def _check_interval(line: str, value: IntervalSweep) -> None:
-    """Refuse bounds that mean nothing, and tags that would be passed over."""
+    """Raise UserError for wrong bounds, and for tags that Hydra would ignore."""
     start, end = float(value.start or 0), float(value.end or 0)
     if unknown := sorted(set(value.tags) - {"log"}):
         raise UserError(f"{line}: unknown tag '{unknown[0]}': {nearest(unknown[0], ['log'])}")
@@ -113,7 +107,7 @@ def _check_interval(line: str, value: IntervalSweep) -> None:
 
 
 def _choices(values: Sequence[Any]) -> CategoricalDistribution:
-    """Choices that Optuna can tell apart (it finds a value by ==) and store: else their texts."""
+    """The distribution of choices, as texts where Optuna cannot compare or store the values."""
     finite = not any(isinstance(v, float) and not math.isfinite(v) for v in values)
     apart = len(set(values)) == len(values)
     return CategoricalDistribution(values if finite and apart else list(map(as_text, values)))
@@ -126,10 +120,10 @@ def _refuse_duplicates(parameter: Parameter) -> None:
             raise UserError(f"{parameter.name} lists {twice[0]} twice; name every value once")
 
 
-def _zipped(
+def _zip_groups(
     parameters: list[Parameter], groups: Sequence[Sequence[str]], fixed: Mapping[str, str]
 ) -> list[Parameter]:
-    """Put the keys of each group into one parameter, where the first of them is."""
+    """Merge the keys of each group into one parameter, at the place of the first."""
     for group in groups:
         if all(key in fixed for key in group):
             continue
@@ -142,15 +136,15 @@ def _zipped(
         members = [own[key] for key in group]
         first = parameters.index(members[0])
         parameters = [
-            _together(members) if i == first else each
+            _zip(members) if i == first else each
             for i, each in enumerate(parameters)
             if i == first or each not in members
         ]
     return parameters
 
 
-def _together(members: Sequence[Parameter]) -> Parameter:
-    """One parameter whose choices are the first values of all, the second values of all ..."""
+def _zip(members: Sequence[Parameter]) -> Parameter:
+    """Merge parameters: the first choice has the first value of each, and so on."""
     columns = [[as_text(each.exact(v)) for v in each.values()] for each in members]
     for (one, a), (two, b) in pairwise(zip(members, columns, strict=True)):
         if len(a) != len(b):
@@ -168,7 +162,7 @@ def _together(members: Sequence[Parameter]) -> Parameter:
 def _ablation(
     variants: Mapping[str, Sequence[str]], leave_one_out: Sequence[str], swept: Iterable[str]
 ) -> Parameter:
-    """The full model first, then each variant; what is left out one at a time names itself."""
+    """The parameter of an ablation: the full model, the variants, and each part left out."""
     lines: dict[str, tuple[str, ...]] = {FULL: ()}
     for name, own in (*variants.items(), *((line, [line]) for line in leave_one_out)):
         place = f"search.ablation: {name}"
@@ -190,7 +184,7 @@ def _ablation(
 def _conditional(
     parameters: Sequence[Parameter], when: Mapping[str, str], fixed: Mapping[str, str]
 ) -> list[Parameter]:
-    """Give parameters their conditions, and put each after the one that it depends on."""
+    """Add conditions to parameters, and sort each after the one that it depends on."""
     known = {key: each for each in parameters for key in each.keys}
     for key in when:
         if key not in known and key not in fixed:
@@ -209,7 +203,7 @@ def _conditional(
             ordered.append(replace(each, when=None))
         elif any(each.when.key in other.keys for other in ordered):
             ordered.append(each)
-        # Else what it depends on is fixed to another value: it exists nowhere.
+        # Otherwise its parent is fixed to another value, and it never exists.
     return ordered
 
 
@@ -219,7 +213,7 @@ def _condition(
     known: Mapping[str, Parameter],
     fixed: Mapping[str, str],
 ) -> Condition | None:
-    """The condition of a parameter, on a key that is fixed or can have the values it names."""
+    """The condition of a parameter. Raises UserError when it can never hold."""
     said = {when.get(key) for key in parameter.keys}
     if len(said) > 1:
         raise UserError(f"search.when: {parameter.name} move together; give all one condition")

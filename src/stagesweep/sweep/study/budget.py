@@ -1,4 +1,4 @@
-"""How long a sweep has run, over all its starts and on all machines that took part."""
+"""The running time of a sweep, over all its starts and controllers."""
 
 import os
 import socket
@@ -9,50 +9,50 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optuna import Study
 
-# The record is at most so many seconds behind, which is what a sweep that is killed forgets.
-BEHIND = 10.0
+# Seconds between two records. A sweep that is killed loses at most the time since the last one.
+RECORD_INTERVAL = 10.0
 
 _PREFIX = "session:"
 
 
-class Clock:
-    """The time in which this controller has trials under way, as an attribute of the study."""
+class SweepTimer:
+    """Measures the time with running trials, and records it as an attribute of the study."""
 
     def __init__(self, study: "Study") -> None:
         self.study = study
-        self.before = sessions(study.user_attrs)
-        self.begun: float | None = None
-        self.written = 0.0
+        self.earlier = recorded_sessions(study.user_attrs)
+        self.started: float | None = None
+        self.recorded = 0.0
 
     def tick(self, *, last: bool = False) -> None:
-        """Say that a trial is under way."""
+        """Note that trials are running. ``last`` records the time in any case."""
         now = time.time()
-        if self.begun is None:
+        if self.started is None:
             if last:
                 return
-            self.begun = now
-        if last or now - self.written >= BEHIND:
-            key = f"{_PREFIX}{socket.gethostname()}:{os.getpid()}:{self.begun:.0f}"
-            self.study.set_user_attr(key, [self.begun, now])
-            self.written = now
+            self.started = now
+        if last or now - self.recorded >= RECORD_INTERVAL:
+            key = f"{_PREFIX}{socket.gethostname()}:{os.getpid()}:{self.started:.0f}"
+            self.study.set_user_attr(key, [self.started, now])
+            self.recorded = now
 
     @property
-    def spent(self) -> float:
-        """Seconds with a trial under way, those before this controller included."""
-        own = [(self.begun, time.time())] if self.begun is not None else []
-        return covered([*self.before, *own])
+    def elapsed(self) -> float:
+        """Seconds with running trials, including earlier sessions."""
+        own = [(self.started, time.time())] if self.started is not None else []
+        return total_seconds([*self.earlier, *own])
 
 
-def sessions(attributes: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """When controllers had trials under way, from the attributes of a study."""
+def recorded_sessions(attributes: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The start and end of each controller's session, from the attributes of a study."""
     found = [value for key, value in attributes.items() if key.startswith(_PREFIX)]
-    return [(float(begun), float(seen)) for begun, seen in found]
+    return [(float(start), float(end)) for start, end in found]
 
 
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Seconds that lie in any of some spans."""
+def total_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of some time spans, in seconds."""
     total, until = 0.0, float("-inf")
-    for begun, ended in sorted(spans):
-        total += max(ended - max(begun, until), 0.0)
-        until = max(until, ended)
+    for start, end in sorted(spans):
+        total += max(end - max(start, until), 0.0)
+        until = max(until, end)
     return total

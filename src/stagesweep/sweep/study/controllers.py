@@ -1,9 +1,9 @@
-"""Several controllers on one study: a lock to propose under, and signs of life.
+"""Coordinates several controllers on one study: a lock, and heartbeats.
 
-With SQLite there is one controller, and all this does nothing. With PostgreSQL there may be any
-number, on any machines: what must not happen twice happens under a lock of the server, each
-controller says every few seconds that it lives, by the server's clock, and what one that says
-nothing more has left under way is taken over by another.
+With SQLite there is one controller, and nothing to coordinate. With PostgreSQL there may be any
+number, on any machines. Trials are proposed under a lock of the server. Each controller records a
+heartbeat every few seconds, by the server's clock. The running trials of a controller without a
+heartbeat are taken over by another.
 """
 
 import importlib
@@ -13,111 +13,108 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from stagesweep.base.errors import UserError
-from stagesweep.sweep.study.storage import OneWriter
+from stagesweep.sweep.study.storage import SingleWriterStorage
 from stagesweep.sweep.study.url import password, without_password
 
 if TYPE_CHECKING:
     from optuna import Study
 
-# Seconds between two signs of life, and without one until a controller counts as dead.
-BEAT, DEAD = 5.0, 20.0
-# A controller that stands still for so long while it holds the lock loses it.
-HELD = "120s"
+# Seconds between two heartbeats, and without one until a controller counts as dead.
+HEARTBEAT_INTERVAL, GRACE_PERIOD = 5.0, 20.0
+# A controller that is suspended for this long while it holds the lock loses the lock.
+LOCK_TIMEOUT = "120s"
 
 
-class Sharing:
-    """One controller among those of a study."""
+class Coordinator:
+    """Coordinates this controller with the others of a study."""
 
     def __init__(self, storage: str) -> None:
         self.url = storage
-        self.me = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.controller_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.shared = storage.startswith("postgresql")
-        # How long a wait for events may last, so that what others do is seen.
-        self.pause = BEAT if self.shared else None
+        # The longest wait for events, after which the study is looked at again.
+        self.poll_interval = HEARTBEAT_INTERVAL if self.shared else None
         self.options: dict[str, Any] = {}
         if self.shared:
-            self.options = {"pool_pre_ping": True, **connecting(storage)}
+            self.options = {"pool_pre_ping": True, **connect_options(storage)}
             self.engine = sqlalchemy.create_engine(storage, **self.options)
-        # Set when others may have taken this one for dead.
-        self.late = threading.Event()
+        # Set when this controller was suspended for so long that others may count it as dead.
+        self.missed_heartbeat = threading.Event()
 
-    def storage(self) -> RDBStorage:
-        """The study's storage; tables are made where there are none, so hold the lock."""
+    def open_storage(self) -> BaseStorage:
+        """Open the storage of the study. Hold the lock: this creates missing tables."""
         if not self.shared:
-            return OneWriter(self.url)
-        return RDBStorage(self.url, engine_kwargs=dict(self.options))
-
-    def at_once(self, study: "Study") -> AbstractContextManager[None]:
-        """A block whose writes to a study are one transaction, where nobody else writes."""
-        backend = getattr(study._storage, "_backend", None)
-        return backend.at_once() if isinstance(backend, OneWriter) else nullcontext()
+            return SingleWriterStorage(self.url)
+        return get_storage(RDBStorage(self.url, engine_kwargs=dict(self.options)))
 
     @contextmanager
-    def alone(self, what: str = "") -> Iterator[None]:
-        """Do something that no other controller does at the same time.
+    def lock(self, name: str = "") -> Iterator[None]:
+        """Hold a lock that only one controller has at a time.
 
-        The lock ends with the transaction, which the server ends when this machine is gone.
+        The server releases it when this machine is gone, since it belongs to a transaction.
         """
         if not self.shared:
             yield
             return
         with self.engine.begin() as connection:
             text = sqlalchemy.text
-            connection.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = '{HELD}'"))
+            connection.execute(
+                text(f"SET LOCAL idle_in_transaction_session_timeout = '{LOCK_TIMEOUT}'")
+            )
             lock = text("SELECT pg_advisory_xact_lock(hashtext(:name))")
-            connection.execute(lock, {"name": f"stagesweep {what}"})
+            connection.execute(lock, {"name": f"stagesweep {name}"})
             yield
 
     @contextmanager
-    def joined(self, study: "Study") -> Iterator[None]:
-        """A block in which this controller says that it lives; after it, others take over at once
-        what it has left.
-        """
+    def heartbeat(self, study: "Study") -> Iterator[None]:
+        """Record heartbeats during the block. After it, others take over what is left at once."""
         if not self.shared:
             yield
             return
-        key, ended = self._key(self.me), threading.Event()
+        key, ended = self._key(self.controller_id), threading.Event()
 
-        def go_on() -> None:
+        def beat() -> None:
             latest = time.monotonic()
-            while not ended.wait(BEAT):
+            while not ended.wait(HEARTBEAT_INTERVAL):
                 try:
-                    study.set_user_attr(key, self.now())
+                    study.set_user_attr(key, self.server_time())
                 except (StorageInternalError, SQLAlchemyError):
-                    continue  # the server is away; whoever needs it will say so
-                if time.monotonic() - latest > DEAD:
-                    self.late.set()
+                    continue  # the server is away: the next write of the controller reports it
+                if time.monotonic() - latest > GRACE_PERIOD:
+                    self.missed_heartbeat.set()
                 latest = time.monotonic()
 
-        study.set_user_attr(key, self.now())
-        thread = threading.Thread(target=go_on, name="beat", daemon=True)
+        study.set_user_attr(key, self.server_time())
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
         try:
             yield
         finally:
             ended.set()
-            thread.join(timeout=DEAD)
+            thread.join(timeout=GRACE_PERIOD)
             study.set_user_attr(key, 0.0)
 
-    def living(self, study: "Study") -> set[str]:
-        """The controllers that live."""
+    def live_controllers(self, study: "Study") -> set[str]:
+        """The ids of the controllers with a recent heartbeat."""
         if not self.shared:
-            return {self.me}
-        now = self.now()
+            return {self.controller_id}
+        now = self.server_time()
         beats = {key: at for key, at in study.user_attrs.items() if key.startswith(self._key(""))}
-        return {key.removeprefix(self._key("")) for key, at in beats.items() if now - at < DEAD}
+        return {
+            key.removeprefix(self._key("")) for key, at in beats.items() if now - at < GRACE_PERIOD
+        }
 
-    def now(self) -> float:
-        """The server's clock: the machines' own may differ."""
+    def server_time(self) -> float:
+        """Seconds by the server's clock, since the clocks of machines differ."""
         with self.engine.connect() as connection:
             clock = sqlalchemy.text("SELECT extract(epoch FROM clock_timestamp())")
             return float(connection.execute(clock).scalar_one())
@@ -127,9 +124,9 @@ class Sharing:
         return f"controller {name}"
 
 
-def connecting(storage: str) -> dict[str, Any]:
-    """Options of the engine: do not wait for ever for a server that does not answer."""
-    with explained(storage):
+def connect_options(storage: str) -> dict[str, Any]:
+    """Options of the SQLAlchemy engine, with a limit on the time to connect."""
+    with storage_errors(storage):
         driver = sqlalchemy.make_url(storage).get_driver_name()
         try:
             importlib.import_module(driver)
@@ -142,8 +139,8 @@ def connecting(storage: str) -> dict[str, Any]:
 
 
 @contextmanager
-def explained(storage: str) -> Iterator[None]:
-    """Say in one line what is wrong with a server; never its password."""
+def storage_errors(storage: str) -> Iterator[None]:
+    """Turn errors of the database into a UserError of one line, without the password."""
     try:
         yield
     except (ArgumentError, NoSuchModuleError) as error:

@@ -1,4 +1,4 @@
-"""The manifest of a sweep: what it was begun with, and how a later command differs from that."""
+"""The manifest of a sweep (``sweep.yaml``): its settings, code and data, to detect changes."""
 
 import json
 from collections.abc import Mapping
@@ -14,23 +14,23 @@ from stagesweep.store.fingerprint import sources
 from stagesweep.store.stage_inputs import code_modules, hash_path, relevant
 from stagesweep.sweep.space.space import Space
 
-# So many modules whose code has changed are named.
+# How many changed modules an error names.
 NAMED = 3
 
 
 def write(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write down what a sweep is begun with."""
+    """Write the manifest of a new sweep."""
     atomic_text(folder / "sweep.yaml", yaml.safe_dump(dict(about), sort_keys=False))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What a sweep was begun with; None when it was not."""
+    """The manifest of the sweep in a folder; None for a new sweep."""
     file = folder / "sweep.yaml"
     return yaml.safe_load(file.read_text()) if file.exists() else None
 
 
 def about(space: Space, config: DictConfig) -> dict[str, Any]:
-    """What a sweep is begun with, as plain values: all that its results depend on."""
+    """Everything that the results of a sweep depend on, as plain values."""
     shared = plain(config)
     return {
         "space": space.fingerprint(),
@@ -41,10 +41,8 @@ def about(space: Space, config: DictConfig) -> dict[str, Any]:
 
 
 def changes(space: Space, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Lines that say what is not as it was when the sweep was begun: trials that have ended would
-    stand beside others that they cannot be compared with.
-    """
-    before = {**now, **before}  # that of an older version says less
+    """List the changes since the sweep began. Trials before and after them are not comparable."""
+    before = {**now, **before}  # older manifests have fewer keys
     lines = [f"space {line}" for line in space.difference(before["space"])]
     old, new = flat(before["config"]), flat(now["config"])
     lines += [
@@ -59,12 +57,12 @@ def changes(space: Space, now: Mapping[str, Any], before: Mapping[str, Any]) -> 
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys whose values differ, or that one of them lacks."""
+    """The keys whose values differ, or that only one of the two has."""
     return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested plain values by dotted key."""
+    """Flatten nested values to dotted keys."""
     if not isinstance(value, dict) or not value:
         return {key: value}
     below = [flat(each, f"{key}.{name}" if key else str(name)) for name, each in value.items()]
@@ -72,7 +70,7 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """What all trials share, as plain values; interpolations of what is swept stay as they are."""
+    """The config of all trials as plain values. Interpolations of swept keys stay unresolved."""
     keys = ("seed", "init_from", "model", "data", "loss", "stage", "hardware", "objective")
     found: dict[str, Any] = {}
     for key in keys:
@@ -89,9 +87,9 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def code(shared: Mapping[str, Any]) -> dict[str, str]:
-    """What identifies the code of each module that trials run, as far as what they share says.
+    """The fingerprint of each module that the shared config of trials runs.
 
-    Empty when there is a module that cannot be found, which the checks of a sweep say better.
+    Empty when a module cannot be found: the checks of the sweep report that better.
     """
     try:
         found = sources(code_modules(dict(shared)))
@@ -101,13 +99,13 @@ def code(shared: Mapping[str, Any]) -> dict[str, str]:
 
 
 def files(shared: Mapping[str, Any]) -> dict[str, str]:
-    """A hash of each file that all trials start from: of data, of weights."""
+    """A hash of each input file of the trials: data and weights."""
     paths = [shared.get("data", {}).get("path"), shared.get("init_from")]
     return {str(p): hash_path(Path(p)) for p in paths if p is not None and Path(p).exists()}
 
 
 def refuse_changed(folder: Path, lines: list[str]) -> UserError:
-    """What to say of a sweep whose command has changed."""
+    """The error for a sweep whose settings, code or data have changed."""
     said = "; ".join(lines)
     return UserError(
         f"{folder} was begun with other settings, code or data: {said}; put them back, name "

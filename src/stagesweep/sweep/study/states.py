@@ -1,4 +1,4 @@
-"""How jobs and trials end: complete, pruned or failed, with a value or a reason."""
+"""The final states of runs and trials: complete, pruned or failed, with a value or a reason."""
 
 import json
 import math
@@ -12,7 +12,10 @@ from stagesweep.base.errors import NotFinite
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. ``state``: complete, pruned or failed; interrupted: it can go on."""
+    """How a run or a trial ended.
+
+    ``state`` is complete, pruned or failed; or interrupted, when the run can continue.
+    """
 
     state: str
     value: Any = None
@@ -20,9 +23,9 @@ class Outcome:
     message: str = ""
 
 
-def together(outcomes: list[Outcome]) -> Outcome:
-    """The outcome of a trial, from those of its repeats."""
-    checked = [valid(each) for each in outcomes]
+def combine_repeats(outcomes: list[Outcome]) -> Outcome:
+    """The outcome of a trial: the mean of its repeats, or the first that is not complete."""
+    checked = [check_objective(each) for each in outcomes]
     for each in checked:
         if each.state != "complete":
             return each
@@ -34,8 +37,8 @@ def together(outcomes: list[Outcome]) -> Outcome:
     return Outcome("complete", fmean(values))
 
 
-def valid(outcome: Outcome) -> Outcome:
-    """A run that ended well without a number did not."""
+def check_objective(outcome: Outcome) -> Outcome:
+    """Turn a complete run whose objective is not a number into a failed one."""
     if outcome.state != "complete":
         return outcome
     value = outcome.value
@@ -47,8 +50,8 @@ def valid(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def on_disk(folder: Path) -> Outcome | None:
-    """How the run in a folder ended, by its ``result.json``; None when it did not."""
+def read_outcome(folder: Path) -> Outcome | None:
+    """The outcome of the run in a folder, from ``result.json``. None when it has not ended."""
     try:
         result = json.loads((folder / "result.json").read_text())
     except (OSError, ValueError):

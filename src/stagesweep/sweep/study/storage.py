@@ -1,219 +1,265 @@
-"""The study's database where this process is its only writer: what it wrote it need not read."""
+"""The SQLite database of a study, written by one process or opened to be read.
 
-import copy
+`benchmarks.storage` compares `SingleWriterStorage` with Optuna's own storages.
+"""
+
 import json
-from collections.abc import Container, Iterator, Sequence
+import sqlite3
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from optuna.distributions import (
-    BaseDistribution,
-    check_distribution_compatibility,
-    distribution_to_json,
-)
-from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
-from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import insert, update
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.study import Study, StudyDirection, get_all_study_names, load_study
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, insert, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
-
-class _Session(Session):
-    """A session that outlasts the transactions of Optuna while it is held."""
-
-    held = False
-
-    def commit(self) -> None:
-        self.flush() if self.held else super().commit()
-
-    def close(self) -> None:
-        if not self.held:
-            super().close()
+from stagesweep.base import compat
+from stagesweep.base.errors import UserError
+from stagesweep.sweep.study.url import without_password
 
 
-class OneWriter(RDBStorage):
-    """A database of which trials under way are kept in memory, each replaced when it changes.
+def read_only(file: Path) -> RDBStorage:
+    """A storage that cannot change the file, nor create one."""
+    uri = f"file:{quote(str(file.absolute()))}?mode=ro"
+    connect = partial(sqlite3.connect, uri, uri=True, check_same_thread=False)
+    return RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
 
-    Optuna reads a trial some ten times from its proposal to its end, each time all of its tables,
-    and looks for it before each write. Here a write is one statement where it adds what is known
-    not to be there; all else is left to Optuna.
+
+def load_recorded(folder: Path, url: str | None) -> Study:
+    """Load the study of the sweep in a folder: from its ``study.db``, or else from a URL.
+
+    Raises UserError when there is none.
+    """
+    file = folder / "study.db"
+    if not url and not file.exists():
+        raise UserError(f"no study in {folder}; a sweep's folder holds a study.db")
+    place = str(file) if url is None or file.exists() else url
+    try:
+        storage = read_only(file) if place != url else RDBStorage(place)
+        names = get_all_study_names(storage)
+        if folder.name in names or len(names) == 1:
+            name = folder.name if folder.name in names else names[0]
+            return load_study(study_name=name, storage=storage)
+    except (SQLAlchemyError, RuntimeError, AssertionError, KeyError, ValueError) as error:
+        line = str(error).partition("\n")[0]
+        shown = without_password(place)
+        raise UserError(f"{shown} cannot be read as an Optuna study: {line}") from error
+    have = ", ".join(names) or "none"
+    raise UserError(f"{without_password(place)} has no study '{folder.name}'; it has {have}")
+
+
+class SingleWriterStorage(InMemoryStorage):
+    """A study in memory whose changes are written to Optuna's SQLite database.
+
+    Reads do not touch the disk. A write is one SQL statement, and a `transaction` groups several.
+    Optuna's `RDBStorage` creates and loads the database, so that any tool for Optuna can read it.
+    Only one process at a time may open a study in this way, and only one study in each storage.
     """
 
     def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.scoped_session = scoped_session(sessionmaker(self.engine, class_=_Session))
-        # The trials under way, and the ids of all that are known to be there; None: none is read.
-        self._under_way: dict[int, FrozenTrial] = {}
-        self._ids: list[int] | None = None
+        super().__init__()
+        self.database = RDBStorage(url)
+        self._tables = compat.optuna_tables()
+        self._connection: Connection | None = None
+        self._study_name: str | None = None
+        # Primary keys in the database: of the study, and of each trial by its id in memory.
+        self._study_key = 0
+        self._trial_keys: list[int] = []
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """A block whose writes reach the disk together, at its end, or none of them does.
+    def transaction(self) -> Iterator[Connection]:
+        """Write all changes of the block together at its end, or none of them after an error.
 
-        A commit costs as much as all the rest of a write, and a proposal is some five writes.
+        Blocks can be nested. After an error, memory is loaded again from the database.
         """
-        session = self.scoped_session()
-        assert isinstance(session, _Session)
-        if session.held:
-            yield
+        if self._connection is not None:
+            yield self._connection
             return
-        session.held = True
         try:
-            yield
-            session.held = False
-            session.commit()
+            with self.database.engine.begin() as self._connection:
+                yield self._connection
         except BaseException:
-            self._under_way.clear()
-            self._ids = None
+            if self._study_name is not None:
+                self._load(self._study_name)
             raise
         finally:
-            session.held = False
-            session.close()
+            self._connection = None
 
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        """A trial as it is."""
-        if (trial := self._under_way.get(trial_id)) is None:
-            trial = self._under_way[trial_id] = super().get_trial(trial_id)
-        return trial
+    def _load(self, study_name: str) -> None:
+        """Load a study of the database into memory."""
+        key = self._study_key = self.database.get_study_id_from_name(study_name)
+        super().__init__()
+        study_id = super().create_new_study(self.database.get_study_directions(key), study_name)
+        for name, value in self.database.get_study_user_attrs(key).items():
+            super().set_study_user_attr(study_id, name, value)
+        for name, value in self.database.get_study_system_attrs(key).items():
+            super().set_study_system_attr(study_id, name, value)
+        for trial in self.database.get_all_trials(key, deepcopy=False):
+            super().create_new_trial(study_id, trial)
+        trials = self._tables.TrialModel
+        keys = select(trials.trial_id).where(trials.study_id == key).order_by(trials.number)
+        with self.database.engine.connect() as connection:
+            self._trial_keys = list(connection.scalars(keys))
+        self._study_name = study_name
 
-    def _get_trials(
-        self,
-        study_id: int,
-        states: Container[TrialState] | None,
-        included_trial_ids: set[int],
-        trial_id_greater_than: int,
-    ) -> list[FrozenTrial]:
-        """The trials of those ids, and all that came later."""
-        if self._ids is None or states is not None:
-            given = (study_id, states, included_trial_ids, trial_id_greater_than)
-            trials = super()._get_trials(*given)
-            if states is None and not included_trial_ids and trial_id_greater_than < 0:
-                self._ids = [trial._trial_id for trial in trials]
-            return trials
-        wanted = (n for n in self._ids if n > trial_id_greater_than or n in included_trial_ids)
-        trials = [self.get_trial(n) for n in wanted]
-        for trial in trials:
-            if trial.state.is_finished():  # Optuna asks for it no more
-                self._under_way.pop(trial._trial_id, None)
-        return trials
+    # ------------------------------------------------------------------ the study
 
-    def _create_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None = None
-    ) -> FrozenTrial:
-        begun = create_trial(state=TrialState.RUNNING) if template_trial is None else template_trial
-        if self._ids is None or begun.state.is_finished() or begun.intermediate_values:
-            created = super()._create_new_trial(study_id, template_trial)
-        else:
-            created = self._add_trial(study_id, begun, len(self._ids))
-        if self._ids is not None:
-            self._ids.append(created._trial_id)
-        self._under_way[created._trial_id] = created
-        return created
+    def create_new_study(
+        self, directions: Sequence[StudyDirection], study_name: str | None = None
+    ) -> int:
+        """Create the study. Raises DuplicatedStudyError when the database has it."""
+        key = self.database.create_new_study(directions, study_name)
+        return self.get_study_id_from_name(self.database.get_study_name_from_id(key))
 
-    def _add_trial(self, study_id: int, template: FrozenTrial, number: int) -> FrozenTrial:
-        """A new trial under way, or waiting."""
-        created = copy.deepcopy(template)
-        created.number = number
-        names = ("number", "state", "datetime_start")
-        about = {name: getattr(created, name) for name in names}
-        with self.at_once():
-            created._trial_id = self._add(models.TrialModel, study_id=study_id, **about)
-            for name, value in created.params.items():
-                distribution = created.distributions[name]
-                internal = distribution.to_internal_repr(value)
-                self._add_param(created._trial_id, name, internal, distribution)
-            for model, given in (
-                (models.TrialUserAttributeModel, created.user_attrs),
-                (models.TrialSystemAttributeModel, created.system_attrs),
-            ):
-                for key, value in given.items():
-                    text = json.dumps(value)
-                    self._add(model, trial_id=created._trial_id, key=key, value_json=text)
-        return created
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """Return the id of the study, loaded when it is not in memory yet."""
+        if self._study_name is None:
+            self._load(study_name)
+        return super().get_study_id_from_name(study_name)
 
-    def _set_trial_param(
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        """Set a user attribute of the study."""
+        text = json.dumps(value)
+        row = {"study_id": self._study_key, "key": key, "value_json": text}
+        with self.transaction():
+            super().set_study_user_attr(study_id, key, json.loads(text))
+            self._write(self._tables.StudyUserAttributeModel, **row)
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        """Set an attribute of the study that Optuna keeps."""
+        text = json.dumps(value)
+        row = {"study_id": self._study_key, "key": key, "value_json": text}
+        with self.transaction():
+            super().set_study_system_attr(study_id, key, json.loads(text))
+            self._write(self._tables.StudySystemAttributeModel, **row)
+
+    # ------------------------------------------------------------------ trials
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """Create a trial, with everything that a template has."""
+        with self.transaction():
+            trial_id = super().create_new_trial(study_id, template_trial)
+            trial = self.get_trial(trial_id)
+            row = {"study_id": self._study_key, "number": trial.number, **_state(trial)}
+            self._trial_keys.append(self._write(self._tables.TrialModel, **row))
+            for name in trial.params:
+                self._write_param(trial_id, name)
+            for name in trial.user_attrs:
+                self._write_user_attr(trial_id, name)
+            for name in trial.system_attrs:
+                self._write_system_attr(trial_id, name)
+            for step in trial.intermediate_values:
+                self._write_intermediate_value(trial_id, step)
+            self._write_values(trial_id)
+        return trial_id
+
+    def set_trial_param(
         self,
         trial_id: int,
         param_name: str,
         param_value_internal: float,
         distribution: BaseDistribution,
-        previous_distribution: BaseDistribution | None,
     ) -> None:
-        trial = self._running(trial_id)
-        if trial is None or previous_distribution is None or param_name in trial.params:
-            given = (param_name, param_value_internal, distribution, previous_distribution)
-            super()._set_trial_param(trial_id, *given)
-        else:
-            check_distribution_compatibility(previous_distribution, distribution)
-            self._add_param(trial_id, param_name, param_value_internal, distribution)
-        value = distribution.to_external_repr(param_value_internal)
-        self._put(trial_id, "params", param_name, value)
-        self._put(trial_id, "distributions", param_name, distribution)
+        """Set a parameter."""
+        with self.transaction():
+            super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+            self._write_param(trial_id, param_name)
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
-        """Set them, and when."""
-        if (trial := self._running(trial_id)) is None or not state.is_finished():
-            self._under_way.pop(trial_id, None)  # the time comes with them
-            return super().set_trial_state_values(trial_id, state, values)
-        ended = copy.copy(trial)
-        ended.state, ended.datetime_complete = state, datetime.now()
-        ended.values = None if values is None else [float(value) for value in values]
-        changed = {"state": state, "datetime_complete": ended.datetime_complete}
-        with self.at_once():
-            for number, value in enumerate(ended.values or ()):
-                stored, kind = models.TrialValueModel.value_to_stored_repr(value)
-                about = {"objective": number, "value": stored, "value_type": kind}
-                self._add(models.TrialValueModel, trial_id=trial_id, **about)
-            this = models.TrialModel.trial_id == trial_id
-            self.scoped_session().execute(update(models.TrialModel.__table__).where(this), changed)
-        self._under_way[trial_id] = ended
+        """Set the state and the objectives. False when the trial is running already."""
+        floats = None if values is None else [float(value) for value in values]
+        with self.transaction() as connection:
+            if not super().set_trial_state_values(trial_id, state, floats):
+                return False
+            trials = self._tables.TrialModel
+            this = update(trials.__table__).where(trials.trial_id == self._trial_keys[trial_id])
+            connection.execute(this, _state(self.get_trial(trial_id)))
+            self._write_values(trial_id)
         return True
 
     def set_trial_intermediate_value(
         self, trial_id: int, step: int, intermediate_value: float
     ) -> None:
         """Set the value after a step."""
-        super().set_trial_intermediate_value(trial_id, step, intermediate_value)
-        self._put(trial_id, "intermediate_values", step, float(intermediate_value))
+        with self.transaction():
+            super().set_trial_intermediate_value(trial_id, step, float(intermediate_value))
+            self._write_intermediate_value(trial_id, step)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Set what the project notes."""
-        trial, text = self._running(trial_id), json.dumps(value)
-        if trial is None or key in trial.user_attrs:
-            super().set_trial_user_attr(trial_id, key, value)
-        else:
-            model = models.TrialUserAttributeModel
-            self._add(model, trial_id=trial_id, key=key, value_json=text)
-        self._put(trial_id, "user_attrs", key, json.loads(text))
+        """Set a user attribute of a trial."""
+        with self.transaction():
+            super().set_trial_user_attr(trial_id, key, json.loads(json.dumps(value)))
+            self._write_user_attr(trial_id, key)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Set what Optuna notes."""
-        super().set_trial_system_attr(trial_id, key, value)
-        self._put(trial_id, "system_attrs", key, json.loads(json.dumps(value)))
+        """Set an attribute of a trial that Optuna keeps."""
+        with self.transaction():
+            super().set_trial_system_attr(trial_id, key, json.loads(json.dumps(value)))
+            self._write_system_attr(trial_id, key)
 
-    def _running(self, trial_id: int) -> FrozenTrial | None:
-        """A trial that is in memory and may be changed."""
-        trial = self._under_way.get(trial_id)
-        return trial if trial is not None and trial.state is TrialState.RUNNING else None
+    # ------------------------------------------------------------------ rows
 
-    def _put(self, trial_id: int, name: str, key: str | int, value: Any) -> None:
-        """Replace a trial in memory by one with an entry more; whoever has the old one keeps it."""
-        if (trial := self._under_way.get(trial_id)) is not None:
-            self._under_way[trial_id] = changed = copy.copy(trial)
-            setattr(changed, name, {**getattr(trial, name), key: value})
+    def _write(self, table: Any, **row: Any) -> int:
+        """Insert a row, or replace the one with the same unique columns. Returns its key."""
+        statement = insert(table.__table__).prefix_with("OR REPLACE")
+        with self.transaction() as connection:
+            written: Any = connection.execute(statement, row)
+            return int(written.inserted_primary_key[0])
 
-    def _add_param(
-        self, trial_id: int, name: str, internal: float, distribution: BaseDistribution
-    ) -> None:
-        about = {"param_name": name, "param_value": internal}
-        text = distribution_to_json(distribution)
-        self._add(models.TrialParamModel, trial_id=trial_id, distribution_json=text, **about)
+    def _write_param(self, trial_id: int, name: str) -> None:
+        trial = self.get_trial(trial_id)
+        distribution = trial.distributions[name]
+        self._write(
+            self._tables.TrialParamModel,
+            trial_id=self._trial_keys[trial_id],
+            param_name=name,
+            param_value=distribution.to_internal_repr(trial.params[name]),
+            distribution_json=distribution_to_json(distribution),
+        )
 
-    def _add(self, model: Any, **row: Any) -> int:
-        """Add a row, and give its id."""
-        with self.at_once():
-            added: Any = self.scoped_session().execute(insert(model.__table__), row)
-            return int(added.inserted_primary_key[0])
+    def _write_user_attr(self, trial_id: int, key: str) -> None:
+        text = json.dumps(self.get_trial(trial_id).user_attrs[key])
+        row = {"trial_id": self._trial_keys[trial_id], "key": key, "value_json": text}
+        self._write(self._tables.TrialUserAttributeModel, **row)
+
+    def _write_system_attr(self, trial_id: int, key: str) -> None:
+        text = json.dumps(self.get_trial(trial_id).system_attrs[key])
+        row = {"trial_id": self._trial_keys[trial_id], "key": key, "value_json": text}
+        self._write(self._tables.TrialSystemAttributeModel, **row)
+
+    def _write_intermediate_value(self, trial_id: int, step: int) -> None:
+        table = self._tables.TrialIntermediateValueModel
+        value = self.get_trial(trial_id).intermediate_values[step]
+        stored, kind = table.intermediate_value_to_stored_repr(value)
+        row = {"intermediate_value": stored, "intermediate_value_type": kind}
+        self._write(table, trial_id=self._trial_keys[trial_id], step=step, **row)
+
+    def _write_values(self, trial_id: int) -> None:
+        table = self._tables.TrialValueModel
+        for objective, value in enumerate(self.get_trial(trial_id).values or ()):
+            stored, kind = table.value_to_stored_repr(value)
+            row = {"objective": objective, "value": stored, "value_type": kind}
+            self._write(table, trial_id=self._trial_keys[trial_id], **row)
+
+
+def _state(trial: FrozenTrial) -> dict[str, Any]:
+    """The state and the times of a trial as columns."""
+    return {
+        "state": trial.state,
+        "datetime_start": _utc(trial.datetime_start),
+        "datetime_complete": _utc(trial.datetime_complete),
+    }
+
+
+def _utc(time: datetime | None) -> datetime | None:
+    """A local time as Optuna stores it: in UTC, and without a time zone."""
+    return None if time is None else time.astimezone(UTC).replace(tzinfo=None)

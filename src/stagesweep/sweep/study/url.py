@@ -1,12 +1,11 @@
-"""The address of a study's database, and its password."""
+"""The URL of a study's database, with and without its password."""
 
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 
 def password(storage: str) -> str:
-    """The password in the URL of a storage, or nothing."""
-    from sqlalchemy.exc import ArgumentError
-
+    """The password in the URL of a storage, or an empty string."""
     try:
         url = make_url(storage)
     except ArgumentError:
@@ -15,13 +14,12 @@ def password(storage: str) -> str:
 
 
 def without_password(storage: str) -> str:
-    """The URL of a storage as it may be shown and written down: the driver finds the password
-    elsewhere (PGPASSWORD, ~/.pgpass).
+    """The URL of a storage without its password, to be shown and recorded.
+
+    The driver finds the password elsewhere (PGPASSWORD, ~/.pgpass).
     """
     if not password(storage):
         return storage
-    from sqlalchemy import URL
-
     url = make_url(storage).difference_update_query(["password"])
     bare = URL.create(
         url.drivername, url.username, None, url.host, url.port, url.database, url.query
