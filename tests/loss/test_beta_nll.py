@@ -1,12 +1,11 @@
-"""Losses of predictions with a variance, of compositions and of groups."""
+"""Losses of predictions with a variance, and of groups."""
 
 import pytest
 import torch
-from torch.distributions import Categorical, Normal, kl_divergence
+from torch.distributions import Normal
 
 from stagesweep.loss.beta_nll import BetaNLL
 from stagesweep.loss.info_nce import InfoNCE
-from stagesweep.systems.singlecell.loss.composition import Composition
 
 
 def outputs(n: int = 6, width: int = 4) -> dict[str, torch.Tensor]:
@@ -35,15 +34,6 @@ def test_at_beta_one_the_mean_learns_as_from_a_squared_error() -> None:
     assert mean.grad is not None
     wanted = (mean - o["x/target"]) * o["x/observed"]
     torch.testing.assert_close(mean.grad, wanted.detach())
-
-
-def test_composition_is_a_divergence_and_zero_where_they_agree() -> None:
-    true = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
-    told = torch.tensor([[0.1, 0.2, 0.7], [0.2, 0.3, 0.5]])
-    total, n = Composition()({"log_proportions": told.log()}, {"proportions": true})
-    wanted = kl_divergence(Categorical(true[:1].clamp(min=1e-30)), Categorical(told[:1]))
-    assert total == pytest.approx(float(wanted), abs=1e-6)
-    assert n == 2
 
 
 def test_samples_of_a_group_are_no_negatives_of_each_other() -> None:
