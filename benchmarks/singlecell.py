@@ -33,8 +33,8 @@ from torch.nn.functional import elu, softplus
 from stagesweep.base.spec import Features, Spec
 from stagesweep.loss.cross_entropy import CrossEntropy
 from stagesweep.systems.singlecell.data.cells import CellView
-from stagesweep.systems.singlecell.loss.counts import Counts
-from stagesweep.systems.singlecell.loss.mixture import Mixture
+from stagesweep.systems.singlecell.loss.count_nll import CountNLL
+from stagesweep.systems.singlecell.loss.mixture_kl import MixtureKL
 from stagesweep.systems.singlecell.model.gmvae import GMVAE
 from stagesweep.systems.singlecell.simulate import Cohort
 
@@ -60,7 +60,7 @@ class Trained:
         self.model = GMVAE(spec(genes), **model)
         parameters = [*self.model.parameters(), *self.more(genes)]
         self.optimizer = torch.optim.AdamW(parameters, fused=True)
-        self.terms = [Counts(), Mixture("label"), CrossEntropy("label")]
+        self.terms = [CountNLL(), MixtureKL("label"), CrossEntropy("label")]
         self.noise = torch.Generator()
 
     def more(self, genes: int) -> list[nn.Parameter]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagesweep.systems.singlecell.likelihood import negative_log_likelihood
+from stagesweep.systems.singlecell.likelihood import negative_binomial_nll
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ def test_both_usual_formulas_are_the_same_likelihood(monkeypatch: pytest.MonkeyP
     counts = torch.poisson(torch.rand(5, 7) * 3)
     batch = {"counts": counts, "library": counts.sum(1, keepdim=True).clamp(min=1)}
     scores, log_theta, pi = torch.randn(5, 7), torch.randn(7), torch.randn(5, 7)
-    ours = negative_log_likelihood(scores, log_theta, pi, counts, batch["library"])
+    ours = negative_binomial_nll(scores, log_theta, pi, counts, batch["library"])
     assert usual(scores, log_theta, pi, batch).sum().item() == pytest.approx(ours.item(), rel=1e-5)
     theta, mean = log_theta.exp().expand(5, 7), batch["library"] * scores.softmax(1)
     cost = stacked([(pi.sigmoid(), mean, theta)] * 2, counts)

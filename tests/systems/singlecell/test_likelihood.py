@@ -10,7 +10,7 @@ from scipy.stats import nbinom
 from torch import Tensor
 
 from stagesweep.systems.singlecell import likelihood
-from stagesweep.systems.singlecell.likelihood import TABLE, negative_log_likelihood
+from stagesweep.systems.singlecell.likelihood import TABLE_SIZE, negative_binomial_nll
 
 COUNTS = torch.tensor([[0.0, 1, 2, 0, 7, 130], [3, 0, 0, 40, 1, 0]])
 SCORES = torch.tensor([[0.1, -0.4, 0.9, -2.0, 1.5, 2.5], [0.6, 0.0, -1.2, 2.2, -0.3, -3.0]])
@@ -42,7 +42,7 @@ def library(counts: Tensor) -> Tensor:
 
 
 def reference(scores: Tensor, log_theta: Tensor, dropout: Tensor | None, counts: Tensor) -> float:
-    """Scipy's negative binomial, and the zeros that are added to it."""
+    """Scipy's negative binomial with zero inflation."""
     s, theta = scores.double().numpy(), log_theta.double().exp().numpy()
     mean = library(counts).double().numpy() * np.exp(log_softmax(s, axis=1))
     log_p = nbinom.logpmf(counts.double().numpy(), theta, theta / (theta + mean))
@@ -55,11 +55,11 @@ def reference(scores: Tensor, log_theta: Tensor, dropout: Tensor | None, counts:
 
 @pytest.mark.parametrize("inflated", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients_are_those_of_scvi(inflated: bool, dtype: torch.dtype) -> None:
+def test_values_and_gradients_equal_scvi(inflated: bool, dtype: torch.dtype) -> None:
     given = [SCORES, LOG_THETA, DROPOUT] if inflated else [SCORES, LOG_THETA]
     leaves = [value.clone().to(dtype).requires_grad_() for value in given]
     counts = COUNTS.to(dtype)
-    total = negative_log_likelihood(
+    total = negative_binomial_nll(
         leaves[0], leaves[1], leaves[2] if inflated else None, counts, library(counts)
     )
     total.backward()
@@ -73,21 +73,21 @@ def test_values_and_gradients_are_those_of_scvi(inflated: bool, dtype: torch.dty
 
 
 @pytest.mark.parametrize("inflated", [True, False])
-def test_the_gradient_is_that_of_the_value(inflated: bool) -> None:
+def test_the_gradient_passes_gradcheck(inflated: bool) -> None:
     inputs = (SCORES.double().requires_grad_(), LOG_THETA.double().requires_grad_())
     counts = COUNTS.double()
     if inflated:
         inputs = (*inputs, DROPOUT.double().requires_grad_())  # type: ignore[assignment]
     assert torch.autograd.gradcheck(
-        lambda scores, theta, pi=None: negative_log_likelihood(
+        lambda scores, theta, pi=None: negative_binomial_nll(
             scores, theta, pi, counts, library(counts)
         ),
         inputs,
     )
 
 
-def test_a_matrix_in_pieces_is_the_sum_of_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "PIECE", 2000)
+def test_chunks_add_up_to_the_sum_over_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "CHUNK_SIZE", 2000)
     genes = 700
     scores = torch.randn(7, genes, dtype=torch.double, requires_grad=True)
     log_theta = torch.randn(genes, dtype=torch.double, requires_grad=True)
@@ -95,9 +95,9 @@ def test_a_matrix_in_pieces_is_the_sum_of_its_cells(monkeypatch: pytest.MonkeyPa
     counts = torch.poisson(torch.rand(7, genes) * 2).double()
     size = library(counts)
     leaves = (scores, log_theta, pi)
-    whole = negative_log_likelihood(*leaves, counts, size)
+    whole = negative_binomial_nll(*leaves, counts, size)
     cells = [
-        negative_log_likelihood(
+        negative_binomial_nll(
             scores[n : n + 1], log_theta, pi[n : n + 1], counts[n : n + 1], size[n : n + 1]
         )
         for n in range(7)
@@ -110,13 +110,13 @@ def test_a_matrix_in_pieces_is_the_sum_of_its_cells(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(a, b)
 
 
-def test_large_and_broken_counts_go_past_the_table() -> None:
-    counts = torch.tensor([[0.0, TABLE, TABLE + 1, 300.0], [1.5, 0.0, 900.0, 2.0]])
+def test_large_and_fractional_counts_beyond_the_table() -> None:
+    counts = torch.tensor([[0.0, TABLE_SIZE, TABLE_SIZE + 1, 300.0], [1.5, 0.0, 900.0, 2.0]])
     leaves = [torch.randn(2, 4), torch.randn(4), torch.randn(2, 4)]
     doubles = [leaf.double().requires_grad_() for leaf in leaves]
 
     def value(*inputs: Tensor) -> Tensor:
-        return negative_log_likelihood(*inputs, counts.double(), library(counts).double())
+        return negative_binomial_nll(*inputs, counts.double(), library(counts).double())
 
     assert torch.autograd.gradcheck(value, doubles)
     counts[1, 0] = 2
@@ -125,14 +125,14 @@ def test_large_and_broken_counts_go_past_the_table() -> None:
 
 @settings(max_examples=150, deadline=None)
 @example(scores=[0.0] * 3, log_theta=10.0, pi=[0.0] * 3, counts=[0] * 3)
-@example(scores=[0.0] * 3, log_theta=11.0, pi=[0.0] * 3, counts=[0, 0, TABLE + 1])
+@example(scores=[0.0] * 3, log_theta=11.0, pi=[0.0] * 3, counts=[0, 0, TABLE_SIZE + 1])
 @given(
     scores=st.lists(st.floats(-30, 30), min_size=3, max_size=3),
     log_theta=st.floats(-8, 12),
     pi=st.lists(st.floats(-200, 200), min_size=3, max_size=3),
     counts=st.lists(st.integers(0, 20_000), min_size=3, max_size=3),
 )
-def test_extremes_are_finite_and_those_of_double_precision(
+def test_extreme_values_are_finite_and_equal_double_precision(
     scores: list[float], log_theta: float, pi: list[float], counts: list[int]
 ) -> None:
     inputs = [torch.tensor([scores]), torch.full((3,), log_theta), torch.tensor([pi])]
@@ -140,7 +140,7 @@ def test_extremes_are_finite_and_those_of_double_precision(
     found = []
     for dtype in (torch.float32, torch.float64):
         leaves = [value.clone().to(dtype).requires_grad_() for value in inputs]
-        total = negative_log_likelihood(*leaves, seen.to(dtype), library(seen).to(dtype))
+        total = negative_binomial_nll(*leaves, seen.to(dtype), library(seen).to(dtype))
         found.append([total, *torch.autograd.grad(total, leaves)])
     scale = 1 + sum(counts) + max(map(abs, pi))
     for single, double in zip(*found, strict=True):
@@ -149,12 +149,12 @@ def test_extremes_are_finite_and_those_of_double_precision(
         assert difference < 1e-5 * (scale * (1 + max(0.0, log_theta)) + double.abs().max().item())
 
 
-def test_the_gradient_scales_with_what_comes_from_above() -> None:
+def test_the_gradient_scales_with_the_upstream_gradient() -> None:
     leaf = SCORES.clone().requires_grad_()
-    total = negative_log_likelihood(leaf, LOG_THETA, DROPOUT, COUNTS, library(COUNTS))
+    total = negative_binomial_nll(leaf, LOG_THETA, DROPOUT, COUNTS, library(COUNTS))
     (once,) = torch.autograd.grad(total, leaf, retain_graph=True)
     (thrice,) = torch.autograd.grad(3 * total, leaf)
     torch.testing.assert_close(thrice, 3 * once)
     with torch.no_grad():
-        again = negative_log_likelihood(leaf, LOG_THETA, DROPOUT, COUNTS, library(COUNTS))
+        again = negative_binomial_nll(leaf, LOG_THETA, DROPOUT, COUNTS, library(COUNTS))
     assert again.item() == total.item()

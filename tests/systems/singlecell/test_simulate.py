@@ -1,4 +1,4 @@
-"""The simulated cohort: seeded, labelled, and as its parameters say."""
+"""The simulated cohort: seed, labels, and the effect of its parameters."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def counts(data: SingleCell, split: str = "train") -> torch.Tensor:
     return batch["counts"]
 
 
-def test_the_seed_decides_all() -> None:
+def test_the_seed_determines_the_cohort() -> None:
     first, again, other = (counts(simulated_cohort(**SMALL, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
@@ -33,7 +33,7 @@ def test_donors_have_one_condition_and_one_split() -> None:
     assert all(name.startswith("Simulated") for name in data.spec.features["counts"].names)
 
 
-def test_counts_are_overdispersed_and_of_the_depth_that_is_asked_for() -> None:
+def test_counts_are_overdispersed_and_have_the_given_depth() -> None:
     cohort = Cohort(4, 500, 50, 1, 1, 300.0, 0.0, 0.0, 0.0, seed=0)
     drawn = cohort.table().counts.toarray()
     assert drawn.sum(1).mean() == pytest.approx(300, rel=0.05)
@@ -54,6 +54,6 @@ def test_types_differ_in_their_genes() -> None:
     assert means[3.0] > 3 * means[0.0]
 
 
-def test_sizes_that_make_no_cohort() -> None:
-    with pytest.raises(UserError, match="a cohort needs 2 donors"):
+def test_invalid_sizes_are_an_error() -> None:
+    with pytest.raises(UserError, match="a cohort needs at least 2 donors"):
         simulated_cohort(donors=1)

@@ -1,4 +1,4 @@
-"""The stage that draws the figures of cells and of patients."""
+"""Stage that draws the figures of cells and patients."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from stagesweep.stage.plotting import (
     style_axes,
     umap_projection,
 )
-from stagesweep.systems.singlecell.metric import concordance
+from stagesweep.systems.singlecell.metric import concordance_correlation
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -38,11 +38,10 @@ Array = NDArray[Any]
 
 @dataclass
 class CellFigures:
-    """Draw what earlier stages left; a figure whose numbers are not there is left out.
+    """Draw the artifacts of earlier stages; figures without data are skipped.
 
-    Of the cells: a map coloured by type, donor and condition, and who was taken for whom. Of the
-    patients, by what was said of them when they were held out: proportions, calibration of `label`
-    and a ROC curve of each fold.
+    Cells: an embedding coloured by type, donor and condition, and a confusion matrix. Patients:
+    proportions, calibration of `label` and ROC curves, from the predictions on held-out folds.
     """
 
     label: str = "condition"
@@ -50,37 +49,41 @@ class CellFigures:
     dpi: int = 120
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return how many figures there are."""
+        """Return the number of figures."""
         return save_figures(run, self.draw(run), self.dpi)
 
     def metric_names(self) -> set[str] | None:
-        """Metrics this stage gives."""
+        """Names of the metrics of this stage."""
         return {"figures"}
 
     def draw(self, run: "Context") -> Iterator[tuple[str, Figure]]:
-        """Draw every figure there are numbers for, and name it."""
+        """Iterate over the names and figures for which there are data."""
         if run.has("embeddings.npz") and run.has("cells.csv"):
             means, cells = run.load("embeddings.npz"), run.load("cells.csv")
             ordered = np.concatenate([means[f"{s}/mean"] for s in cells["split"].unique()])
-            yield "cells", cell_map(ordered, cells, run.seed if self.umap else None)
+            yield "cells", embedding_map(ordered, cells, run.seed if self.umap else None)
         if run.has("predictions.csv"):
-            told = run.load("predictions.csv")
-            yield "confusion", confusion(told[told["split"] == "test"].dropna())
+            predictions = run.load("predictions.csv")
+            yield (
+                "confusion",
+                confusion_figure(predictions[predictions["split"] == "test"].dropna()),
+            )
         if not run.has("out_of_fold.npz"):
             return
         found = run.load("out_of_fold.npz")
         if "model/input/proportions" in found:
             names = run.load("pseudobulk.json")["spec"]["features"]["proportions"]["names"]
-            yield "proportions", proportions(found, names)
+            yield "proportions", proportion_figure(found, names)
         if f"model/{self.label}" in found:
-            yield "calibration", calibration(found, self.label)
+            yield "calibration", calibration_figure(found, self.label)
             names = label_names(run.data, self.label)
-            yield "roc", roc(found, self.label, names)
+            yield "roc", roc_figure(found, self.label, names)
 
 
-def cell_map(means: Array, cells: pd.DataFrame, seed: int | None) -> Figure:
-    """Latent means in two dimensions, by PCA and UMAP (not without a seed), in colours of type,
-    donor and condition; of more than twenty kinds none is named.
+def embedding_map(means: Array, cells: pd.DataFrame, seed: int | None) -> Figure:
+    """Draw latent means by PCA and UMAP (only with a seed), coloured by type, donor and condition.
+
+    There is no legend for more than twenty values.
     """
     rows = np.random.default_rng(0).permutation(len(means))[:MAX_POINTS]
     shown = cells.iloc[rows]
@@ -97,20 +100,22 @@ def cell_map(means: Array, cells: pd.DataFrame, seed: int | None) -> Figure:
             ax.set_title(f"by {'cell type' if label == 'label' else label}")
             style_axes(ax, grid=False)
         if shown[label].nunique() <= MAX_KINDS:
-            place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-            legend = axes[-1].legend(frameon=False, markerscale=2, **place)
+            right: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+            legend = axes[-1].legend(frameon=False, markerscale=2, **right)
             for handle in legend.legend_handles:
                 handle.set_alpha(1)
-    some = f"{len(rows):,} of " if len(rows) < len(means) else ""
-    figure.suptitle(f"Latent means of cells (n = {some}{len(means):,})")
+    sample = f"{len(rows):,} of " if len(rows) < len(means) else ""
+    figure.suptitle(f"Latent means of cells (n = {sample}{len(means):,})")
     return figure
 
 
-def confusion(told: pd.DataFrame) -> Figure:
-    """How many cells of each type were taken for each: counts, in colours of a type's shares."""
-    label = next(name for name in told if name not in ("id", "split", "predicted", "confidence"))
-    kinds = sorted(set(told[label]) | set(told["predicted"]))
-    counts = pd.crosstab(told[label], told["predicted"]).reindex(kinds, fill_value=0)
+def confusion_figure(predictions: pd.DataFrame) -> Figure:
+    """Draw the confusion matrix of cell types: counts, coloured by the share of the true type."""
+    known = ("id", "split", "predicted", "confidence")
+    label = next(name for name in predictions if name not in known)
+    true, predicted = predictions[label], predictions["predicted"]
+    kinds = sorted(set(true) | set(predicted))
+    counts = pd.crosstab(true, predicted).reindex(kinds, fill_value=0)
     counts = counts.reindex(columns=kinds, fill_value=0)
     shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
     size = 0.62 * len(kinds)
@@ -122,53 +127,55 @@ def confusion(told: pd.DataFrame) -> Figure:
             colour = "white" if shares.iat[row, column] > 0.6 else "black"
             ax.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     ax.tick_params("x", rotation=60)
-    ax.set(xlabel="told", ylabel="true")
-    right = float((told[label] == told["predicted"]).mean())
-    ax.set_title(f"Cell types, held out (n = {len(told):,}, accuracy {right:.3f})")
+    ax.set(xlabel="predicted", ylabel="true")
+    accuracy = float((true == predicted).mean())
+    ax.set_title(f"Cell types, held out (n = {len(predictions):,}, accuracy {accuracy:.3f})")
     return figure
 
 
-def proportions(found: dict[str, Array], names: list[str]) -> Figure:
-    """Told against true proportions of held-out donors, for the model and every baseline."""
+def proportion_figure(found: dict[str, Array], names: list[str]) -> Figure:
+    """Draw predicted against true proportions of held-out donors, for the model and baselines."""
     true = found["model/input/proportions"]
     methods = [key.partition("/")[0] for key in found if key.endswith("/proportions")]
     methods = [m for m in dict.fromkeys(methods) if f"{m}/proportions" in found]
     figure = Figure((2 + 4.4 * len(methods), 4.8), layout="constrained")
     grid = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
     for ax, method in zip(grid, methods, strict=True):
-        told = found[f"{method}/proportions"]
+        predicted = found[f"{method}/proportions"]
         ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--")
         for kind, name in enumerate(names):
             colour, marker = COLOURS[kind % len(COLOURS)], MARKERS[kind // len(COLOURS) % 4]
-            ax.scatter(true[:, kind], told[:, kind], 9, colour, marker, alpha=0.5, lw=0, label=name)
+            x, y = true[:, kind], predicted[:, kind]
+            ax.scatter(x, y, 9, colour, marker, alpha=0.5, lw=0, label=name)
         ax.set(xlabel="true proportion", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-        ax.set_title(f"{method}: CCC {concordance(true.ravel(), told.ravel()):.3f}")
+        ccc = concordance_correlation(true.ravel(), predicted.ravel())
+        ax.set_title(f"{method}: CCC {ccc:.3f}")
         style_axes(ax)
-    grid[0].set_ylabel("told proportion")
+    grid[0].set_ylabel("predicted proportion")
     grid[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
     figure.suptitle(f"Proportions of cell types, donors held out (n = {len(true):,})")
     return figure
 
 
-def calibration(found: dict[str, Array], label: str) -> Figure:
-    """How often what is told is right, by how sure a method is, and how many are that sure."""
-    methods = [m for m in ("model", *others(found)) if f"{m}/assignment" in found]
+def calibration_figure(found: dict[str, Array], label: str) -> Figure:
+    """Draw accuracy by confidence for each method, and the number of samples by confidence."""
+    methods = [m for m in ("model", *baselines(found)) if f"{m}/assignment" in found]
     figure = Figure((5.6, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--")
     for number, method in enumerate(methods):
-        labels, shares = found[f"{method}/{label}"], found[f"{method}/assignment"]
-        labels, shares = labels[labels >= 0], shares[labels >= 0]
-        sure, right = shares.max(1), shares.argmax(1) == labels
-        bins = np.minimum((sure * BINS).astype(int), BINS - 1)
-        there, count = np.unique(bins, return_counts=True)
-        x, y = ([values[bins == b].mean() for b in there] for values in (sure, right))
+        labels, probabilities = found[f"{method}/{label}"], found[f"{method}/assignment"]
+        labels, probabilities = labels[labels >= 0], probabilities[labels >= 0]
+        confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+        filled, count = np.unique(bins, return_counts=True)
+        x, y = ([values[bins == b].mean() for b in filled] for values in (confidence, correct))
         colour = (ORANGE, BLUE, *COLOURS)[number]
-        error = calibration_error(labels, shares)
+        error = calibration_error(labels, probabilities)
         top.plot(x, y, "o-", ms=4, color=colour, label=f"{method} (ECE {error:.3f})")
-        bottom.step((there + 0.5) / BINS, count, where="mid", color=colour)
+        bottom.step((filled + 0.5) / BINS, count, where="mid", color=colour)
     least = 1 / found["model/assignment"].shape[1]
-    top.set(ylabel="share that is right", xlim=(0.9 * least, 1.02), ylim=(-0.02, 1.02))
+    top.set(ylabel="accuracy", xlim=(0.9 * least, 1.02), ylim=(-0.02, 1.02))
     top.legend(frameon=False, loc="lower right")
     bottom.set(xlabel="confidence", ylabel="pseudobulks", ylim=(0, None))
     for ax in (top, bottom):
@@ -177,40 +184,44 @@ def calibration(found: dict[str, Array], label: str) -> Figure:
     return figure
 
 
-def others(found: dict[str, Array]) -> list[str]:
-    """The methods beside the model."""
+def baselines(found: dict[str, Array]) -> list[str]:
+    """Names of the baselines."""
     names = dict.fromkeys(key.partition("/")[0] for key in found if "/" in key)
     return [name for name in names if name != "model"]
 
 
-def roc(found: dict[str, Array], label: str, names: list[str]) -> Figure:
-    """The ROC curve of each fold and of all; of more than two labels, each against all others,
-    counted together.
+def roc_figure(found: dict[str, Array], label: str, names: list[str]) -> Figure:
+    """Draw the ROC curve of each fold and of all folds.
+
+    More than two labels are micro-averaged one-vs-rest.
     """
     figure = Figure((5.6, 5.6), layout="constrained")
     ax = figure.subplots()
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--")
-    labels, shares = found[f"model/{label}"], found["model/assignment"]
+    labels, probabilities = found[f"model/{label}"], found["model/assignment"]
     known = labels >= 0
     for number, fold in enumerate(np.unique(found["fold"])):
-        own = known & (found["fold"] == fold)
-        curve(ax, labels[own], shares[own], f"fold {fold}", COLOURS[number % len(COLOURS)], 1.2)
-    curve(ax, labels[known], shares[known], "all folds", "black", 2.5)
+        rows = known & (found["fold"] == fold)
+        colour = COLOURS[number % len(COLOURS)]
+        draw_roc(ax, labels[rows], probabilities[rows], f"fold {fold}", colour, 1.2)
+    draw_roc(ax, labels[known], probabilities[known], "all folds", "black", 2.5)
     ax.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     ax.legend(frameon=False, loc="lower right", fontsize=9)
-    of = names[1] if len(names) == 2 else f"{label}, each against all others"
-    ax.set_title(f"ROC of {of}: pseudobulks, donors held out")
+    subject = names[1] if len(names) == 2 else f"{label}, one-vs-rest"
+    ax.set_title(f"ROC of {subject}: pseudobulks, donors held out")
     style_axes(ax)
     return figure
 
 
-def curve(ax: Axes, labels: Array, shares: Array, name: str, colour: str, width: float) -> None:
-    """One curve; none of a fold with one label only, where it is not defined."""
+def draw_roc(
+    ax: Axes, labels: Array, probabilities: Array, name: str, colour: str, width: float
+) -> None:
+    """Draw one curve; a fold with a single label is skipped, because its curve is undefined."""
     if len(np.unique(labels)) < 2:
         return
-    true = np.eye(shares.shape[1])[labels]
-    if shares.shape[1] == 2:
-        true, shares = true[:, 1], shares[:, 1]
-    false_rate, true_rate, _ = roc_curve(true.ravel(), shares.ravel())
+    true = np.eye(probabilities.shape[1])[labels]
+    if probabilities.shape[1] == 2:
+        true, probabilities = true[:, 1], probabilities[:, 1]
+    false_rate, true_rate, _ = roc_curve(true.ravel(), probabilities.ravel())
     area = auc(false_rate, true_rate)
     ax.plot(false_rate, true_rate, color=colour, lw=width, label=f"{name} ({area:.2f})")

@@ -1,4 +1,4 @@
-"""How well proportions of a mixture are told."""
+"""Agreement of predicted and true proportions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,40 +12,40 @@ Array = NDArray[Any]
 
 
 @dataclass
-class Proportions:
-    """Scores of the output `proportions` (n, k) against the column of that name."""
+class ProportionScores:
+    """Scores of the output `proportions` (n, k) against the column `proportions`."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The arrays it looks at."""
+        """Names of the arrays that the metric reads."""
         return ("proportions", "input/proportions")
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, float]:
         """Return ccc (of all values), ccc_type (mean over types) and mae; NaN without proportions.
 
-        A type that is absent everywhere is left out of the mean.
+        Types that are absent everywhere are left out of the mean.
         """
-        told, true = (arrays.get(name) for name in self.reads)
-        if told is None or true is None:
+        predicted, true = (arrays.get(name) for name in self.reads)
+        if predicted is None or true is None:
             return dict.fromkeys(("ccc", "ccc_type", "mae"), nan)
-        there = true.any(0)
-        types = [concordance(true[:, k], told[:, k]) for k in np.flatnonzero(there)]
-        known = [value for value in types if not np.isnan(value)]
+        types = np.flatnonzero(true.any(0))
+        each = [concordance_correlation(true[:, k], predicted[:, k]) for k in types]
+        defined = [value for value in each if not np.isnan(value)]
         return {
-            "ccc": concordance(true.ravel(), told.ravel()),
-            "ccc_type": float(np.mean(known)) if known else nan,
-            "mae": float(np.abs(true - told).mean()),
+            "ccc": concordance_correlation(true.ravel(), predicted.ravel()),
+            "ccc_type": float(np.mean(defined)) if defined else nan,
+            "mae": float(np.abs(true - predicted).mean()),
         }
 
 
-def concordance(true: Array, told: Array) -> float:
-    """Lin's concordance correlation coefficient (1989) of two series (n,): 1 where they are equal.
+def concordance_correlation(true: Array, predicted: Array) -> float:
+    """Lin's concordance correlation coefficient (1989) of two series (n,); 1 if they are equal.
 
-    NaN for less than two values, and for two equal constants.
+    NaN for fewer than two values, and for two equal constants.
     """
-    true, told = true.astype(np.float64), told.astype(np.float64)
+    true, predicted = true.astype(np.float64), predicted.astype(np.float64)
     if len(true) < 2:
         return nan
-    spread = true.var() + told.var() + (true.mean() - told.mean()) ** 2
-    shared = ((true - true.mean()) * (told - told.mean())).mean()
-    return float(2 * shared / spread) if spread > 0 else nan
+    spread = true.var() + predicted.var() + (true.mean() - predicted.mean()) ** 2
+    covariance = ((true - true.mean()) * (predicted - predicted.mean())).mean()
+    return float(2 * covariance / spread) if spread > 0 else nan

@@ -1,6 +1,6 @@
-"""A made-up cohort of patients and their cells, to try every part of the system without a file.
+"""Simulated cohort of patients and their cells, to run every part of the system without a file.
 
-Nothing here is measured; names of genes, types and donors say that they are simulated.
+Nothing here is measured. The names of genes, types and donors say that they are simulated.
 """
 
 from collections.abc import Iterator
@@ -13,23 +13,24 @@ from scipy.sparse import csr_matrix, vstack
 
 from stagesweep.base.errors import UserError
 from stagesweep.systems.singlecell.data.dataset import Columns, SingleCell
-from stagesweep.systems.singlecell.data.h5ad import Codes, Table
+from stagesweep.systems.singlecell.data.h5ad import CountTable, IntArray
 
 Values = NDArray[np.float64]
 CONDITIONS = ("control", "disease")
-CHUNK = 2048
+CHUNK_SIZE = 2048
 
 
 @dataclass
 class Cohort:
-    """Patients with one of two conditions, measured in batches, and cells of several types.
+    """Simulator of patients with one of two conditions, and their cells of several types.
 
-    Counts are negative binomial. The mean of gene g in a cell is its library size (log-normal,
-    `depth` on average) times a share that multiplies: how strong the gene is; what the type has of
-    its own (a tenth of the genes, by about e^`contrast`; types come in pairs that share half of
-    it); what disease changes (`effect`; a twentieth of the genes, in half of the types); the batch
-    (`batch_effect`) and the donor (half of that). Type proportions are those of the condition,
-    drawn anew for each donor (Dirichlet, 50). All of it follows from `seed`.
+    Counts are negative binomial. The mean of a gene in a cell is the library size (log-normal,
+    `depth` on average) times the share of the gene. The share is a product of the strength of the
+    gene, the cell type (a tenth of the genes, by about e^`contrast`; types come in pairs that share
+    half of their markers), the disease (`effect`; a twentieth of the genes, in half of the types),
+    the batch (`batch_effect`) and the donor (half of that). Type proportions depend on the
+    condition, with a Dirichlet draw (concentration 50) for each donor. `seed` determines the whole
+    cohort.
     """
 
     donors: int
@@ -44,24 +45,26 @@ class Cohort:
     seed: int
 
     def __post_init__(self) -> None:
-        """Draw what is the same for all cells; raises UserError at sizes that make no cohort."""
+        """Draw the parameters of the cohort; raises UserError for invalid sizes."""
         if min(self.cells, self.genes, self.types, self.batches) < 1 or self.donors < 2:
-            raise UserError("a cohort needs 2 donors or more, and at least one of all else")
+            raise UserError(
+                "a cohort needs at least 2 donors, and at least 1 cell, gene, type and batch"
+            )
         random = self.random = np.random.default_rng(self.seed)
         g, k, d = self.genes, self.types, self.donors
         self.strength = random.lognormal(0, 2.0, g)
         family = self._markers(random, (k + 1) // 2)[np.arange(k) // 2]
         self.of_type = self.contrast * (0.5 * family + 0.5 * self._markers(random, k))
-        sick = (random.random((k, g)) < 0.05) * (np.arange(k) % 2 == 0)[:, None]
-        self.of_disease = self.effect * sick * random.normal(0, 1, (k, g))
+        diseased = (random.random((k, g)) < 0.05) * (np.arange(k) % 2 == 0)[:, None]
+        self.of_disease = self.effect * diseased * random.normal(0, 1, (k, g))
         self.of_batch = random.normal(0, self.batch_effect, (self.batches, g))
         self.of_donor = random.normal(0, self.batch_effect / 2, (d, g))
         self.theta = random.lognormal(1.0, 0.5, g)
         self.condition = random.permutation(np.arange(d) % 2)
         self.batch = random.permutation(np.arange(d) % self.batches)
-        usual = random.dirichlet(np.full(k, 3.0))
-        shifted = usual * np.exp(self.effect * random.normal(0, 0.7, k))
-        mixtures = np.stack([usual, shifted / shifted.sum()])
+        healthy = random.dirichlet(np.full(k, 3.0))
+        shifted = healthy * np.exp(self.effect * random.normal(0, 0.7, k))
+        mixtures = np.stack([healthy, shifted / shifted.sum()])
         self.mixture = np.stack([random.dirichlet(50 * mixtures[c] + 0.2) for c in self.condition])
 
     def _markers(self, random: np.random.Generator, k: int) -> Values:
@@ -69,15 +72,15 @@ class Cohort:
         return chosen * random.normal(1.0, 0.6, (k, self.genes))
 
     def draw(self) -> Iterator[tuple[csr_matrix, pd.DataFrame]]:
-        """Cells of one donor after the other, some thousand at a time: counts, and of what."""
+        """Iterate over counts and annotation of cells, donor by donor, at most 2,048 at a time."""
         for donor in range(self.donors):
-            for start in range(0, self.cells, CHUNK):
-                n = min(CHUNK, self.cells - start)
+            for start in range(0, self.cells, CHUNK_SIZE):
+                n = min(CHUNK_SIZE, self.cells - start)
                 kinds = self.random.choice(self.types, n, p=self.mixture[donor])
                 yield csr_matrix(self._counts(donor, kinds)), self._obs(donor, kinds, start)
 
-    def _counts(self, donor: int, kinds: Codes) -> NDArray[np.float32]:
-        """Counts (n, g) of a donor's cells of the types `kinds` (n,)."""
+    def _counts(self, donor: int, kinds: IntArray) -> NDArray[np.float32]:
+        """Draw counts (n, g) of a donor's cells of the types `kinds` (n,)."""
         profile = self.of_type + self.of_disease * self.condition[donor]
         shift = self.of_batch[self.batch[donor]] + self.of_donor[donor]
         share = self.strength * np.exp(profile + shift)
@@ -88,7 +91,7 @@ class Cohort:
         counts: NDArray[np.float32] = self.random.poisson(rate / self.theta * mean)
         return counts.astype(np.float32)
 
-    def _obs(self, donor: int, kinds: Codes, start: int) -> pd.DataFrame:
+    def _obs(self, donor: int, kinds: IntArray, start: int) -> pd.DataFrame:
         names = [f"simulated-{donor:03d}-{start + n:06d}" for n in range(len(kinds))]
         return pd.DataFrame(
             {
@@ -102,13 +105,13 @@ class Cohort:
 
     @property
     def names(self) -> list[str]:
-        """What the genes are called."""
+        """Names of the genes."""
         return [f"Simulated{number:05d}" for number in range(self.genes)]
 
-    def table(self) -> Table:
-        """All cells in memory."""
+    def table(self) -> CountTable:
+        """Return all cells as a table in memory."""
         counts, obs = zip(*self.draw(), strict=True)
-        return Table("the simulated cohort", self.names, pd.concat(obs), vstack(counts, "csr"))
+        return CountTable("the simulated cohort", self.names, pd.concat(obs), vstack(counts, "csr"))
 
 
 def simulated_cohort(
@@ -129,7 +132,7 @@ def simulated_cohort(
     split_by: str = "auto",
     split_seed: int = 0,
 ) -> SingleCell:
-    """Simulate a cohort of `donors` with `cells` each, and prepare it as one from a file."""
+    """Simulate a cohort of `donors` with `cells` each, and prepare it like one from a file."""
     cohort = Cohort(
         donors, cells, genes, types, batches, depth, contrast, effect, batch_effect, seed
     )

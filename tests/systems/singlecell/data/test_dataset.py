@@ -1,4 +1,4 @@
-"""Single cells: from files good and bad, in memory and backed, split without leaks."""
+"""The single-cell data set: valid and invalid files, in memory and backed, splits, filters."""
 
 import sys
 import warnings
@@ -14,13 +14,13 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 from stagesweep.base.errors import UserError
 from stagesweep.systems.singlecell.data.dataset import SPLITS, Columns, SingleCell, pbmc68k
-from stagesweep.systems.singlecell.data.h5ad import Table
+from stagesweep.systems.singlecell.data.h5ad import CountTable
 
 NAMED = Columns("kind", "who", "state")
 Write = Callable[..., str]
 
 
-def table(n: int = 240, donors: int = 20, genes: int = 30) -> Table:
+def table(n: int = 240, donors: int = 20, genes: int = 30) -> CountTable:
     """Cells of three types and of donors in two conditions; the last gene is in no cell."""
     random = np.random.default_rng(0)
     counts = random.poisson(1.0, (n, genes)).astype(np.float32)
@@ -29,7 +29,7 @@ def table(n: int = 240, donors: int = 20, genes: int = 30) -> Table:
     kind = np.array(["a", "b", "c"])[random.integers(3, size=n)]
     obs = {"kind": kind, "who": donor.astype(str), "state": np.array(["x", "y"])[donor % 2]}
     cells = pd.DataFrame(obs, index=[f"cell{row}" for row in range(n)])
-    return Table("t", [f"g{gene}" for gene in range(genes)], cells, csr_matrix(counts))
+    return CountTable("t", [f"g{gene}" for gene in range(genes)], cells, csr_matrix(counts))
 
 
 def whole(data: SingleCell, split: str) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def write(tmp_path: Path) -> Write:
     """Write a table as an .h5ad file: `write(table, X=…, layers=…)`."""
     anndata = pytest.importorskip("anndata", reason="needs the extra singlecell")
 
-    def written(cells: Table, name: str = "cells.h5ad", **parts: Any) -> str:
+    def written(cells: CountTable, name: str = "cells.h5ad", **parts: Any) -> str:
         var = pd.DataFrame(index=cells.genes)
         parts = {"X": cells.counts} | parts
         with (
@@ -76,7 +76,7 @@ def test_few_donors_are_split_by_cell_with_the_shares_of_each_type_kept() -> Non
         assert shares[0] / sum(shares) == pytest.approx(0.7, abs=0.02)
 
 
-def test_donors_can_be_asked_for_and_must_then_be_named() -> None:
+def test_a_split_by_donor_needs_the_column() -> None:
     with pytest.raises(UserError, match=r"split_by=donor needs data\.columns\.donor"):
         SingleCell(table(), Columns("kind"), split_by="donor")
     with pytest.raises(UserError, match="must be auto, donor or cell"):
@@ -86,7 +86,7 @@ def test_donors_can_be_asked_for_and_must_then_be_named() -> None:
 # ------------------------------------------------------------------------------ filters
 
 
-def test_genes_are_filtered_by_the_training_cells_alone() -> None:
+def test_genes_are_filtered_on_training_cells() -> None:
     cells = table()
     test = SingleCell(cells, NAMED).ids("test")
     only = np.isin(cells.obs.index, test)
@@ -116,7 +116,7 @@ def test_the_library_is_the_sum_of_the_genes_that_are_kept() -> None:
     assert torch.equal(batch["library"], batch["counts"].sum(1, keepdim=True).clamp(min=1))
 
 
-def test_variable_genes_are_the_most_variable_of_training_cells() -> None:
+def test_variable_genes_are_selected_on_training_cells() -> None:
     cells = table()
     dense = cells.counts.toarray()
     dense[:, 3] *= np.arange(240) % 5  # far from Poisson
@@ -143,7 +143,7 @@ def test_a_backed_file_gives_what_memory_gives(write: Write, dense: bool) -> Non
             assert all(torch.equal(column, batch[name]) for batch in batches), name
 
 
-def test_an_epoch_of_a_backed_file_has_every_cell_once_in_worker_processes(write: Write) -> None:
+def test_an_epoch_of_a_backed_file_visits_every_cell_once(write: Write) -> None:
     data = SingleCell(write(table()), NAMED, backed=True)
     view = data.split("train").prepare(torch.device("cpu"), workers=1)
     order = list(view.order(50, torch.Generator().manual_seed(3)))
@@ -203,10 +203,10 @@ def spoilt(value: float) -> csr_matrix:
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        ({"X": spoilt(np.nan)}, r"holds nan \(gene 'g\d+'\); mend that file"),
+        ({"X": spoilt(np.nan)}, r"holds nan \(gene 'g\d+'\); fix that file"),
         (
             {"X": spoilt(-2)},
-            "holds negative values, so no counts .*none of its layers holds counts",
+            "holds negative values, not counts .*none of its layers holds counts",
         ),
         (
             {"X": table().counts.log1p(), "layers": {"umi": table().counts}},
@@ -216,17 +216,19 @@ def spoilt(value: float) -> csr_matrix:
     ids=["nan", "negative", "log"],
 )
 @pytest.mark.parametrize("backed", [False, True])
-def test_what_is_no_count(write: Write, parts: dict[str, Any], text: str, backed: bool) -> None:
+def test_values_that_are_not_counts(
+    write: Write, parts: dict[str, Any], text: str, backed: bool
+) -> None:
     with pytest.raises(UserError, match=text) as error:
         SingleCell(write(table(), **parts), NAMED, backed=backed)
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_h5ad_file(tmp_path: Path, write: Write) -> None:
+def test_invalid_files(tmp_path: Path, write: Write) -> None:
     path = tmp_path / "cells.h5ad"
     path.write_text("gene,cell\n")
     for backed in (False, True):
-        with pytest.raises(UserError, match=r"cells.h5ad is no readable \.h5ad file"):
+        with pytest.raises(UserError, match=r"cells.h5ad is not a readable \.h5ad file"):
             SingleCell(str(path), NAMED, backed=backed)
     wrong = write(table(), X=csc_matrix(table().counts))
     with pytest.raises(UserError, match=r"stored gene by gene \(CSC\).*data.backed=false"):
@@ -243,7 +245,7 @@ def test_a_column_that_is_missing_names_the_nearest() -> None:
         SingleCell(table(), Columns("kinds"))
 
 
-def test_groups_that_cannot_be() -> None:
+def test_invalid_labels() -> None:
     cells = table()
     cells.obs.iloc[0, 0] = "rare"
     with pytest.raises(UserError, match=r"one cell of type 'rare'.*'data.drop=\[\"rare\"\]'"):
@@ -254,7 +256,7 @@ def test_groups_that_cannot_be() -> None:
         SingleCell(cells, NAMED, drop=["rare"])
 
 
-def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "anndata", None)
     wanted = r'needs anndata, which is not installed: pip install "stagesweep\[singlecell\]"'
     with pytest.raises(UserError, match=wanted):

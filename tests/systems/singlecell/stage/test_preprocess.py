@@ -1,4 +1,4 @@
-"""What was kept of the cells and genes is written down, split by split."""
+"""Records of the selected cells and genes, split by split."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def artifact(run: Context, name: str) -> pd.DataFrame:
     return pd.read_csv(run._entry.path / "artifacts" / name)
 
 
-def test_cells_are_those_of_the_splits(run: Context) -> None:
+def test_the_cell_table_matches_the_splits(run: Context) -> None:
     stage = Preprocess()
     metrics = stage(run)
     assert set(metrics) == stage.metric_names()
@@ -47,7 +47,7 @@ def test_cells_are_those_of_the_splits(run: Context) -> None:
     assert len(cells) < 16 * 30, "cells with few genes are left out"
 
 
-def test_genes_are_counted_in_training_cells_alone(run: Context) -> None:
+def test_genes_are_counted_in_training_cells(run: Context) -> None:
     assert Preprocess()(run)["genes"] == 20
     genes = artifact(run, "genes.csv")
     assert len(genes) == 60

@@ -1,4 +1,4 @@
-"""Pseudobulks are of one donor, of known composition, and the same for the same seed."""
+"""Pseudobulks: one donor each, known composition, determined by the seed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ def mixed(run: Context, **settings: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def test_a_pseudobulk_is_a_mixture_of_one_donors_cells(run: Context) -> None:
+def test_a_pseudobulk_is_a_mixture_of_cells_of_one_donor(run: Context) -> None:
     made = mixed(run)
     cells = run.data
     donors = []
@@ -66,7 +66,7 @@ def test_a_pseudobulk_is_a_mixture_of_one_donors_cells(run: Context) -> None:
     assert np.bincount(donors).tolist() == [3] * 16
 
 
-def test_the_seed_decides_and_a_share_is_sparse(run: Context) -> None:
+def test_the_seed_determines_mixtures_and_a_share_is_sparse(run: Context) -> None:
     first, again = mixed(run), mixed(run)
     assert all((first[name] == again[name]).all() for name in first)
     run.seed = 6
@@ -75,7 +75,7 @@ def test_the_seed_decides_and_a_share_is_sparse(run: Context) -> None:
     assert mixed(run, sparse=1.0)["train/types"].mean() < 0.75 < full
 
 
-def test_what_was_made_is_a_data_set(run: Context) -> None:
+def test_pseudobulks_are_a_data_set(run: Context) -> None:
     mixed(run)
     made = DerivedData.from_arrays(run.load("pseudobulk.npz"), run.load("pseudobulk.json"))
     assert len(made.spec.features["communication"].names) == 6

@@ -1,4 +1,4 @@
-"""Views of cells: counts stay sparse until a batch is made of them."""
+"""Views of cells. Counts stay sparse until they are collated into a batch."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from stagesweep.base.view import Batch, Sampler, View
 from stagesweep.data.loader import LoaderView
-from stagesweep.systems.singlecell.data.h5ad import Codes, Source
+from stagesweep.systems.singlecell.data.h5ad import CountSource, IntArray
 
-# Rows of a file that are read together: neighbours take one request.
-BLOCK = 16
+# Neighbouring rows of a file that are read with one request.
+BLOCK_SIZE = 16
 
 
-def dense(counts: csr_matrix, device: torch.device) -> dict[str, Tensor]:
-    """`counts` (B, g) and their sum, the library size `library` (B, 1), fp32 on `device`.
+def to_dense(counts: csr_matrix, device: torch.device) -> dict[str, Tensor]:
+    """Return dense `counts` (B, g) and the library size `library` (B, 1), fp32 on `device`.
 
-    Only what is not zero goes to a GPU.
+    Only non-zero values are transferred to a GPU.
     """
     sums = np.asarray(counts.sum(axis=1), np.float32).reshape(-1, 1)
-    # A cell without any count has no size to share out; 1 keeps its logarithm.
+    # The library size of an empty cell is 1, so that its logarithm is finite.
     library = torch.from_numpy(sums).clamp(min=1).to(device, non_blocking=True)
     if device.type == "cpu":
         return {"counts": torch.from_numpy(counts.toarray()), "library": library}
@@ -44,11 +44,11 @@ class CellView(View):
         self.counts = counts
 
     def take(self, rows: Tensor) -> "CellView":
-        """Some cells, as a view of their own."""
+        """Return a view of some cells."""
         return CellView(self.counts[rows.numpy()], super().take(rows).columns)
 
     def join(self, others: Iterable[View]) -> "CellView":
-        """These cells and others, one after the other."""
+        """Concatenate this view with others."""
         every = [self, *(view for view in others if isinstance(view, CellView))]
         counts = vstack([view.counts for view in every], "csr")
         return CellView(counts, super().join(every[1:]).columns)
@@ -57,7 +57,7 @@ class CellView(View):
         """The batches of `order`, from batch number `start` on."""
         device = self["index"].device
         for rows in islice(order, start, None):
-            batch = dense(self.counts[rows.numpy()], device)
+            batch = to_dense(self.counts[rows.numpy()], device)
             rows = rows.to(device)
             yield batch | {name: c.index_select(0, rows) for name, c in self.columns.items()}
 
@@ -66,10 +66,10 @@ class CellView(View):
         return self.gather(torch.arange(len(self)).split(size))
 
 
-class Rows:
-    """Some cells and genes of a source, as a loader asks for them."""
+class CellDataset:
+    """Map-style dataset of some cells and genes of a source, for a data loader."""
 
-    def __init__(self, source: Source, rows: Codes, genes: Codes) -> None:
+    def __init__(self, source: CountSource, rows: IntArray, genes: IntArray) -> None:
         self.source, self.rows, self.genes = source, rows, genes
 
     def __len__(self) -> int:
@@ -79,26 +79,26 @@ class Rows:
         return self.batch([index])
 
     def batch(self, rows: list[int]) -> dict[str, Tensor]:
-        """The counts of some cells, sparse: `values` and `genes` (nnz,), `pointers` (B + 1,)."""
+        """Return sparse counts of some cells: `values` and `genes` (nnz,), `pointers` (B + 1,)."""
         counts = self.source.take(self.rows[rows])[:, self.genes]
         arrays = {"values": counts.data, "genes": counts.indices, "pointers": counts.indptr}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class BackedCellView(LoaderView):
-    """Cells of a file that does not fit in memory, read a batch at a time.
+    """Cells of a file that does not fit in memory, read batch by batch.
 
-    An epoch goes through short runs of neighbours in random order, so that reading is fast; each
-    batch is made of many runs.
+    An epoch visits blocks of neighbouring rows in random order, which makes reading fast. Each
+    batch contains many blocks.
     """
 
-    def __init__(self, samples: Rows, columns: Mapping[str, Tensor]) -> None:
+    def __init__(self, samples: CellDataset, columns: Mapping[str, Tensor]) -> None:
         super().__init__(samples, columns)
         self.width = len(samples.genes)
         self.device = torch.device("cpu")
 
     def prepare(self, device: torch.device, workers: int, pinned: bool = True) -> "BackedCellView":
-        """Read with so many processes; counts become dense on `device`."""
+        """Read with `workers` processes; counts become dense on `device`."""
         super().prepare(device, workers, pinned)
         self.device = device
         return self
@@ -106,18 +106,18 @@ class BackedCellView(LoaderView):
     def order(
         self, size: int, generator: torch.Generator, sampler: Sampler | None = None
     ) -> Iterator[Tensor]:
-        """The rows of each batch of one epoch: runs of 16 neighbours, shuffled."""
+        """The rows of each batch of one epoch: shuffled blocks of 16 neighbours."""
         if sampler is not None:
             return super().order(size, generator, sampler)
-        shift = int(torch.randint(BLOCK, (), generator=generator))
+        shift = int(torch.randint(BLOCK_SIZE, (), generator=generator))
         rows = torch.arange(len(self)).roll(shift)
-        runs = rows.split(BLOCK)
-        shuffled = [runs[number] for number in torch.randperm(len(runs), generator=generator)]
+        blocks = rows.split(BLOCK_SIZE)
+        shuffled = [blocks[number] for number in torch.randperm(len(blocks), generator=generator)]
         return iter(torch.cat(shuffled).split(size))
 
     def gather(self, order: Iterable[Tensor], start: int = 0) -> Iterator[Batch]:
-        """The batches of `order`, from batch number `start` on; nothing before it is read."""
+        """The batches of `order`, from batch number `start` on; earlier batches are not read."""
         for batch in super().gather(order, start):
             parts = [batch.pop(name).numpy() for name in ("values", "genes", "pointers")]
             counts = csr_matrix(tuple(parts), (len(parts[2]) - 1, self.width))
-            yield dense(counts, self.device) | batch
+            yield to_dense(counts, self.device) | batch

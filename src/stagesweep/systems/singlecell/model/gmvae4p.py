@@ -1,7 +1,6 @@
-"""Classifier of patients that reads three views of their cells out of a pseudobulk."""
+"""Classifier of patients that predicts three modalities of their cells from a pseudobulk."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -9,25 +8,27 @@ from torch import Tensor, nn
 
 from stagesweep.base.spec import Spec
 from stagesweep.base.view import Batch, View
+from stagesweep.systems.singlecell.model.layers import MLP
 
 Modality = Literal["proportions", "states", "communication"]
-# What says which values of a modality are observed.
+# Column that masks the values of a modality which are not observed.
 MASKS = {"states": "types", "communication": "pairs"}
 
 
 class GMVAE4P(nn.Module):
-    """Tells a patient's label from the expression (B, g) of a pseudobulk.
+    """Predicts the label of a patient from the expression (B, g) of a pseudobulk.
 
-    A predictor for each of `modalities` gives, in standard deviations of the training split, a mean
-    and a variance of every value; proportions are a softmax. Encoders make `width` numbers of each
-    modality, which are fused with weights sigma^-2 / sum sigma^-2, sigma^2 being the mean predicted
-    variance of a modality (a product of Gaussian experts; Wu & Goodman 2018). States are pooled
-    over types with weights softmax(a + log p): p are the predicted proportions, so that absent
-    types do not count, and a is learnt `attention`, or else 0. What was fused gives a latent
-    Gaussian, from which two layers tell the label.
+    For each of `modalities` a predictor gives a mean and a variance of every value, in standard
+    deviations of the training split; proportions are a softmax. An encoder turns each modality into
+    `width` numbers. These are fused with weights sigma^-2 / sum sigma^-2, where sigma^2 is the mean
+    predicted variance of a modality (product of Gaussian experts; Wu & Goodman 2018). States are
+    pooled over types with weights softmax(a + log p): p are the predicted proportions, so absent
+    types do not count, and a is learnt `attention`, or 0. The fused vector gives a latent Gaussian,
+    from which two layers classify the label.
 
-    `genes` is the number of genes that are read, the most variable ones of the training split;
-    `standardise` gives z-scores of the expression; without `uncertainty` modalities weigh the same.
+    `genes` is the number of input genes, the most variable ones of the training split;
+    `standardise` converts expression to z-scores; without `uncertainty` all modalities have the
+    same weight.
     """
 
     chosen: Tensor
@@ -55,14 +56,15 @@ class GMVAE4P(nn.Module):
         self.types = sizes["proportions"]
         count = min(genes or sizes["expression"], sizes["expression"])
         self.register_buffer("chosen", torch.arange(count))
-        # Of expression and of each modality: what `adapt` finds.
+        # Mean and standard deviation of expression and of each modality, set by `adapt`.
         for name in ("expression", *self.modalities):
             self.register_buffer(f"{name}_shift", torch.zeros(sizes[name]))
             self.register_buffer(f"{name}_scale", torch.ones(sizes[name]))
         self.predictors = nn.ModuleDict(
-            {n: Predictor([count, *hidden], 2 * sizes[n], dropout) for n in self.modalities}
+            {n: MLP([count, *hidden], 2 * sizes[n], dropout) for n in self.modalities}
         )
-        # Beside it, from zero: what few pseudobulks tell of proportions is near to linear.
+        # A linear path beside the predictor, initialised to zero: with few pseudobulks the relation
+        # between expression and proportions is nearly linear.
         self.linear = nn.Linear(count, self.types, bias=False)
         nn.init.zeros_(self.linear.weight)
         inputs = {n: sizes[n] for n in self.modalities} | {"states": width}
@@ -71,18 +73,18 @@ class GMVAE4P(nn.Module):
             self.of_type = nn.Parameter(torch.randn(self.types, width) * 0.1)
             self.to_attention = nn.Linear(width, 1)
         self.encoders = nn.ModuleDict(
-            {n: Predictor([inputs[n], width], width, dropout) for n in self.modalities}
+            {n: MLP([inputs[n], width], width, dropout) for n in self.modalities}
         )
         self.to_latent = nn.Linear(width, 2 * width)
-        self.classifier = Predictor([width, width // 2], spec.labels[label], dropout)
+        self.classifier = MLP([width, width // 2], spec.labels[label], dropout)
 
     @torch.no_grad()
     def adapt(self, train: View) -> None:
-        """Choose genes and learn means and deviations, from what the model is fitted to alone."""
+        """Select genes and compute means and standard deviations, on the training data only."""
         for name in ("expression", *self.modalities):
             values = train[name].flatten(1)
-            seen = self.observed(name, {MASKS[name]: train[MASKS[name]]} if name in MASKS else {})
-            weights = torch.ones_like(values) if seen is None else seen.expand_as(values).float()
+            mask = self.observed(name, {MASKS[name]: train[MASKS[name]]} if name in MASKS else {})
+            weights = torch.ones_like(values) if mask is None else mask.expand_as(values).float()
             count = weights.sum(0).clamp(min=1)
             mean = (values * weights).sum(0) / count
             variance = ((values - mean).square() * weights).sum(0) / count
@@ -91,7 +93,7 @@ class GMVAE4P(nn.Module):
         self.chosen.copy_(self.expression_scale.topk(len(self.chosen)).indices.sort().values)
 
     def observed(self, name: str, batch: Batch) -> Tensor | None:
-        """Which values (B, …) of a modality are observed; None: all of them."""
+        """Return the mask (B, …) of the observed values of a modality; None: all are observed."""
         if name not in MASKS:
             return None
         mask = batch[MASKS[name]]
@@ -100,23 +102,23 @@ class GMVAE4P(nn.Module):
         return mask
 
     def scaled(self, name: str, values: Tensor) -> Tensor:
-        """Values (B, …) in standard deviations of the training split, (B, n)."""
+        """Return z-scores (B, n) of values (B, …), by the training split."""
         shift, scale = getattr(self, f"{name}_shift"), getattr(self, f"{name}_scale")
         scaled: Tensor = (values.flatten(1) - shift) / scale
         return scaled
 
     def sample_noise(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw the standard normal numbers that turn `n` latent distributions into samples."""
+        """Draw the standard normal noise of `n` latent samples."""
         noise = torch.randn(n, self.width, generator=generator, device=generator.device)
         return {"noise": noise}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Read `expression` (B, g) and tell the label.
+        """Classify the label from `expression` (B, g).
 
         Returns `mean`, `logvar`, `projection` (B, width), `log_assignment`, `assignment` (B, c),
-        `weights` of modalities (B, m), `proportions` (B, k), and of each modality what is
-        ``predicted``, its ``logvar`` and, where the batch has it, the ``target`` and whether it is
-        ``observed``, (B, n), as ``<modality>/<name>``.
+        `weights` of modalities (B, m), `proportions` (B, k), and for each modality ``predicted``,
+        its ``logvar`` and, if the batch has the modality, ``target`` and the mask ``observed``,
+        (B, n), as ``<modality>/<name>``.
         """
         expression = batch["expression"]
         if self.standardise:
@@ -124,26 +126,26 @@ class GMVAE4P(nn.Module):
         outputs: dict[str, Tensor] = {}
         for name in self.modalities:
             outputs |= self.predict(name, expression[:, self.chosen], batch)
-        weights = self.trust(outputs)
-        encoded = [encode(self.view_of(n, outputs)) for n, encode in self.encoders.items()]
+        weights = self.fusion_weights(outputs)
+        encoded = [encode(self.encoder_input(n, outputs)) for n, encode in self.encoders.items()]
         fused = (torch.stack(encoded, 1) * weights.unsqueeze(2)).sum(1)
         mean, logvar = self.to_latent(fused).float().chunk(2, 1)
         logvar = logvar.clamp(-8, 4)
         latent = mean
         if (noise := batch.get("noise")) is not None:
             latent = mean + torch.exp(0.5 * logvar) * noise
-        told = self.classifier(latent).float().log_softmax(1)
+        log_assignment = self.classifier(latent).float().log_softmax(1)
         return outputs | {
             "mean": mean,
             "logvar": logvar,
             "projection": nn.functional.normalize(mean, dim=1),
             "weights": weights,
-            "log_assignment": told,
-            "assignment": told.exp(),
+            "log_assignment": log_assignment,
+            "assignment": log_assignment.exp(),
         }
 
     def predict(self, name: str, expression: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What a predictor says of its modality, and what it should have said."""
+        """Return the prediction of a modality, and its target if the batch has one."""
         mean, logvar = self.predictors[name](expression).float().chunk(2, 1)
         found = {f"{name}/logvar": logvar.clamp(-6, 4)}
         if name == "proportions":
@@ -153,13 +155,13 @@ class GMVAE4P(nn.Module):
         found[f"{name}/predicted"] = mean
         if name in batch:
             target = self.scaled(name, batch[name])
-            seen = self.observed(name, batch)
+            mask = self.observed(name, batch)
             found[f"{name}/target"] = target
-            found[f"{name}/observed"] = torch.ones_like(target) if seen is None else seen.float()
+            found[f"{name}/observed"] = torch.ones_like(target) if mask is None else mask.float()
         return found
 
-    def attended(self, outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """A token of each type (B, k, width), and how much each counts (B, k)."""
+    def type_tokens(self, outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return a token of each type (B, k, width) and its attention weight (B, k)."""
         states = outputs["states/predicted"].unflatten(1, (self.types, -1))
         tokens = nn.functional.silu(self.to_token(states) + self.of_type)
         score = outputs.get("log_proportions", tokens.new_zeros(tokens.shape[:2])).detach()
@@ -167,42 +169,24 @@ class GMVAE4P(nn.Module):
             score = score + self.to_attention(tokens).squeeze(2)
         return tokens, score.softmax(1)
 
-    def view_of(self, name: str, outputs: dict[str, Tensor]) -> Tensor:
-        """What the encoder of a modality reads."""
+    def encoder_input(self, name: str, outputs: dict[str, Tensor]) -> Tensor:
+        """Return the input of the encoder of a modality."""
         if name != "states":
             return outputs[f"{name}/predicted"]
-        tokens, share = self.attended(outputs)
-        return (tokens * share.unsqueeze(2)).sum(1)
+        tokens, weights = self.type_tokens(outputs)
+        return (tokens * weights.unsqueeze(2)).sum(1)
 
-    def trust(self, outputs: dict[str, Tensor]) -> Tensor:
-        """The weight of each modality in the fusion, (B, m)."""
+    def fusion_weights(self, outputs: dict[str, Tensor]) -> Tensor:
+        """Return the weight of each modality in the fusion, (B, m)."""
         variances = []
         for name in self.modalities:
             variance = outputs[f"{name}/logvar"].exp()
             if name == "states":
-                of_type = variance.unflatten(1, (self.types, -1)).mean(2)
-                variances.append((of_type * self.attended(outputs)[1]).sum(1))
+                type_variance = variance.unflatten(1, (self.types, -1)).mean(2)
+                variances.append((type_variance * self.type_tokens(outputs)[1]).sum(1))
             else:
                 variances.append(variance.mean(1))
         precision = 1 / torch.stack(variances, 1)
         if not self.uncertainty:
             precision = torch.ones_like(precision)
         return precision / precision.sum(1, keepdim=True)
-
-
-class Predictor(nn.Module):
-    """Linear, normalised, bent layers, and a last linear one of `out` outputs."""
-
-    def __init__(self, widths: Sequence[int], out: int, dropout: float) -> None:
-        super().__init__()
-        blocks = [
-            nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b), nn.SiLU(), nn.Dropout(dropout))
-            for a, b in pairwise(widths)
-        ]
-        self.hidden = nn.Sequential(*blocks)
-        self.out = nn.Linear(widths[-1], out)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """(B, widths[0]) -> (B, out)."""
-        result: Tensor = self.out(self.hidden(values))
-        return result

@@ -1,4 +1,4 @@
-"""The stage that leaves what was kept of the cells and genes of a file."""
+"""Stage that records which cells and genes of a file were selected."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Preprocess:
-    """Leave ``genes.csv`` (in how many training cells, variance, whether it is kept) and
-    ``cells.csv`` (id, split, labels by name, total counts).
+    """Save ``genes.csv`` (number of training cells, variance, kept or not) and ``cells.csv`` (id,
+    split, names of labels, total counts).
 
-    The data set filters and chooses genes itself, because sizes of the model follow from it; this
-    stage writes down what it did.
+    The data set itself filters cells and selects genes, because the sizes of the model depend on
+    it. This stage records the result.
     """
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return how many cells of each split, and how many genes, there are."""
+        """Return the number of cells of each split and the number of genes."""
         run.save("genes.csv", run.data.gene_table)
         tables = {split: run.data.cell_table(split) for split in ("train", "val", "test")}
         run.save("cells.csv", pd.concat(tables.values(), ignore_index=True))
@@ -27,5 +27,5 @@ class Preprocess:
         return counts | {"genes": float(run.data.gene_table["kept"].sum())}
 
     def metric_names(self) -> set[str] | None:
-        """Metrics this stage gives."""
+        """Names of the metrics of this stage."""
         return {"train_cells", "val_cells", "test_cells", "genes"}

@@ -1,4 +1,4 @@
-"""The stage that mixes the cells of a donor into pseudobulks of known composition."""
+"""Stage that mixes the cells of a donor into pseudobulks of known composition."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,25 +18,26 @@ if TYPE_CHECKING:
     from stagesweep.run.context import Context
 
 Array = NDArray[Any]
-BATCH = 4096
+BATCH_SIZE = 4096
 SPLITS = ("train", "val", "test")
 
 
 @dataclass
 class Pseudobulk:
-    """Mix `n_cells` cells of a donor `n_samples` times, as TAPE (Chen et al. 2022).
+    """Simulate pseudobulks: `n_samples` mixtures of `n_cells` cells of each donor, as in TAPE (Chen
+    et al. 2022).
 
-    Proportions of the types that the donor has are Dirichlet(1); of a share `sparse` of the
-    mixtures each type is missing with probability one half, but one. Cells are drawn with
+    Proportions of the donor's types are Dirichlet(1). In a share `sparse` of the mixtures each type
+    is missing with probability one half; at least one type remains. Cells are drawn with
     replacement from one donor (and condition) of one split.
 
-    Leaves the data ``pseudobulk``. Columns: `counts` (n, g), their sum; `expression` (n, g), log1p
-    of counts per million; `proportions` (n, k) of types among the cells that were drawn; `types`
-    (n, k), the types that there are; `states` (n, k, d), the mean latent of the cells of each type;
-    `communication` (n, k (k-1) / 2), for each pair of types the product of their proportions times
-    the cosine of their states: large where both are common and alike; `pairs`, the pairs of types
-    that the donor has. What is of absent types is 0, and masked by `types` and `pairs`. `donor`,
-    `patient` (a donor in one condition) and `condition` are codes.
+    Saves the data ``pseudobulk`` with the columns `counts` (n, g), summed over cells; `expression`
+    (n, g), log1p of counts per million; `proportions` (n, k) of types among the drawn cells;
+    `types` (n, k), the types that are present; `states` (n, k, d), the mean latent of the cells of
+    each type; `communication` (n, k (k-1) / 2), for each pair of types the product of their
+    proportions times the cosine of their states, which is large if both are common and similar;
+    `pairs`, the pairs of types that the donor has. Values of absent types are 0, and masked by
+    `types` and `pairs`. `donor`, `patient` (a donor in one condition) and `condition` are codes.
     """
 
     part: str | None = None
@@ -46,7 +47,7 @@ class Pseudobulk:
     sparse: float = 0.5
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return how many pseudobulks of each split there are."""
+        """Return the number of pseudobulks of each split."""
         names = label_names(run.data, self.label)
         missing = {"donor", "condition"} - set(run.data.spec.labels)
         if missing:
@@ -73,50 +74,51 @@ class Pseudobulk:
         return {f"{split}_pseudobulks": float(len(own["donor"])) for split, own in made.items()}
 
     def mix(self, run: "Context", split: str, types: int, random: np.random.Generator) -> Columns:
-        """The pseudobulks of a split."""
+        """Return the columns of the pseudobulks of a split."""
         cells = run.predict(split, ["mean", self.label, "donor", "condition"])
         keys = np.stack([cells["donor"], cells["condition"]], 1)
         patients, patient = np.unique(keys, axis=0, return_inverse=True)
         drawn: list[Array] = []
-        own: list[int] = []
+        sources: list[int] = []  # the patient of each pseudobulk
         for number in range(len(patients)):
             members = [
                 np.flatnonzero((patient == number) & (cells[self.label] == kind))
                 for kind in range(types)
             ]
             if any(map(len, members)):
-                drawn += [self.draw(members, random) for _ in range(self.n_samples)]
-                own += [number] * self.n_samples
+                drawn += [self.draw_cells(members, random) for _ in range(self.n_samples)]
+                sources += [number] * self.n_samples
         rows = np.repeat(np.arange(len(drawn)), self.n_cells)
         shape = (len(drawn), len(patient))
         weights = csr_matrix((np.ones(len(rows)), (rows, np.concatenate(drawn))), shape)
-        donor, condition = patients[own].T
+        donor, condition = patients[sources].T
         kinds = run.data.spec.labels["condition"] + 1
         names = [f"{split}-{run.data.label_names['donor'][d]}-{n:05d}" for n, d in enumerate(donor)]
-        there = np.zeros((len(patients), types), bool)
-        there[patient[cells[self.label] >= 0], cells[self.label][cells[self.label] >= 0]] = True
+        present = np.zeros((len(patients), types), bool)
+        known = cells[self.label] >= 0
+        present[patient[known], cells[self.label][known]] = True
         return {
             **self.expression(run, split, weights),
-            **composition(weights, cells[self.label], cells["mean"], there[own]),
+            **mixture_columns(weights, cells[self.label], cells["mean"], present[sources]),
             "donor": donor,
             "condition": condition,
             "patient": kinds * donor + condition + 1,
             "id": np.array(names),
         }
 
-    def draw(self, members: list[Array], random: np.random.Generator) -> Array:
-        """The rows (n_cells,) of one mixture; `members` are the rows of each type."""
-        there = np.flatnonzero([len(rows) for rows in members])
+    def draw_cells(self, members: list[Array], random: np.random.Generator) -> Array:
+        """Draw the rows (n_cells,) of one mixture; `members` are the rows of each type."""
+        present = np.flatnonzero([len(rows) for rows in members])
         if random.random() < self.sparse:
-            kept = random.random(len(there)) < 0.5
-            kept[random.integers(len(there))] = True
-            there = there[kept]
-        counts = random.multinomial(self.n_cells, random.dirichlet(np.ones(len(there))))
-        chosen = [random.choice(members[k], n) for k, n in zip(there, counts, strict=True)]
-        return np.concatenate(chosen)
+            kept = random.random(len(present)) < 0.5
+            kept[random.integers(len(present))] = True
+            present = present[kept]
+        counts = random.multinomial(self.n_cells, random.dirichlet(np.ones(len(present))))
+        rows = [random.choice(members[k], n) for k, n in zip(present, counts, strict=True)]
+        return np.concatenate(rows)
 
     def expression(self, run: "Context", split: str, weights: csr_matrix) -> Columns:
-        """Summed counts of the mixtures `weights` (n, cells), batch by batch of cells."""
+        """Return summed counts and expression of the mixtures `weights` (n, cells), in batches."""
         genes = len(run.data.spec.features["counts"].names)
         counts, start = np.zeros((weights.shape[0], genes)), 0
         columns = weights.tocsc()
@@ -128,20 +130,22 @@ class Pseudobulk:
         return {"counts": counts.astype(np.float32), "expression": expression.astype(np.float32)}
 
     def batches(self, run: "Context", split: str) -> Iterator[Array]:
-        """The counts (B, g) of a split, in order."""
-        for batch in run.view(split).batches(BATCH):
+        """Iterate over the counts (B, g) of a split, in order."""
+        for batch in run.view(split).batches(BATCH_SIZE):
             yield batch["counts"].cpu().numpy()
 
     def metric_names(self) -> set[str] | None:
-        """Metrics this stage gives."""
+        """Names of the metrics of this stage."""
         return {f"{split}_pseudobulks" for split in SPLITS}
 
 
-def composition(weights: csr_matrix, label: Array, mean: Array, there: Array) -> Columns:
-    """Proportions, states and communication of mixtures `weights` (n, cells) of cells with a
-    `label` (cells,) and a latent `mean` (cells, d); `there` (n, k) are the types of the donors.
+def mixture_columns(weights: csr_matrix, label: Array, mean: Array, present: Array) -> Columns:
+    """Return proportions, states and communication of mixtures.
+
+    `weights` (n, cells) is how often each cell was drawn, `label` (cells,) its type and `mean`
+    (cells, d) its latent mean; `present` (n, k) are the types of the donors.
     """
-    n, types = there.shape
+    n, types = present.shape
     counts, states = np.zeros((n, types)), np.zeros((n, types, mean.shape[1]))
     for kind in range(types):
         own = weights[:, label == kind]
@@ -158,5 +162,5 @@ def composition(weights: csr_matrix, label: Array, mean: Array, there: Array) ->
         "types": counts > 0,
         "states": states.astype(np.float32),
         "communication": communication.astype(np.float32),
-        "pairs": there[:, first] & there[:, second],
+        "pairs": present[:, first] & present[:, second],
     }

@@ -1,4 +1,4 @@
-"""Divergence of the latent distribution from a mixture of Gaussians."""
+"""KL divergence of the latent distribution from a Gaussian mixture prior."""
 
 import torch
 from torch import Tensor, nn
@@ -6,12 +6,13 @@ from torch import Tensor, nn
 from stagesweep.base.view import Batch
 
 
-class Mixture(nn.Module):
-    """sum_k q(k|x) KL(q(z|x) || N_k) + KL(q(k|x) || pi), a sum over samples (Jiang et al. 2017,
-    eq. 9), from `divergence` (B, k) and `log_prior` (k,).
+class MixtureKL(nn.Module):
+    """sum_k q(k|x) KL(q(z|x) || N_k) + KL(q(k|x) || pi), summed over samples (Jiang et al. 2017,
+    eq. 9).
 
-    q(k|x) is the model's `log_assignment`. Where `label` names a column and a sample has one, it
-    is that component alone (Kingma et al. 2014, eq. 6).
+    Reads the outputs `divergence` (B, k), `log_prior` (k,) and `log_assignment` (B, k), which is
+    log q(k|x). If `label` names a column, q(k|x) of a labelled sample is its known component
+    (Kingma et al. 2014, eq. 6).
     """
 
     def __init__(self, label: str | None = None) -> None:
@@ -19,7 +20,7 @@ class Mixture(nn.Module):
         self.label = label
 
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum over samples, and their number."""
+        """Return the sum over samples and the number of samples."""
         log_q = outputs["log_assignment"].float()
         cost = outputs["divergence"].float() - outputs["log_prior"].float()
         each = (log_q.exp() * (cost + log_q)).sum(1)
