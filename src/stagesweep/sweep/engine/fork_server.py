@@ -18,7 +18,7 @@ from omegaconf import OmegaConf, open_dict
 from stagesweep.config import register, trust, validation
 from stagesweep.config.nodes import hardware_settings
 from stagesweep.hardware.numerics import numerics
-from stagesweep.run import context, runner  # noqa: F401  each trial needs them
+from stagesweep.run import context, execute  # noqa: F401  each trial needs them
 from stagesweep.store import fingerprint, stage_inputs
 
 # Examples of every kind of value in an override.
