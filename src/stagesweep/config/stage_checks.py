@@ -102,10 +102,9 @@ def _check_order(cfg: DictConfig, stages: Stages) -> None:
             raise UserError(f"stage.{name} comes before any training; put it after a fit")
         if isinstance(stage, schema.Fit):
             trained = True
-            for term, weight in stage.loss.items():
-                module = cfg.loss[term]._target_.rpartition(".")[0]
-                needs_centres = module == "stagesweep.loss.clustering" and weight.weight > 0
-                if needs_centres and not has_centres:
+            for term, loss in _loss_classes(stage, cfg).items():
+                needs_centres = getattr(loss, "needs_cluster_centres", False)
+                if needs_centres and stage.loss[term].weight > 0 and not has_centres:
                     raise UserError(
                         f"stage.{name}.loss.{term} needs cluster centres; put an init_clusters "
                         f"stage before stage.{name}"

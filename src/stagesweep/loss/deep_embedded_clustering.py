@@ -27,6 +27,8 @@ class DeepEmbeddedClustering(nn.Module):
     """
 
     reports = ("label_change",)
+    # Without centres from an init_clusters stage there is nothing to sharpen.
+    needs_cluster_centres = True
     target: Tensor
     labels: Tensor
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stagesweep.base.compat import default_store
 from stagesweep.base.errors import Lost, UserError
 
 Value = TypeVar("Value")
@@ -138,16 +139,16 @@ class ProcessGroup:
     def receive_task(self) -> Any:
         """Wait without a timeout for the next task of the main process; None when it stops."""
         with _peer_errors():
-            while not _store().check([self._key]):
+            while not default_store().check([self._key]):
                 time.sleep(POLL_SECONDS)  # which a signal can interrupt
-            notice = _store().get(self._key)
+            notice = default_store().get(self._key)
         self.tasks += 1
         return _unpack(self.broadcast(b"")) if notice == b"task" else None
 
     # Not a collective operation, which would time out between two fits.
     def _notify(self, what: str) -> None:
         with _peer_errors():
-            _store().set(self._key, what)
+            default_store().set(self._key, what)
         self.tasks += 1
 
     @property
@@ -180,10 +181,6 @@ def init_process_group() -> Iterator[ProcessGroup]:
     finally:
         _current = SINGLE_PROCESS
     dist.destroy_process_group()  # not after an error: the other processes might not get here
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
 
 
 def _pack(task: Any) -> bytes:
