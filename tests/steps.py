@@ -6,8 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from stagesweep.loss.consistency import Consistency
-from stagesweep.loss.contrastive import Contrastive
 from torch import Tensor, nn
 
 from stagesweep.base.view import Batch
@@ -15,6 +13,8 @@ from stagesweep.config import schema
 from stagesweep.core.loss import WeightedLoss
 from stagesweep.core.predict import forward
 from stagesweep.hardware.profile import HardwareProfile, resolve
+from stagesweep.loss.alignment import Alignment
+from stagesweep.loss.supervised_contrastive import SupervisedContrastive
 from stagesweep.parallel.micro_batches import MicroBatches
 from stagesweep.parallel.process_group import SINGLE_PROCESS, ProcessGroup
 
@@ -72,8 +72,8 @@ TERMS: dict[str, nn.Module] = {
     "square": Square(),
     "masked": Masked(),
     "pairs": Pairs(),
-    "contrastive": Contrastive(temperature=0.3, label="label"),
-    "consistency": Consistency("label"),
+    "contrastive": SupervisedContrastive(temperature=0.3, label="label"),
+    "consistency": Alignment("label"),
 }
 WEIGHTS = {"square": 0.7, "masked": 2.0, "pairs": 0.5, "contrastive": 1.5, "consistency": 0.3}
 

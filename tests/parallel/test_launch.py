@@ -30,7 +30,7 @@ def test_the_profile_says_how_many() -> None:
 def test_one_that_is_not_strict_has_no_more_than_gpus(
     there: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stagesweep.hardware.detection.there", lambda: there)
+    monkeypatch.setattr("stagesweep.hardware.detection.gpu_count", lambda: there)
     assert processes_to_start(Hardware(devices=4, strict=False)) == count
     assert processes_to_start(Hardware(devices=4, strict=False, device=Device.cpu)) == 4
     assert processes_to_start(Hardware(devices=4)) == 4
