@@ -54,13 +54,15 @@ def local_slots(slots: str | int, hardware: schema.Hardware) -> list[Slot]:
     """The slots of this machine: groups of GPUs, or shares of the cores.
 
     A group has ``devices_per_trial`` GPUs, or ``devices`` if that is more. With more slots than
-    groups, slots share GPUs in turn.
+    groups, slots share GPUs in turn. UserError for too many processes on the CPU.
     """
     processes = detection.device_count(hardware)
     size, gpus = max(hardware.devices_per_trial, processes), detection.gpu_ids(hardware)
     cores = len(os.sched_getaffinity(0))
     default = len(gpus) // size if gpus else cores // ((hardware.threads or 1) * processes)
     count = max(1, default if slots == "auto" else int(slots))
+    setting = f"hardware.devices={processes}" if count == 1 else f"sweep.slots={count}"
+    detection.check_cores(hardware, count * processes, setting)
     groups = [gpus[i : i + size] for i in range(0, len(gpus) - size + 1, size)] or [gpus]
     return [
         Slot(n, {"CUDA_VISIBLE_DEVICES": ",".join(groups[n % len(groups)])} if gpus else {})
