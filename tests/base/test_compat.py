@@ -124,3 +124,13 @@ def test_optuna_distribution() -> None:
     for text, distribution in wanted.items():
         found = compat.optuna_distribution(parser.parse_override(text))
         assert found == distribution, f"hydra-optuna-sweeper reads {text} as {found}"
+
+
+def test_before_cuda_initialises(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: said.append("torch"))
+    said: list[str] = []
+    compat.before_cuda_initialises(lambda: said.append("before"))
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    assert said == ["before", "torch"], "torch initialises CUDA by another name than _lazy_init"

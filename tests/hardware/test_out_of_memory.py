@@ -1,7 +1,11 @@
 """A device that is too small, played by a model that raises what torch raises above n samples."""
 
+import gc
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -138,6 +142,70 @@ def test_a_prediction_is_made_in_smaller_parts(bench: "Bench") -> None:
     whole = predict(small(0), loop.batches.view, ["mean"], CPU)
     torch.testing.assert_close(found["mean"], whole["mean"])
     assert model.training
+
+
+class Counted(nn.Module):
+    """A model on a device whose memory counts every tensor that is alive, whoever holds it.
+
+    A sample needs two activations. `room` is the number of samples that fit.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.net = room, Net()
+        self.alive: list[weakref.ref[Tensor]] = []
+
+    def count(self, made: Tensor) -> Tensor:
+        """Count a new tensor, as an allocator that is asked for memory."""
+        held = [tensor for each in self.alive if (tensor := each()) is not None]
+        try:
+            if sum(map(len, held)) + len(made) > 2 * self.room:
+                raise cuda_error()
+        except RuntimeError as error:
+            kept = error  # as code that looks at an error and raises it again
+            raise kept from None
+        self.alive = [weakref.ref(tensor) for tensor in (*held, made)]
+        return made
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        if not self.training:
+            return self.net(batch)  # type: ignore[no-any-return]
+        mean = self.count(self.net.layer(batch["x"]))
+        return {"mean": mean, "x": self.count(self.net.out(mean))}
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """No garbage collection that happens to come in time."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize(
+    ("room", "sizes"), [(24, [40, 20]), (13, [40, 20, 10]), (6, [40, 20, 10, 5])]
+)
+def test_a_failed_try_holds_no_memory_in_the_next(
+    bench: "Bench", room: int, sizes: list[int]
+) -> None:
+    loop = bench.loop(model=Counted(room), batch_size=40, epochs=1)
+    loop.run()
+    events = loop.measured()["oom"]
+    assert [(event["from"], event["to"]) for event in events] == list(pairwise(sizes))
+    assert loop.micro_batches.size == sizes[-1]
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_failed_try_of_the_search_holds_no_memory_in_the_next(
+    bench: "Bench", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
+    hardware = {"micro_batch": "auto"}
+    loop = bench.loop(model=Counted(24), batch_size=40, epochs=1, hardware=hardware)
+    loop.run()
+    assert loop.micro_batches.size in (23, 24)
+    assert loop.measured()["oom"] == []
 
 
 def test_the_peak_of_a_process_is_in_mebibytes() -> None:

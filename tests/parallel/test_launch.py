@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from stagesweep.base.errors import Interrupted, Lost, NotFinite, UserError
 from stagesweep.config.schema import Device, Hardware
 from stagesweep.parallel.launch import _first_error, _write_error, is_follower, processes_to_start
+from stagesweep.sweep.engine.slots import local_slots
 from stagesweep.sweep.plugin import StudySweeper
 
 
@@ -34,6 +35,29 @@ def test_one_that_is_not_strict_has_no_more_than_gpus(
     assert processes_to_start(Hardware(devices=4, strict=False)) == count
     assert processes_to_start(Hardware(devices=4, strict=False, device=Device.cpu)) == 4
     assert processes_to_start(Hardware(devices=4)) == 4
+
+
+@pytest.mark.parametrize("device", [Device.cpu, Device.auto])
+def test_more_than_two_processes_for_each_core_are_refused(
+    monkeypatch: pytest.MonkeyPatch, device: Device
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("stagesweep.hardware.detection.gpu_count", lambda: 0)
+    assert processes_to_start(Hardware(devices=4, device=device)) == 4
+    with pytest.raises(UserError) as caught:
+        processes_to_start(Hardware(devices=99, device=device))
+    assert str(caught.value) == (
+        "hardware.devices=99 starts 99 processes on a CPU with 2 cores; set it so that there are "
+        "at most 4, or set hardware.strict=false"
+    )
+    for slots, devices in ((99, 1), (3, 2), (1, 5)):
+        with pytest.raises(UserError, match=r"hardware.strict=false$"):
+            local_slots(slots, Hardware(devices=devices, device=device))
+        assert len(local_slots(slots, Hardware(devices=devices, device=device, strict=False)))
+    loose = Hardware(devices=99, device=Device.cpu, strict=False)
+    assert processes_to_start(loose) == 99
+    monkeypatch.setattr("stagesweep.hardware.detection.gpu_count", lambda: 8)
+    assert processes_to_start(Hardware(devices=8)) == 8
 
 
 def test_devices_and_gpu_ids_must_agree() -> None:

@@ -5,6 +5,7 @@ mended here; ``tests/base/test_compat.py`` says which name has changed. Imports 
 level: a command that only prints help reads this module, too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 # ----------------------------------------------------------------------------------- Optuna
@@ -58,3 +59,19 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def before_cuda_initialises(action: Callable[[], None]) -> None:
+    """Have an action called whenever torch is asked to initialise CUDA, before it does so.
+
+    torch can say that CUDA is initialised, but not who did it, and has no public hook.
+    """
+    import torch
+
+    initialise = torch.cuda._lazy_init
+
+    def watched() -> None:
+        action()
+        initialise()  # type: ignore[no-untyped-call]
+
+    torch.cuda._lazy_init = watched

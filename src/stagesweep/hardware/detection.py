@@ -29,12 +29,30 @@ def device_count(settings: Hardware) -> int:
 def process_count(settings: Hardware) -> int:
     """Number of processes that a run starts on this machine: one for each device.
 
-    With ``strict`` false at most one for each GPU, and one when there is none.
+    With ``strict`` false at most one for each GPU, and one when there is none. UserError for too
+    many processes on the CPU.
     """
     count = device_count(settings)
-    if count == 1 or settings.strict or settings.device is Device.cpu:
-        return count
-    return max(1, min(count, gpu_count()))
+    if count > 1 and not settings.strict and settings.device is not Device.cpu:
+        return max(1, min(count, gpu_count()))
+    check_cores(settings, count, f"hardware.devices={count}")
+    return count
+
+
+def check_cores(settings: Hardware, processes: int, setting: str) -> None:
+    """UserError when a setting starts more than two processes for each core, and no GPU is used.
+
+    They would share the cores, and may need more memory than there is.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if processes <= 2 * cores or not settings.strict:
+        return
+    if settings.device is Device.cpu or gpu_count() == 0:
+        raise UserError(
+            f"{setting} starts {processes} processes on a CPU with {cores} "
+            f"core{'s' * (cores > 1)}; set it so that there are at most {2 * cores}, or set "
+            "hardware.strict=false"
+        )
 
 
 def gpu_count() -> int:

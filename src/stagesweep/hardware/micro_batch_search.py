@@ -13,7 +13,7 @@ from torch import nn
 
 from stagesweep.base.files import atomic_text, explained
 from stagesweep.base.view import Batch
-from stagesweep.hardware.out_of_memory import is_out_of_memory
+from stagesweep.hardware.out_of_memory import drop_frames, free_memory, is_out_of_memory
 from stagesweep.hardware.profile import HardwareProfile
 from stagesweep.store.store import Store
 
@@ -91,18 +91,22 @@ def step_fits(step: Step, model: nn.Module, batch: Batch, size: int, device: tor
     """Whether a step in micro-batches of `size` fits and leaves a reserve."""
     gpu = device.type == "cuda"
     if gpu:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
         step(batch, min(size, len(batch["index"])))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return False
+        drop_frames(error)
+        fitted = False
+    else:
+        fitted = True
     finally:
         model.zero_grad()
-    if not gpu:
-        return True
+    if not fitted:
+        free_memory()
+    if not fitted or not gpu:
+        return fitted
     usable = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     needed = torch.cuda.max_memory_allocated(device) + optimizer_bytes(model)
     return needed <= USED * usable

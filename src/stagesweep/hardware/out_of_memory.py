@@ -1,8 +1,10 @@
 """Retries work in smaller batches when the device runs out of memory."""
 
+import gc
 import logging
 import resource
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,6 +24,30 @@ MESSAGES = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_A
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error of torch means that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or any(m in str(error) for m in MESSAGES)
+
+
+def drop_frames(error: BaseException) -> None:
+    """Drop what the failed call of an error that was handled still holds.
+
+    The frames in its traceback keep their tensors for as long as anything refers to the error, and
+    often one of these frames does.
+    """
+    chain: list[BaseException] = []
+    following: list[BaseException | None] = [error]
+    while following:
+        each = following.pop()
+        if each is not None and each not in chain:
+            chain.append(each)
+            following += [each.__cause__, each.__context__]
+    for each in chain:
+        traceback.clear_frames(each.__traceback__)
+        each.__traceback__ = None
+
+
+def free_memory() -> None:
+    """Free tensors in reference cycles, and return the allocator's unused blocks to the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def peak_mib(device: torch.device) -> float:
@@ -65,10 +91,11 @@ class OutOfMemoryRetry:
                 return work(size)
             except RuntimeError as error:
                 self.halve(size, error)
-            # Outside the handler, where the error no longer keeps tensors of the failed try alive.
+                drop_frames(error)
+            # Outside the handler, where the error itself is gone.
             if cleanup is not None:
                 cleanup()
-            torch.cuda.empty_cache()
+            free_memory()
 
     def halve(self, size: int, error: RuntimeError) -> None:
         """Halve `size`, which did not fit.

@@ -3,7 +3,7 @@
 The gradient is the same for every micro-batch size and every number of processes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -191,8 +191,11 @@ class _Accumulation:
             if not is_out_of_memory(raised):
                 raise
             error = raised
-        if any(self.group.all_reduce_max(error is not None)):
-            raise error or torch.OutOfMemoryError("of another process")
+        try:
+            if any(self.group.all_reduce_max(error is not None)):
+                raise error or torch.OutOfMemoryError("of another process")
+        finally:
+            error = None  # else the error and this frame would keep each other alive
         return done
 
     def _first_pass(self, pieces: list[tuple[Batch, bool]]) -> tuple[Tensor, Outputs]:
@@ -210,6 +213,7 @@ class _Accumulation:
             for name, parts in seen.items():
                 parts.append(outputs[name].detach()[: counts * len(piece["index"])])
             self.outputs = outputs if len(pieces) == 1 else None
+            del outputs  # before the next micro-batch needs the memory
         return torch.stack(sums).sum(0), {name: torch.cat(parts) for name, parts in seen.items()}
 
     def _second_pass(
@@ -223,17 +227,33 @@ class _Accumulation:
             for number, (piece, counts) in enumerate(pieces):
                 if self.exchange is not None:
                     self.exchange.set_is_last_backward(number + 1 == len(pieces))
-                outputs = self.outputs
-                if outputs is None:
-                    set_torch_state(self.states[number])
-                    outputs = self.forward(piece)
-                totals, _ = self.loss.sums(self.loss.separable, outputs, piece)
-                losses = [self.loss.combine(totals, weights, self.factors)]
-                if counts:
-                    losses += [(outputs[n] * parts[number]).sum() for n, parts in cached.items()]
-                else:
-                    losses += [outputs[name].sum() for name in cached]
-                self.scaler.scale(counts * torch.stack(losses).sum()).backward()
+                own = {name: parts[number] for name, parts in cached.items()} if counts else {}
+                self._add_gradient(number, piece, counts, weights, own, cached)
+
+    def _add_gradient(
+        self,
+        number: int,
+        piece: Batch,
+        counts: bool,
+        weights: Tensor,
+        gradients: Mapping[str, Tensor],
+        coupled: Collection[str],
+    ) -> None:
+        """Add the gradient of one micro-batch, and leave none of its tensors to the next.
+
+        `gradients` are those of the `coupled` outputs, which whole-batch terms read.
+        """
+        outputs, self.outputs = self.outputs, None
+        if outputs is None:
+            set_torch_state(self.states[number])
+            outputs = self.forward(piece)
+        totals, _ = self.loss.sums(self.loss.separable, outputs, piece)
+        losses = [self.loss.combine(totals, weights, self.factors)]
+        if counts:
+            losses += [(outputs[name] * part).sum() for name, part in gradients.items()]
+        else:
+            losses += [outputs[name].sum() for name in coupled]
+        self.scaler.scale(counts * torch.stack(losses).sum()).backward()
 
 
 def split(batch: Batch, size: int) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 """Warm-up that the fork server does once, before it forks trials.
 
 The server imports this module last. It must not start threads or initialise CUDA: neither survives
-a fork.
+a fork. If an imported package has initialised CUDA, the controller spawns the trials instead.
 """
 
 import gc
@@ -20,6 +20,7 @@ from stagesweep.config.nodes import hardware_settings
 from stagesweep.hardware.numerics import numerics
 from stagesweep.run import context, execute  # noqa: F401  each trial needs them
 from stagesweep.store import fingerprint, stage_inputs
+from stagesweep.sweep.engine import cuda_guard
 
 # Examples of every kind of value in an override.
 VALUES = ("1", "0.125", "-2.5e-05", "1e-3", "word", "two-words_3", "'a, b'", "null", "true")
@@ -28,10 +29,11 @@ VALUES = ("1", "0.125", "-2.5e-05", "1e-3", "word", "two-words_3", "'a, b'", "nu
 def rehearse() -> None:
     """Compose and validate a config as a trial does.
 
-    Hydra's parsers build their tables while they parse, and validation caches signatures.
+    Hydra's parsers build their tables while they parse, and validation caches signatures. The
+    profile is that of the CPU: to find out what a GPU can do initialises CUDA.
     """
     with initialize_config_dir(str(register.folder())):
-        given = ["experiment=digits", "seed=0", "stage.joint.optimizer.lr=1e-3"]
+        given = ["experiment=digits", "hardware=cpu", "seed=0", "stage.joint.optimizer.lr=1e-3"]
         made = compose("config", overrides=given, return_hydra_config=True)
     with open_dict(made):
         made.hydra.runtime.output_dir = "."
@@ -57,6 +59,12 @@ if "sklearn" in sys.modules:
     rehearse()
 # Hash the source code once for all trials: they run it as it is now.
 fingerprint.freeze(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
+CUDA_INITIALISED_BY = cuda_guard.initialised_by()
 # A garbage collection in a trial must not touch these objects: it would copy the shared memory.
 gc.collect()
 gc.freeze()
+
+
+def cuda_initialised_by() -> str | None:
+    """The package that has initialised CUDA in the server; None in a server fit for forking."""
+    return CUDA_INITIALISED_BY

@@ -84,6 +84,7 @@ def run_in_slot(
     os.setsid()
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as in the server, if it was spawned
     work: SweepContext = pickle.loads(pickled)
     redirect_output(work.folder / subdir / "trial.log")
     current = PipeTrial(connection, prune_on)

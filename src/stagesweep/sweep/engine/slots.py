@@ -9,20 +9,24 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import connection, forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.base.compat import OPTIMIZER_IMPORTS
 from stagesweep.base.errors import UserError
-from stagesweep.config import schema
+from stagesweep.config import register, schema
 from stagesweep.config.messages import explain
 from stagesweep.config.nodes import target_names
 from stagesweep.hardware import detection
@@ -33,6 +37,9 @@ from stagesweep.sweep.space.compose import sweep_context, with_example
 from stagesweep.sweep.study.states import Outcome
 
 log = logging.getLogger(__name__)
+
+# What the fork server imports first and last.
+GUARD, SERVER = "stagesweep.sweep.engine.cuda_guard", "stagesweep.sweep.engine.fork_server"
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,15 @@ def local_slots(slots: str | int, hardware: schema.Hardware) -> list[Slot]:
     """The slots of this machine: groups of GPUs, or shares of the cores.
 
     A group has ``devices_per_trial`` GPUs, or ``devices`` if that is more. With more slots than
-    groups, slots share GPUs in turn.
+    groups, slots share GPUs in turn. UserError for too many processes on the CPU.
     """
     processes = detection.device_count(hardware)
     size, gpus = max(hardware.devices_per_trial, processes), detection.gpu_ids(hardware)
     cores = len(os.sched_getaffinity(0))
     default = len(gpus) // size if gpus else cores // ((hardware.threads or 1) * processes)
     count = max(1, default if slots == "auto" else int(slots))
+    setting = f"hardware.devices={processes}" if count == 1 else f"sweep.slots={count}"
+    detection.check_cores(hardware, count * processes, setting)
     groups = [gpus[i : i + size] for i in range(0, len(gpus) - size + 1, size)] or [gpus]
     return [
         Slot(n, {"CUDA_VISIBLE_DEVICES": ",".join(groups[n % len(groups)])} if gpus else {})
@@ -79,30 +88,32 @@ class SlotBackend:
         cores = len(os.sched_getaffinity(0))
         # Libraries read this when the server imports them, so it is the same for all trials.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(self.slots))))
-        self.context = multiprocessing.get_context("forkserver")
+        # `torch.cuda.is_available()` then asks NVML, which does not initialise CUDA.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         # The module of the task registers the configs that Hydra composes.
-        self.context.set_forkserver_preload(
-            [*_modules(master), task.__module__, "stagesweep.sweep.engine.fork_server"]
-        )
+        preload = [GUARD, *_modules(master), task.__module__, SERVER]
+        self._forkserver = multiprocessing.get_context("forkserver")
+        self._forkserver.set_forkserver_preload(preload)
         forkserver.ensure_running()  # it imports while the controller prepares the sweep
 
+    @cached_property
+    def context(self) -> BaseContext:
+        """How processes are started: forked from the server, or spawned if it has begun CUDA."""
+        if not detection.has_gpu_driver():
+            return self._forkserver
+        package = _call_in_process(self._forkserver, cuda_initialised_by)
+        if package is None:
+            return self._forkserver
+        log.warning(
+            "%s initialises CUDA when it is imported, which does not survive a fork; each trial "
+            "starts a new interpreter, which takes seconds",
+            package,
+        )
+        return multiprocessing.get_context("spawn")
+
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function in a process of the server; an error in it becomes a UserError."""
-        receiver, sender = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_call, args=(sender, function, arguments))
-        process.start()
-        sender.close()
-        try:
-            message, returned = receiver.recv()
-        except EOFError as error:
-            raise UserError(
-                "the process that checks the sweep was ended; start it again"
-            ) from error
-        finally:
-            process.join()
-        if message is not None:
-            raise UserError(message)
-        return returned
+        """Call a function in a process as trials have; an error in it becomes a UserError."""
+        return _call_in_process(self.context, function, *arguments)
 
     def _pickle(self, overrides: list[str]) -> bytes:
         """What all jobs share, with the composed config of one job as an example.
@@ -133,7 +144,7 @@ class SlotBackend:
             self._pickled = self._pickle(job.overrides)
         pipe, other_end = self.context.Pipe()
         arguments = (job.number, job.subdir, job.overrides, slot.environment, self.prune_on)
-        process = self.context.Process(
+        process = self.context.Process(  # type: ignore[attr-defined]
             target=run_in_slot, args=(other_end, self._pickled, *arguments)
         )
         process.start()
@@ -226,6 +237,7 @@ class _JobProcess:
 
     def end(self) -> Outcome:
         """Clean up after the process has ended, and return the outcome of its job."""
+        self.process.join()  # of a spawned process the sentinel is ready shortly before its end
         status = self.process.exitcode
         # Kill its children. If the fork server has died, the process itself may still be alive.
         with suppress(ProcessLookupError, PermissionError):
@@ -252,6 +264,30 @@ def oom_kills() -> int:
     return 0
 
 
+def cuda_initialised_by() -> str | None:
+    """Run in a process of the server: the package that has initialised CUDA there, or None."""
+    return str(found) if (found := sys.modules[SERVER].cuda_initialised_by()) else None
+
+
+def _call_in_process(context: BaseContext, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in another process; an error in it becomes a UserError."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(  # type: ignore[attr-defined]
+        target=_call, args=(sender, function, arguments)
+    )
+    process.start()
+    sender.close()
+    try:
+        message, returned = receiver.recv()
+    except EOFError as error:
+        raise UserError("the process that checks the sweep was ended; start it again") from error
+    finally:
+        process.join()
+    if message is not None:
+        raise UserError(message)
+    return returned
+
+
 def _call(
     pipe: "connection.Connection[Any, Any]",
     function: Callable[..., Any],
@@ -259,6 +295,8 @@ def _call(
 ) -> None:
     """Send the error message, or None, and the result of a function."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the controller
+    register.register()  # the server has done both, a process that was spawned has not
+    setup_globals()
     try:
         returned = function(*arguments)
     except Exception as error:
