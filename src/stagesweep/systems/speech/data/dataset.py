@@ -238,6 +238,11 @@ class Speech:
         samples = Samples(self._heard, pieces, texts, self.spec)
         return SpeechView(samples, {**columns, "clip": torch.from_numpy(clip)})
 
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits there are."""
+        return list(self._rows)
+
     def ids(self, split: str) -> NDArray[np.str_]:
         """What the clip of each window of a split is called, (n,)."""
         names: NDArray[np.str_] = self.clips["id"].to_numpy(str)[self.split(split)["clip"].numpy()]

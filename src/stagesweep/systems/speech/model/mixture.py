@@ -210,8 +210,9 @@ class MixtureWhisper(nn.Module):
     # ------------------------------------------------------------- decoding
 
     @torch.no_grad()
-    def transcribe(self, batch: Batch, beams: int = 1) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) after the prefix, padded, and the expert (B,) that told each clip.
+    def transcribe(self, batch: Batch, beams: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, L) after the prefix, padded, the expert (B,) that told each clip, and the
+        gate's probabilities (B, E).
 
         Greedy for one beam, else beam search, by transformers' `generate`.
         """
@@ -236,7 +237,7 @@ class MixtureWhisper(nn.Module):
                 eos_token_id=tokens.end,
                 use_cache=True,
             )
-        return cast(Tensor, found)[:, len(tokens.prefix) :], experts[:, 0]
+        return cast(Tensor, found)[:, len(tokens.prefix) :], experts[:, 0], chances
 
     @contextmanager
     def mixed(self, mixture: Mixture) -> Iterator[None]:
