@@ -81,7 +81,7 @@ class Context:
         stage = build_stage(self.cfg.stage[name])
         self.select(getattr(stage, "part", None), getattr(stage, "view", None))
         fresh = self.cfg.resume is schema.Resume.never
-        partial = not fresh and any((entry.path / "checkpoints").rglob("step_*"))
+        partial = not fresh and any((entry.path / "checkpoints").rglob("*.*"))
         about = {"experiment": self.cfg.experiment, "stage": name}
         entry.begin(fresh=fresh, about=about)
         seed_everything(self.seed)
@@ -264,12 +264,14 @@ class Context:
         assert self._entry is not None
         shutil.rmtree(self._entry.path / "checkpoints", ignore_errors=True)
 
-    def save(self, filename: str, value: Any) -> None:
-        """Save an artifact: .npz (dict of arrays), .json (plain data), .csv (DataFrame)."""
-        artifacts.write(self._path("artifacts", filename), value)
+    def file(self, filename: str, kind: str = "artifacts") -> Path:
+        """Path of an artifact that this stage writes itself, because memory has no room for all of
+        it. ``kind`` ``checkpoints`` is for the progress of a stage, from which it goes on.
+        """
+        return self._path(kind, filename)
 
-    def load(self, filename: str) -> Any:
-        """Load the newest artifact of that name; UserError when no stage so far has saved it."""
+    def find(self, filename: str) -> Path:
+        """Path of the newest artifact of that name; UserError when no stage so far has saved it."""
         path = self._find(filename)
         if path is None:
             done = ", ".join(stage.name for stage in self.stages) or "none"
@@ -277,7 +279,15 @@ class Context:
                 f"stage {self.stage} needs '{filename}', which no stage before it left "
                 f"(stages so far: {done})"
             )
-        return artifacts.read(path)
+        return path
+
+    def save(self, filename: str, value: Any) -> None:
+        """Save an artifact: .npz (dict of arrays), .json (plain data), .csv (DataFrame)."""
+        artifacts.write(self._path("artifacts", filename), value)
+
+    def load(self, filename: str) -> Any:
+        """Load the newest artifact of that name; UserError when no stage so far has saved it."""
+        return artifacts.read(self.find(filename))
 
     def has(self, filename: str) -> bool:
         """Whether this or an earlier stage has saved an artifact of that name."""
