@@ -134,9 +134,7 @@ def _course(
         borders.append((at, at + 2 * vowel))
         at += 2 * vowel + gap
     known = np.array(hertz)
-    formants = np.stack(
-        [np.interp(steps, known[:, 0], known[:, n]) for n in (1, 2, 3)], axis=1
-    )
+    formants = np.stack([np.interp(steps, known[:, 0], known[:, n]) for n in (1, 2, 3)], axis=1)
     loud = np.zeros_like(steps)
     for start, stop in borders:
         rise = np.clip(np.minimum(steps - start, stop - steps) / 0.02, 0, 1)

@@ -229,9 +229,10 @@ class Speech:
         """
         if name not in self._rows:
             raise UserError(f"no split {name!r}; there are {', '.join(self._rows)}")
-        pieces = [p for row in self._rows[name] for p in self.pieces[row]]
-        if name == "train":
-            pieces = [p for row in self._rows[name] if len(own := self.pieces[row]) == 1 for p in own]
+        own = [self.pieces[row] for row in self._rows[name]]
+        pieces = [
+            each for windows in own if name != "train" or len(windows) == 1 for each in windows
+        ]
         clip = np.array([row for row, _, _ in pieces], np.int64)
         texts = [self._tokens[row] if len(self.pieces[row]) == 1 else [] for row in clip]
         columns = {key: torch.from_numpy(code[clip]) for key, code in self._codes.items()}

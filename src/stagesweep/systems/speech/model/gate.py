@@ -15,9 +15,7 @@ class Gate(nn.Module):
 
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, experts)
-        )
+        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, experts))
         self.register_buffer("active", torch.ones(experts, dtype=torch.bool))
 
     def forward(self, pooled: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class MixtureWhisper(nn.Module):
         self.mixture: Mixture = "routed"
         # The slow reference: every expert hears every clip, the weights are the same.
         self.all_rows = False
+        self._checkpointed = False
         self.begin_epoch(1, 1)
         self.keep_base = keep_base
         if not keep_base:
@@ -99,14 +100,17 @@ class MixtureWhisper(nn.Module):
     @property
     def checkpointed(self) -> bool:
         """Whether activations are computed again in the backward pass, to save memory."""
-        return bool(self.whisper.is_gradient_checkpointing)
+        return self._checkpointed
 
     @checkpointed.setter
     def checkpointed(self, wanted: bool) -> None:
+        if wanted == self._checkpointed:
+            return
         if wanted:
             self.whisper.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self.checkpointed:
+        else:
             self.whisper.gradient_checkpointing_disable()
+        self._checkpointed = wanted
 
     # ------------------------------------------------------------- forward
 
@@ -204,7 +208,7 @@ class MixtureWhisper(nn.Module):
         if any(p.requires_grad for n, p in self.whisper.named_parameters() if not is_expert(n)):
             raise UserError(
                 "the base of this model is not saved, and so cannot be trained; freeze it "
-                "('train: [gate.*, \"*.A.*\", \"*.B.*\"]' of the fit), or set model.keep_base=true"
+                '(\'train: [gate.*, "*.A.*", "*.B.*"]\' of the fit), or set model.keep_base=true'
             )
 
     # ------------------------------------------------------------- decoding
@@ -260,9 +264,7 @@ class MixtureWhisper(nn.Module):
         return found
 
 
-def check(
-    experts: int, k: int, curriculum: Sequence[float], temperature: Sequence[float]
-) -> None:
+def check(experts: int, k: int, curriculum: Sequence[float], temperature: Sequence[float]) -> None:
     """Raise UserError for numbers that do not go together."""
     if not 1 <= k <= experts:
         raise UserError(f"model.k={k} must be between 1 and model.experts={experts}")

@@ -108,9 +108,7 @@ class TranscriptBaseline:
                 clips = run.data.clips.iloc[view["clip"].numpy()]
                 named = {n: clips[n].to_numpy(str) for n in ("id", "speaker", "stratum")}
                 told = {"reference": said, "hypothesis": model.predict(values)}
-                found.append(
-                    pd.DataFrame({"split": split, **named, **told, "method": "logistic"})
-                )
+                found.append(pd.DataFrame({"split": split, **named, **told, "method": "logistic"}))
         table = pd.concat(found, ignore_index=True)
         run.save("transcript_baseline.csv", table)
         val = table[table["split"] == "val"]

@@ -99,14 +99,17 @@ class Extract:
         room = Room(run.profile.micro_batch, "extraction", run.profile)
         first = 0
         for split in SPLITS:
-            rows = torch.from_numpy(table.loc[table["split"] == split, "row"].to_numpy())
-            order = [torch.arange(len(rows))[at : at + self.every] for at in range(0, len(rows), self.every)]
+            rows = torch.from_numpy(table.loc[table["split"] == split, "row"].to_numpy(copy=True))
+            order = list(torch.arange(len(rows)).split(self.every)) if len(rows) else []
             skipped = sum(first + int(each[-1]) < done for each in order)
             view = run.prepared(run.data.split(split).take(rows))
             batches = view.gather(order, skipped)
             for chunk, batch in zip(order[skipped:], run.progress(batches, split), strict=True):
-                yield first + int(chunk[0]), room.within(
-                    lambda size, batch=batch: self.encode(run, batch, size), self.batch_size
+                yield (
+                    first + int(chunk[0]),
+                    room.within(
+                        lambda size, batch=batch: self.encode(run, batch, size), self.batch_size
+                    ),
                 )
             first += len(rows)
         run.measured["oom"] += room.events
