@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @contextmanager
 def needed() -> Iterator[None]:
-    """Imports in this block are of optional libraries: UserError says how to install a missing one."""
+    """For imports of optional libraries; UserError says how to install one that is missing."""
     try:
         yield
     except ModuleNotFoundError as error:

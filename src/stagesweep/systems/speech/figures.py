@@ -35,9 +35,10 @@ Array = NDArray[Any]
 class SpeechFigures:
     """Draw what earlier stages left; a figure whose numbers are not there is left out.
 
-    `clusters`: a map of the extracted vectors by cluster, stratum and speaker; ``curves_<stage>`` of
-    every stage that trained something; `expert_use`: which experts told the clips of each stratum;
-    `wer`: error rates of each method and stratum with intervals over speakers.
+    `clusters`: a map of the extracted vectors by cluster, stratum and speaker.
+    ``curves_<stage>``: every stage that trained something. `expert_use`: which experts told the
+    clips of each stratum. `wer`: error rates of each method and stratum, with intervals over
+    speakers.
     """
 
     umap: bool = True

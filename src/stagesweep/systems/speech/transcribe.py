@@ -1,5 +1,6 @@
 """Decode the clips of a split."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +31,8 @@ def transcribe(
     model.eval()
     batches = view.batches(batch_size)
     for batch in run.progress(batches, f"decodes {split}"):
-        for tokens, own, gate in room.within(
-            lambda size, batch=batch: decoded(model, batch, profile, beams, size), batch_size
-        ):
+        attempt = partial(decoded, model, batch, profile, beams)
+        for tokens, own, gate in room.within(attempt, batch_size):
             said += [data.tokenizer.decode(row) for row in tokens]
             experts.append(own)
             chances.append(gate)

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features
-from stagesweep.base.view import View
 from stagesweep.data.loader import LoaderView
 from stagesweep.data.table import read_table, require
 from stagesweep.systems.speech.data import audio, split
@@ -381,7 +381,7 @@ class Speech:
             if long == "split" and row in set(over):
                 count = int(np.ceil(length / window))
                 edges = np.linspace(0, length, count + 1)
-                pieces.append([(row, a, b) for a, b in zip(edges, edges[1:], strict=False)])
+                pieces.append([(row, a, b) for a, b in pairwise(edges)])
             else:
                 pieces.append([(row, 0.0, min(length, window))])
         return pieces

@@ -57,8 +57,9 @@ class LogMel:
             from transformers.models.whisper.feature_extraction_whisper import (
                 WhisperFeatureExtractor,
             )
+        kind: Any = WhisperFeatureExtractor
         hop = self.rate // RATE
-        return WhisperFeatureExtractor(
+        return kind(
             feature_size=self.bands, sampling_rate=self.rate, hop_length=hop, n_fft=5 * hop // 2
         )
 

@@ -138,5 +138,6 @@ def normaliser(kind: Normaliser) -> Callable[[str], str]:
             BasicTextNormalizer,
             EnglishTextNormalizer,
         )
-    own: Any = EnglishTextNormalizer({}) if kind == "english" else BasicTextNormalizer()
+    english: Any = EnglishTextNormalizer
+    own: Any = english({}) if kind == "english" else BasicTextNormalizer()
     return lambda text: str(own(text)).strip()

@@ -82,6 +82,8 @@ def whisper_tiny(
         max_source_positions=spec.frames // 2,
         max_target_positions=tokens.longest + 8,
         dropout=base_dropout,
+        # Whisper's 0.02 is for widths of a thousand: a small model with it learns nothing for long.
+        init_std=width**-0.5,
         pad_token_id=tokens.pad,
         bos_token_id=tokens.prefix[0],
         eos_token_id=tokens.end,

@@ -80,7 +80,7 @@ class MixtureWhisper(nn.Module):
     # ------------------------------------------------------------- what fits ask for
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Where the curriculum stands in epoch `epoch` (from 0) of `epochs`; after a fit, its end."""
+        """Where the curriculum stands in epoch `epoch` (from 0) of `epochs`, and at its end."""
         done = epoch / epochs
         first, second = self.curriculum
         self.phase = "soft" if done < first else "topk" if done < second else "hard"
@@ -161,7 +161,7 @@ class MixtureWhisper(nn.Module):
         """The mean (B, width) of the states (B, positions, width) that are not of padding, fp32."""
         last = torch.div(frames + 1, 2, rounding_mode="floor").clamp(1, states.shape[1])
         heard = torch.arange(states.shape[1], device=states.device) < last[:, None]
-        total = torch.einsum("bpw,bp->bw", states.float(), heard.float())
+        total: Tensor = torch.einsum("bpw,bp->bw", states.float(), heard.float())
         return total / last[:, None]
 
     def chances(self, pooled: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -170,7 +170,8 @@ class MixtureWhisper(nn.Module):
         if self.training:
             scores = scores if noise is None else scores + noise
             scores = scores / self.temperature
-        return scores.softmax(1)
+        chances: Tensor = scores.softmax(1)
+        return chances
 
     def choose(self, chances: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts (B, K) that hear each clip, and what each weighs (B, K)."""
@@ -221,7 +222,7 @@ class MixtureWhisper(nn.Module):
         Greedy for one beam, else beam search, by transformers' `generate`.
         """
         with needed():
-            from transformers.generation import GenerationMixin
+            from transformers.generation.utils import GenerationMixin
             from transformers.modeling_outputs import BaseModelOutput
         tokens = self.spec.tokens
         states = self.encode(batch)

@@ -34,8 +34,8 @@ class Cluster:
     never used; none at all falls back on spectral), spectral, or fail. Or spectral from the start,
     or random, which has nothing to do with the clips and is for comparison.
 
-    A clip that is noise, or that was not clustered, belongs to the nearest cluster; soft targets are
-    softmax(-d² / temperature), d² in units of its mean over the training clips.
+    A clip that is noise, or that was not clustered, belongs to the nearest cluster; soft targets
+    are softmax(-d² / temperature), d² in units of its mean over the training clips.
 
     Leaves ``clusters.csv`` (a row for each of ``extracted.csv`` with its `cluster` and whether it
     is `noise`) and ``clusters.npz`` (`soft` (n, E), and what `assign` needs for other clips).

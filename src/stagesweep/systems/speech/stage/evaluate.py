@@ -3,7 +3,8 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -122,9 +123,10 @@ def write_adapters(run: "Context", model: Any) -> None:
     for expert in range(model.experts):
         folder = f"adapters/expert_{expert}"
         tensors = {n: v.cpu().contiguous() for n, v in model.adapter(expert).items()}
-        content = save(tensors)
-        atomic_write(
-            run.file(f"{folder}/adapter_model.safetensors"),
-            lambda stream, content=content: stream.write(content),
-        )
+        path = run.file(f"{folder}/adapter_model.safetensors")
+        atomic_write(path, partial(_put, save(tensors)))
         atomic_text(run.file(f"{folder}/adapter_config.json"), json.dumps(config, indent=1))
+
+
+def _put(content: bytes, stream: BinaryIO) -> None:
+    stream.write(content)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class PretrainExperts(Fit):
     """Train each expert on the training clips of its cluster, the rest of the model as it is.
 
-    `sampler` may be a `Subset`: then the clips are of that subset. A clip that was extracted has the
-    cluster that was found; others are encoded, and have the nearest. Validation clips are those of
-    the cluster as well, or all of them where it has none.
+    `sampler` may be a `Subset`: then the clips are of that subset. A clip that was extracted has
+    the cluster that was found; others are encoded, and have the nearest. Validation clips are those
+    of the cluster as well, or all of them where it has none.
 
     Each expert is in the store under a fingerprint of its own, which follows from its clips, its
     first weights, the base and the settings, and from nothing else. So when the clips of one

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ SPLITS = ("train", "val")
 class Extract:
     """Leave the mean encoder state of `samples` training clips (see `Subset`) and of all of val.
 
-    Leaves ``pooled.npy`` (n, width) in fp32 and ``extracted.csv``, which says what each row is. With
+    Leaves ``pooled.npy`` (n, width), fp32, and ``extracted.csv``, which says what each row is. With
     `states` also the encoder's whole output, ``states.npy`` (n, positions, width) in fp16, from
     which experts and the joint training can learn without the encoder.
 
@@ -52,7 +53,7 @@ class Extract:
         model: Any = run.model
         model.eval()
         table = self.table(run)
-        shapes = {"pooled.npy": (model.whisper.config.d_model,)}
+        shapes: dict[str, tuple[int, ...]] = {"pooled.npy": (model.whisper.config.d_model,)}
         if self.states:
             positions = model.whisper.config.max_source_positions
             shapes["states.npy"] = (positions, *shapes["pooled.npy"])
@@ -68,7 +69,7 @@ class Extract:
                 for name, rows in files.items():
                     rows.write(number, found[name])
                 progress.reached(number + len(found["pooled.npy"]))
-                if (signum := signals.told()) is not None and signum:
+                if signum := signals.told():
                     raise signals.stop(signum)
         run.save("extracted.csv", table)
         run.forget_checkpoints()
@@ -105,12 +106,8 @@ class Extract:
             view = run.prepared(run.data.split(split).take(rows))
             batches = view.gather(order, skipped)
             for chunk, batch in zip(order[skipped:], run.progress(batches, split), strict=True):
-                yield (
-                    first + int(chunk[0]),
-                    room.within(
-                        lambda size, batch=batch: self.encode(run, batch, size), self.batch_size
-                    ),
-                )
+                attempt = partial(self.encode, run, batch)
+                yield first + int(chunk[0]), room.within(attempt, self.batch_size)
             first += len(rows)
         run.measured["oom"] += room.events
 
