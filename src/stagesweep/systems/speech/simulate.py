@@ -1,7 +1,7 @@
 """SIMULATED speech: formant-like tones for each word, which every stratum distorts in its own way.
 
-Nothing in it is measured. A word is two vowels of five, so that there are 25 words; a clip has one
-to three of them. A speaker has a pitch, a length of the vocal tract and a tempo. Strata differ in
+Nothing in it is measured. A word is two vowels of five, so that there are 25 words; a clip has
+two. A speaker has a pitch, a length of the vocal tract and a tempo. Strata differ in
 two ways, both known:
 
 * a voice that can be heard: breathy, muffled (high formants damped), tremor (amplitude and pitch
@@ -221,7 +221,7 @@ def simulated_speech(
     typical_speakers: int = 30,
     typical_clips: int = 40,
     words_each: int = 2,
-    voice: float = 0.03,
+    voice: float = 0.25,
     substitution: bool = True,
     seed: int = 0,
     bands: int = 40,
@@ -234,8 +234,9 @@ def simulated_speech(
     """Simulated speech: `clips` of each of `speakers` of each of `strata`, and typical speech.
 
     Typical speech is in the splits `typical` and `typical_val` (a fifth of its speakers); of the
-    strata whole speakers are held out. Clips have one to `words_each` words, mostly one; without `substitution`
-    strata differ by their voices alone. The rest is as in `Speech`.
+    strata whole speakers are held out. Clips have `words_each` words. `voice` is how loud the noise
+    of the strata's voices is, of an amplitude of about one; without `substitution` strata differ by
+    their voices alone. The rest is as in `Speech`.
     """
     if not 1 <= strata <= len(STRATA):
         raise UserError(f"data.strata={strata} must be 1 to {len(STRATA)}")

@@ -111,7 +111,7 @@ def write_adapters(run: "Context", model: Any) -> None:
         from safetensors.torch import save
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM",
+        "task_type": None,  # with one, peft takes the input to be text
         "r": model.rank,
         "lora_alpha": model.alpha,
         "lora_dropout": 0.0,
