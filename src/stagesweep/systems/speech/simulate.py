@@ -119,7 +119,7 @@ def spoken(
     rate: int,
     random: np.random.Generator,
 ) -> Wave:
-    """Words in a clip of `length` seconds: harmonics of a pitch, as loud as formants let them be."""
+    """Words in a clip of `length` seconds: harmonics of a pitch, as strong as formants let them."""
     count = round(length * rate)
     times = np.arange(count) / rate
     steps = np.arange(0.0, times[-1] + 1.0 / RATE, 1.0 / RATE)
@@ -249,7 +249,12 @@ def simulated_speech(
     for stratum in (*STRATA[:strata], TYPICAL):
         many, each = (typical_speakers, typical_clips) if stratum == TYPICAL else (speakers, clips)
         for number in range(many):
-            own, typical = speaker_at(random, round(voice * (random.random() if stratum == TYPICAL else 1.0), 3)), TYPICAL_SPLITS[number % 5 == 4]
+            own, typical = (
+                speaker_at(
+                    random, round(voice * (random.random() if stratum == TYPICAL else 1.0), 3)
+                ),
+                TYPICAL_SPLITS[number % 5 == 4],
+            )
             shift = STRATA.index(stratum) + 1 if substitution and stratum != TYPICAL else 0
             for _ in range(each):
                 said = random.integers(len(VOWELS), size=(words_each, 2))

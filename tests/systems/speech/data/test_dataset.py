@@ -1,4 +1,4 @@
-"""Tables of clips are read, split and told in windows; what is wrong with them is said in a line."""
+"""Tables of clips are read, split and cut into windows; their faults are said in a line."""
 
 import json
 from collections.abc import Callable
@@ -70,9 +70,9 @@ def test_speakers_may_be_held_out(write_clips: Write) -> None:
     data = read(write_clips(), hold_out=["s3"])
     names = data.label_names["speaker"]
     assert {names[code] for code in data.split("test")["speaker"]} == {"s3"}
-    assert all("s3" != names[code] for code in data.split("train")["speaker"])
+    assert all(names[code] != "s3" for code in data.split("train")["speaker"])
     assert sum(len(data.split(split)) for split in data.splits) == 24
-    with pytest.raises(UserError, match="data.hold_out: no speaker 'x'.*there are s0, s1"):
+    with pytest.raises(UserError, match=r"data.hold_out: no speaker 'x'.*there are s0, s1"):
         read(write_clips(), hold_out=["x"])
 
 
@@ -141,26 +141,19 @@ def test_a_clip_that_cannot_be_used_is_named_and_left_out_only_if_told(
     assert "line 3" in caplog.text
 
 
-def test_other_faults_of_a_table_are_named(write_clips: Write, tmp_path: Path) -> None:
-    def with_split(table: pd.DataFrame) -> pd.DataFrame:
-        sides = ["train", "val", "test", "train"]
-        return table.assign(part=[sides[number % 4] for number in range(len(table))])
-
+def test_other_faults_of_a_table_are_named(write_clips: Write) -> None:
     with pytest.raises(UserError, match=r"no column 'wav' in .*; the nearest is .*data.columns"):
         read(write_clips(path="wav"))
-    with pytest.raises(UserError, match=r"speaker 's0' is in the splits.*|.*"):
-        read(write_clips(lambda t: with_split(t).assign(part=["train", "test", "val"] * 8),
-                         split="part"))  # fmt: skip
-    with pytest.raises(UserError, match=r"'part' in the split column|'dev' in the split column, "
+    with pytest.raises(UserError, match=r"'dev' in the split column, "
                                         r"line 2 of .*table.csv, is no split"):  # fmt: skip
         read(write_clips(lambda t: t.assign(part="dev"), split="part"))
     with pytest.raises(UserError, match=r"stratum 'als' has one speaker"):
         read(write_clips(lambda t: t.assign(etiology=["als", *["stroke"] * 7] * 3)))
     with pytest.raises(UserError, match=r"no speaker in line 4 \(1 in all\)"):
         read(write_clips(lambda t: t.assign(speaker=["a", "b", None, *["c"] * 21])))
-    with pytest.raises(UserError, match="data.on_error=ignore is refuse or skip"):
+    with pytest.raises(UserError, match=r"data.on_error=ignore is refuse or skip"):
         read(write_clips(), on_error="ignore")
-    with pytest.raises(UserError, match="data.fractions=.* must be positive and add up to 1"):
+    with pytest.raises(UserError, match=r"data.fractions=.* must be positive and add up to 1"):
         read(write_clips(), fractions=(0.5, 0.1, 0.1))
 
 

@@ -1,4 +1,4 @@
-"""Features are those of transformers' extractor, computed once, and never taken for whole by half."""
+"""Features are those of transformers' extractor, computed once, and whole or not there."""
 
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,12 @@ def test_a_clip_is_heard_once(tmp_path: Path) -> None:
     heard.features(3, 0.0, 0.4)
     Heard(clips, LogMel(21, 16000, 100), tmp_path).features(3, 0.0, 0.5)
     assert clips.heard == 3
-    assert not [path for path in tmp_path.rglob("*.tmp")]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("damage", [lambda c: c[:-7], lambda c: c[:40] + b"x" + c[41:], lambda c: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[:-7], lambda c: c[:40] + b"x" + c[41:], lambda c: b""]
+)
 def test_a_damaged_file_is_computed_again(tmp_path: Path, damage: Any) -> None:
     clips = Noise()
     heard = Heard(clips, MEL, tmp_path)

@@ -1,5 +1,6 @@
 """The mixture: routing, its gradients, its curriculum, decoding, and what is saved of it."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_rows_are_as_many_as_the_experts_that_are_asked(tiny: MixtureWhisper, ba
         torch.testing.assert_close(out["weights"].sum(1), torch.ones(12))
         assert (out["experts"][:, 0] == out["gate"].argmax(1)).all()
     assert counts == {"soft": 4, "topk": 2, "hard": 2}
-    assert torch.equal(out["weights"].detach(), torch.tensor([[1.0, 0.0]]).expand(12, -1))
+    torch.testing.assert_close(out["weights"], torch.tensor([[1.0, 0.0]]).expand(12, -1))
     tiny.eval()
     assert tiny(batch)["logits"].shape[1] == 1
     given = tiny({**batch, "expert": torch.arange(12) % 4})
@@ -96,7 +97,7 @@ def test_the_curriculum_and_the_temperature_follow_the_epochs(small: Speech) -> 
         seen.append((model.phase, round(model.temperature, 3)))
     assert [phase for phase, _ in seen] == ["soft"] * 3 + ["topk"] * 4 + ["hard"] * 3
     assert (seen[0][1], seen[-1][1]) == (2.0, 1.0)
-    assert all(a >= b for (_, a), (_, b) in zip(seen, seen[1:], strict=False))
+    assert all(a >= b for (_, a), (_, b) in pairwise(seen))
 
 
 def test_an_expert_that_is_not_active_is_never_chosen(tiny: MixtureWhisper, batch: Batch) -> None:
@@ -251,6 +252,7 @@ def test_activations_may_be_computed_again(tiny: MixtureWhisper, batch: Batch) -
 
 
 def test_bf16_on_the_cpu(tiny: MixtureWhisper, batch: Batch) -> None:
+    batch["expert"] = torch.arange(12) % 4  # the gate of a random model is in doubt
     freeze(tiny, ADAPTERS, [])
     tiny.train()
     plain = gradients(tiny, batch)
@@ -272,6 +274,9 @@ def test_bf16_on_the_cpu(tiny: MixtureWhisper, batch: Batch) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu(tiny: MixtureWhisper, batch: Batch) -> None:
+    """No step waits for the device: not for the number of an expert's clips, nor for anything."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     tiny.cuda().train()
     freeze(tiny, ADAPTERS, [])
     moved = {name: column.cuda() for name, column in batch.items()}

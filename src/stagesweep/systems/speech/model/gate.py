@@ -19,6 +19,7 @@ class Gate(nn.Module):
         self.register_buffer("active", torch.ones(experts, dtype=torch.bool))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Scores in fp32, the lowest there are where an expert is not active."""
-        scores: Tensor = self.layers(pooled).float()
+        """Scores, in fp32 at least, the lowest there are where an expert is not active."""
+        scores: Tensor = self.layers(pooled)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return scores.masked_fill(~self.active, torch.finfo(scores.dtype).min)

@@ -107,9 +107,9 @@ class MixtureWhisper(nn.Module):
         if wanted == self._checkpointed:
             return
         if wanted:
-            self.whisper.gradient_checkpointing_enable({"use_reentrant": False})
+            self.whisper.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            self.whisper.gradient_checkpointing_disable()
+            self.whisper.activation_checkpointing_disable()
         self._checkpointed = wanted
 
     # ------------------------------------------------------------- forward
@@ -161,7 +161,8 @@ class MixtureWhisper(nn.Module):
         """The mean (B, width) of the states (B, positions, width) that are not of padding, fp32."""
         last = torch.div(frames + 1, 2, rounding_mode="floor").clamp(1, states.shape[1])
         heard = torch.arange(states.shape[1], device=states.device) < last[:, None]
-        total: Tensor = torch.einsum("bpw,bp->bw", states.float(), heard.float())
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
+        total: Tensor = torch.einsum("bpw,bp->bw", states, heard.to(states))
         return total / last[:, None]
 
     def chances(self, pooled: Tensor, noise: Tensor | None = None) -> Tensor:
