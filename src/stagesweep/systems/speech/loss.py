@@ -95,6 +95,9 @@ class Balance(nn.Module):
 class GateEntropy(nn.Module):
     """The negative entropy of the gate in nats: what lowers it lets the gate stay in doubt."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum over clips, and their number."""
         logs = outputs["gate"].float()
