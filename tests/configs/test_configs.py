@@ -271,7 +271,9 @@ def test_a_target_elsewhere_is_refused() -> None:
             system(target)
 
 
-@pytest.mark.parametrize("name", [n for n in COMPONENTS if extends(n.partition(":")[0]) not in SCHEMAS])
+@pytest.mark.parametrize(
+    "name", [n for n in COMPONENTS if extends(n.partition(":")[0]) not in SCHEMAS]
+)
 def test_a_component_lists_every_parameter(name: str) -> None:
     group, node = name.partition("/")[0], COMPONENTS[name]
     wanted = dict(inspect.signature(locate(name, node["_target_"])).parameters)

@@ -13,13 +13,13 @@ from hydra.utils import execution_whitelist
 from omegaconf import OmegaConf
 
 from stagesweep.config import schema, trust
-from stagesweep.core.tensorboard import Board
 from stagesweep.run.context import Context
 from stagesweep.store.store import Store
 from stagesweep.systems.speech.data.dataset import Columns, Speech
 from stagesweep.systems.speech.model.build import whisper_tiny
 from stagesweep.systems.speech.model.mixture import MixtureWhisper
 from stagesweep.systems.speech.simulate import simulated_speech
+from stagesweep.tracking.tensorboard import TensorBoardWriter
 
 WORDS = ("one", "two", "three", "four")
 
@@ -110,7 +110,7 @@ def speech_run(tmp_path: Path, small: Speech) -> Iterator[MakeSpeechRun]:
                 "stage": {"it": node},
             }
         )
-        board = Board(tmp_path / "run" / "tensorboard")
+        board = TensorBoardWriter(tmp_path / "run" / "tensorboard")
         boards.callback(board.close)
         run = Context(cfg, tmp_path / "run", [], board)
         run.data = data

@@ -11,18 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from stagesweep.stage.drawing import (
+from stagesweep.stage.plotting import (
     BLUE,
     COLOURS,
     MAX_KINDS,
     MAX_POINTS,
     ORANGE,
     heatmap,
-    leave,
-    neighbours,
-    principal,
+    pca_projection,
+    save_figures,
     scatter,
-    tidy,
+    style_axes,
+    umap_projection,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class SpeechFigures:
 
     def __call__(self, run: "Context") -> dict[str, float]:
         """Return how many figures there are."""
-        return leave(run, self.draw(run), self.dpi)
+        return save_figures(run, self.draw(run), self.dpi)
 
     def metric_names(self) -> set[str] | None:
         """Metrics this stage gives."""
@@ -76,9 +76,9 @@ def cluster_map(vectors: Array, table: pd.DataFrame, seed: int | None) -> Figure
     """
     rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:MAX_POINTS])
     chosen, shown = np.asarray(vectors[rows], np.float64), table.iloc[rows]
-    maps = [principal(chosen)]
+    maps = [pca_projection(chosen)]
     if seed is not None and len(rows) > 3:
-        maps.append((neighbours(chosen, maps[0][0], seed), "UMAP 1", "UMAP 2"))
+        maps.append((umap_projection(chosen, maps[0][0], seed), "UMAP 1", "UMAP 2"))
     labels = ["cluster", "stratum", "speaker"]
     figure = Figure((1.5 + 5.2 * len(maps), 0.6 + 4.2 * len(labels)), layout="constrained")
     grid = figure.subplots(len(labels), len(maps), squeeze=False)
@@ -87,7 +87,7 @@ def cluster_map(vectors: Array, table: pd.DataFrame, seed: int | None) -> Figure
             scatter(ax, points, shown[label], numbered=label == "cluster")
             ax.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
             ax.set_title(f"by {label}")
-            tidy(ax, grid=False)
+            style_axes(ax, grid=False)
         if shown[label].nunique() <= MAX_KINDS:
             legend = axes[-1].legend(
                 frameon=False, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5)
@@ -124,7 +124,7 @@ def curves(stage: str, fits: dict[str, pd.DataFrame]) -> Figure:
             line(ax, rows, f"val_{number}", f"{own} val".strip(), colour, 1.8, "-")
         ax.set(title=number, xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        tidy(ax)
+        style_axes(ax)
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{stage}: training")
@@ -173,5 +173,5 @@ def error_rates(table: pd.DataFrame, split: str) -> Figure:
     ax.set(ylabel="word error rate in %", ylim=(0, None))
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set_title(f"Word error rates ({split}), 95 % intervals over speakers")
-    tidy(ax)
+    style_axes(ax)
     return figure

@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 
 from stagesweep.core.predict import to_device
-from stagesweep.core.step import split as split_batch
-from stagesweep.hardware.out_of_memory import Room
+from stagesweep.hardware.out_of_memory import OutOfMemoryRetry
+from stagesweep.parallel.micro_batches import split as split_batch
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -25,18 +25,18 @@ def transcribe(
     """
     data, profile = run.data, run.profile
     view = run.prepared(data.split(split))
-    room = Room(profile.micro_batch, "decoding", profile)
+    retry = OutOfMemoryRetry(profile.micro_batch, "decoding", profile)
     said: list[str] = []
     experts, chances = [], []
     model.eval()
     batches = view.batches(batch_size)
     for batch in run.progress(batches, f"decodes {split}"):
         attempt = partial(decoded, model, batch, profile, beams)
-        for tokens, own, gate in room.within(attempt, batch_size):
+        for tokens, own, gate in retry.run(attempt, batch_size):
             said += [data.tokenizer.decode(row) for row in tokens]
             experts.append(own)
             chances.append(gate)
-    run.measured["oom"] += room.events
+    run.measured["oom"] += retry.events
     rows = pd.DataFrame({"clip": view["clip"].numpy(), "said": said})
     first = ~rows["clip"].duplicated().to_numpy()
     joined = rows.groupby("clip", sort=False)["said"].agg(" ".join)

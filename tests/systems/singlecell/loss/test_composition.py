@@ -1,8 +1,7 @@
 import pytest
 import torch
-from torch.distributions import Categorical, kl_divergence
-
 from stagesweep.systems.singlecell.loss.composition import Composition
+from torch.distributions import Categorical, kl_divergence
 
 
 def test_composition_is_a_divergence_and_zero_where_they_agree() -> None:

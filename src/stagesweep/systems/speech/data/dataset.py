@@ -18,7 +18,7 @@ from torch import Tensor
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features
 from stagesweep.data.loader import LoaderView
-from stagesweep.data.table import read_table, require
+from stagesweep.data.table import read_table, require_columns
 from stagesweep.systems.speech.data import audio, split
 from stagesweep.systems.speech.data.features import (
     RATE,
@@ -259,7 +259,7 @@ class Speech:
         """Our columns of the table: transcript, speaker, stratum, split, id, line, path or row."""
         table = _table(path) if isinstance(path, str) else path
         used = columns.used()
-        require(table, used.values(), self.source_name)
+        require_columns(table, used.values(), self.source_name)
         own = pd.DataFrame({name: table[column].astype("string") for name, column in used.items()})
         own["line"] = np.arange(len(own)) + (1 if str(path).endswith(".jsonl") else 2)
         own["id"] = own["path"] if columns.path else [f"clip {n}" for n in range(len(own))]

@@ -19,8 +19,8 @@ from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text, explained
 from stagesweep.base.view import Batch
 from stagesweep.core.predict import to_device
-from stagesweep.core.step import split as split_batch
-from stagesweep.hardware.out_of_memory import Room
+from stagesweep.hardware.out_of_memory import OutOfMemoryRetry
+from stagesweep.parallel.micro_batches import split as split_batch
 from stagesweep.systems.speech.data.sampler import Subset
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Extract:
                 for name, rows in files.items():
                     rows.write(number, found[name])
                 progress.reached(number + len(found["pooled.npy"]))
-                if signum := signals.told():
+                if signum := signals.pending():
                     raise signals.stop(signum)
         run.save("extracted.csv", table)
         run.forget_checkpoints()
@@ -97,7 +97,7 @@ class Extract:
 
         A chunk is computed in the same batches whether or not the run was interrupted.
         """
-        room = Room(run.profile.micro_batch, "extraction", run.profile)
+        retry = OutOfMemoryRetry(run.profile.micro_batch, "extraction", run.profile)
         first = 0
         for split in SPLITS:
             rows = torch.from_numpy(table.loc[table["split"] == split, "row"].to_numpy(copy=True))
@@ -107,9 +107,9 @@ class Extract:
             batches = view.gather(order, skipped)
             for chunk, batch in zip(order[skipped:], run.progress(batches, split), strict=True):
                 attempt = partial(self.encode, run, batch)
-                yield first + int(chunk[0]), room.within(attempt, self.batch_size)
+                yield first + int(chunk[0]), retry.run(attempt, self.batch_size)
             first += len(rows)
-        run.measured["oom"] += room.events
+        run.measured["oom"] += retry.events
 
     def encode(self, run: "Context", batch: Batch, size: int) -> dict[str, NDArray[Any]]:
         """The vectors of a chunk, and its states, in batches of `size`."""
