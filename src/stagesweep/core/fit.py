@@ -168,6 +168,8 @@ class Loop:
         order, epochs = self.batches.order(state.epoch), self.settings.epochs
         bar.total = epochs * len(order)
         bar.set_description(f"{self.rows.stage} epoch {state.epoch + 1}/{epochs}", refresh=False)
+        if (begin := getattr(self.model, "begin_epoch", None)) is not None:
+            begin(state.epoch, epochs)
         sizes = [len(rows) for rows in order]
         rows = self.batches.local_rows(order)
         gathered = self.batches.view.gather(rows, start=state.batch)

@@ -1,5 +1,6 @@
 """The context of a stage: its data, model and artifacts."""
 
+import json
 import logging
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from stagesweep.base.errors import UserError
-from stagesweep.base.files import atomic_write
+from stagesweep.base.files import atomic_text, atomic_write
 from stagesweep.base.seeding import derive, rng_state, seed_everything, set_rng_state
 from stagesweep.base.view import View
 from stagesweep.config import nodes, schema
@@ -23,6 +24,7 @@ from stagesweep.core import checkpoint
 from stagesweep.core.fit import Loop
 from stagesweep.core.predict import predict
 from stagesweep.data.derived import DerivedData
+from stagesweep.hardware.numerics import numerics
 from stagesweep.hardware.profile import resolve
 from stagesweep.hardware.profiler import tracing
 from stagesweep.parallel.process_group import current_group
@@ -31,7 +33,8 @@ from stagesweep.run.build import build, build_stage, init_from, part_weights
 from stagesweep.run.fit_task import FitTask
 from stagesweep.run.result import StageResult
 from stagesweep.store import stage_inputs
-from stagesweep.store.store import Entry
+from stagesweep.store.fingerprint import fingerprint
+from stagesweep.store.store import Entry, Store
 from stagesweep.tracking.metric_log import MetricLog, NullMetricLog
 from stagesweep.tracking.tensorboard import TensorBoardWriter, read_rows
 
@@ -81,7 +84,7 @@ class Context:
         stage = build_stage(self.cfg.stage[name])
         self.select(getattr(stage, "part", None), getattr(stage, "view", None))
         fresh = self.cfg.resume is schema.Resume.never
-        partial = not fresh and any((entry.path / "checkpoints").rglob("step_*"))
+        partial = not fresh and any((entry.path / "checkpoints").rglob("*.*"))
         about = {"experiment": self.cfg.experiment, "stage": name}
         entry.begin(fresh=fresh, about=about)
         seed_everything(self.seed)
@@ -226,6 +229,69 @@ class Context:
         finally:
             rows.close()
 
+    def fit_apart(
+        self,
+        model: nn.Module,
+        settings: schema.Fit,
+        name: str,
+        views: Mapping[str, View],
+        inputs: Mapping[str, Any],
+        weights: Collection[str],
+    ) -> tuple[dict[str, float], str]:
+        """Train as `fit` does, and store the result under a fingerprint of its own.
+
+        For a stage of several fits that do not build on each other: one whose ``inputs`` (plain
+        values) are those of an earlier run is not trained again, whatever else of the stage or of
+        those before it has changed. Settings, loss terms, seed, numerics and code are added to
+        them. ``weights`` names the tensors of the model that the fit changes; they are stored, and
+        the model ends with them. Returns the metrics, and ``trained`` or ``reused``.
+        """
+        assert self._entry is not None
+        given = {
+            "name": name,
+            "inputs": inputs,
+            "loss": {t: stage_inputs.relevant(self.cfg.loss[t]) for t in sorted(settings.loss)},
+            "seed": self.seed,
+            **numerics(nodes.hardware_settings(self.cfg)),
+        }
+        targets = {"stage": self.cfg.stage[self.stage], "model": self.cfg.model}
+        code = {name: stage_inputs.relevant(node) for name, node in targets.items()}
+        modules = stage_inputs.code_modules({**code, "loss": given["loss"]})
+        entry = Store.default().entry(fingerprint(given, modules, None))
+        about = {"experiment": self.cfg.experiment, "stage": name}
+        never = self.cfg.resume is schema.Resume.never
+        with entry.hold(on_wait=log.info):
+            manifest = None if never or entry.damage() else entry.manifest
+            if manifest is None:
+                started = perf_counter()
+                entry.begin(fresh=never or bool(entry.damage()), about=about)
+                own, self._entry = self._entry, entry
+                try:
+                    metrics = self.fit(model, settings, name, views)
+                finally:
+                    self._entry = own
+                state = {key: value for key, value in model.state_dict().items() if key in weights}
+                checkpoint.save(entry.path / "weights.pt", {"model": state})
+                shutil.rmtree(entry.path / "checkpoints", ignore_errors=True)
+                entry.commit({**about, "seconds": perf_counter() - started, "metrics": metrics})
+            else:
+                state = checkpoint.load(entry.path / "weights.pt")["model"]
+                model.load_state_dict(model.state_dict() | state)
+                metrics = manifest["metrics"]
+                log.info("%s: %s reused", self.stage, name)
+                entry.touch()
+            self._add_rows(entry.path / "metrics.jsonl", name)
+        return metrics, "trained" if manifest is None else "reused"
+
+    def _add_rows(self, source: Path, name: str) -> None:
+        """Add the rows of a fit that is stored apart to those of the stage, once."""
+        assert self._entry is not None
+        target = self._entry.path / "metrics.jsonl"
+        rows = read_rows(target) if target.exists() else []
+        kept = [json.dumps(row) for row in rows if row["stage"] != name]
+        own = source.read_text().splitlines() if source.exists() else []
+        atomic_text(target, "".join(f"{line}\n" for line in [*kept, *own]))
+
     def follow(self, task: FitTask) -> None:
         """Take part in a fit that the main process has handed out."""
         self.profile = self.run_profile.for_stage(task.stage)
@@ -264,12 +330,14 @@ class Context:
         assert self._entry is not None
         shutil.rmtree(self._entry.path / "checkpoints", ignore_errors=True)
 
-    def save(self, filename: str, value: Any) -> None:
-        """Save an artifact: .npz (dict of arrays), .json (plain data), .csv (DataFrame)."""
-        artifacts.write(self._path("artifacts", filename), value)
+    def file(self, filename: str, kind: str = "artifacts") -> Path:
+        """Path of an artifact that this stage writes itself, because memory has no room for all of
+        it. ``kind`` ``checkpoints`` is for the progress of a stage, from which it goes on.
+        """
+        return self._path(kind, filename)
 
-    def load(self, filename: str) -> Any:
-        """Load the newest artifact of that name; UserError when no stage so far has saved it."""
+    def find(self, filename: str) -> Path:
+        """Path of the newest artifact of that name; UserError when no stage so far has saved it."""
         path = self._find(filename)
         if path is None:
             done = ", ".join(stage.name for stage in self.stages) or "none"
@@ -277,7 +345,15 @@ class Context:
                 f"stage {self.stage} needs '{filename}', which no stage before it left "
                 f"(stages so far: {done})"
             )
-        return artifacts.read(path)
+        return path
+
+    def save(self, filename: str, value: Any) -> None:
+        """Save an artifact: .npz (dict of arrays), .json (plain data), .csv (DataFrame)."""
+        artifacts.write(self._path("artifacts", filename), value)
+
+    def load(self, filename: str) -> Any:
+        """Load the newest artifact of that name; UserError when no stage so far has saved it."""
+        return artifacts.read(self.find(filename))
 
     def has(self, filename: str) -> bool:
         """Whether this or an earlier stage has saved an artifact of that name."""

@@ -1,7 +1,7 @@
 """What each stage is computed from according to its config, and the fingerprints of the stages."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,7 @@ def fingerprints(cfg: DictConfig, numerics: Mapping[str, Any]) -> dict[str, str]
 
 def inputs(cfg: DictConfig, numerics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Everything in the config that can change what a stage computes, for every stage."""
-    data = relevant(cfg.data)
-    for key, value in data.items():
-        if key == "path" and value is not None:
-            data[key] = hash_path(Path(value))
+    data = _with_content(relevant(cfg.data), required=("path",))
     shared = {"data": data, "seed": cfg.seed, **numerics}
     return {
         str(name): {
@@ -79,8 +76,27 @@ def _relevant_model(model: Any, stage: Any) -> Any:
     Parts that an earlier stage has read are covered by the fingerprint of that stage.
     """
     if not has_parts(model):
-        return relevant(model)
-    return {part: relevant(model[part]) for part in sorted(_parts(stage))}
+        return _with_content(relevant(model))
+    return {part: _with_content(relevant(model[part])) for part in sorted(_parts(stage))}
+
+
+# Keys of data and models that name a file or folder, or else something that is elsewhere (a
+# checkpoint by its name).
+FILES = ("path", "features", "pretrained")
+
+
+def _with_content(node: Any, required: Collection[str] = ()) -> Any:
+    """A node with the hash of what its files hold in place of their paths. One of ``required`` must
+    be there.
+    """
+    if not isinstance(node, dict):
+        return node
+    found = dict(node)
+    for key in FILES:
+        value = found.get(key)
+        if isinstance(value, str) and (key in required or Path(value).exists()):
+            found[key] = hash_path(Path(value))
+    return found
 
 
 def _parts(node: Any) -> set[str]:

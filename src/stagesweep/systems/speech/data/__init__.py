@@ -1,0 +1,1 @@
+"""Recorded speech: tables of clips, audio, features, tokens and splits. Read `dataset.py` first."""

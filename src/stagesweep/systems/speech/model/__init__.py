@@ -1,0 +1,1 @@
+"""Whisper with a gate and a mixture of LoRA experts. Read `mixture.py` first."""

@@ -1,0 +1,174 @@
+"""The stage that keeps what the encoder makes of each clip."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stagesweep.base import signals
+from stagesweep.base.errors import UserError
+from stagesweep.base.files import atomic_text, explained
+from stagesweep.base.view import Batch
+from stagesweep.core.predict import to_device
+from stagesweep.hardware.out_of_memory import OutOfMemoryRetry
+from stagesweep.parallel.micro_batches import split as split_batch
+from stagesweep.systems.speech.data.sampler import Subset
+
+if TYPE_CHECKING:
+    from stagesweep.run.context import Context
+
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Extract:
+    """Leave the mean encoder state of `samples` training clips (see `Subset`) and of all of val.
+
+    Leaves ``pooled.npy`` (n, width), fp32, and ``extracted.csv``, which says what each row is. With
+    `states` also the encoder's whole output, ``states.npy`` (n, positions, width) in fp16, from
+    which experts and the joint training can learn without the encoder.
+
+    Every `every` clips what is done is on disk, and a run that was killed goes on from there with
+    the same numbers. Memory does not grow with the number of clips.
+    """
+
+    samples: float | int | None = None
+    states: bool = False
+    batch_size: int = 64
+    every: int = 100
+
+    def __call__(self, run: "Context") -> dict[str, float]:
+        """Return how many clips there are, and how wide their vectors are."""
+        if self.every < 1 or self.batch_size < 1:
+            raise UserError(f"stage.{run.stage}: every and batch_size must be at least 1")
+        model: Any = run.model
+        model.eval()
+        table = self.table(run)
+        shapes: dict[str, tuple[int, ...]] = {"pooled.npy": (model.whisper.config.d_model,)}
+        if self.states:
+            positions = model.whisper.config.max_source_positions
+            shapes["states.npy"] = (positions, *shapes["pooled.npy"])
+        files = {name: Rows(run.file(name), (len(table), *shape)) for name, shape in shapes.items()}
+        progress = Progress(run.file("progress.json", "checkpoints"))
+        if progress.done == 0:
+            for rows in files.values():
+                rows.create()
+        elif progress.done < len(table):
+            run.log.info("%s: goes on from clip %d of %d", run.stage, progress.done, len(table))
+        with signals.deferred():
+            for number, found in self.chunks(run, table, progress.done):
+                for name, rows in files.items():
+                    rows.write(number, found[name])
+                progress.reached(number + len(found["pooled.npy"]))
+                if signum := signals.pending():
+                    raise signals.stop(signum)
+        run.save("extracted.csv", table)
+        run.forget_checkpoints()
+        return {"clips": float(len(table)), "width": float(shapes["pooled.npy"][0])}
+
+    def table(self, run: "Context") -> pd.DataFrame:
+        """What is to be extracted: split, row in the split, id, speaker and stratum."""
+        parts = []
+        for split in SPLITS:
+            view = run.data.split(split)
+            samples = self.samples if split == "train" else None
+            rows = Subset(samples, run.cfg.seed).rows(view).numpy()
+            names = {
+                name: np.array(run.data.label_names[name])[view[name].numpy()[rows]]
+                for name in ("speaker", "stratum")
+            }
+            ids = run.data.ids(split)[rows]
+            parts.append(pd.DataFrame({"split": split, "row": rows, "id": ids, **names}))
+        return pd.concat(parts, ignore_index=True)
+
+    def chunks(
+        self, run: "Context", table: pd.DataFrame, done: int
+    ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        """What the encoder makes of each `every` clips from number `done` on, and their number.
+
+        A chunk is computed in the same batches whether or not the run was interrupted.
+        """
+        retry = OutOfMemoryRetry(run.profile.micro_batch, "extraction", run.profile)
+        first = 0
+        for split in SPLITS:
+            rows = torch.from_numpy(table.loc[table["split"] == split, "row"].to_numpy(copy=True))
+            order = list(torch.arange(len(rows)).split(self.every)) if len(rows) else []
+            skipped = sum(first + int(each[-1]) < done for each in order)
+            view = run.prepared(run.data.split(split).take(rows))
+            batches = view.gather(order, skipped)
+            for chunk, batch in zip(order[skipped:], run.progress(batches, split), strict=True):
+                attempt = partial(self.encode, run, batch)
+                yield first + int(chunk[0]), retry.run(attempt, self.batch_size)
+            first += len(rows)
+        run.measured["oom"] += retry.events
+
+    def encode(self, run: "Context", batch: Batch, size: int) -> dict[str, NDArray[Any]]:
+        """The vectors of a chunk, and its states, in batches of `size`."""
+        model: Any = run.model
+        profile, pooled, states = run.profile, list[Tensor](), list[Tensor]()
+        with torch.inference_mode():
+            for part in split_batch(batch, size):
+                part = to_device(part, profile.device)
+                with torch.autocast(
+                    profile.device.type, profile.autocast, enabled=profile.autocast is not None
+                ):
+                    found = model.encode(part)
+                pooled.append(model.pool(found, part["frames"]).float().cpu())
+                if self.states:
+                    states.append(found.half().cpu())
+        vectors = {"pooled.npy": torch.cat(pooled).numpy()}
+        return vectors | ({"states.npy": torch.cat(states).numpy()} if self.states else {})
+
+    def metric_names(self) -> set[str] | None:
+        """Metrics this stage gives."""
+        return {"clips", "width"}
+
+
+class Rows:
+    """A .npy file that is written some rows at a time, and never held in memory."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        self.path, self.shape = path, shape
+        self.dtype = np.dtype(np.float32 if len(shape) == 2 else np.float16)
+
+    def create(self) -> None:
+        """Make the file, of full length."""
+        with explained(self.path):
+            whole = np.lib.format.open_memmap(self.path, "w+", self.dtype, self.shape)
+            self.offset = whole.offset
+            del whole
+
+    def write(self, row: int, values: NDArray[Any]) -> None:
+        """Put rows in their place, safely on disk."""
+        width = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        length = self.dtype.itemsize * int(np.prod(self.shape))
+        with explained(self.path), self.path.open("r+b") as stream:
+            stream.seek(self.path.stat().st_size - length + row * width)
+            stream.write(np.ascontiguousarray(values, self.dtype).tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+class Progress:
+    """How many clips are done and on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.done = int(json.loads(path.read_text())["done"])
+        except (OSError, ValueError, KeyError, TypeError):
+            self.done = 0
+
+    def reached(self, done: int) -> None:
+        """Write down that so many are done."""
+        atomic_text(self.path, json.dumps({"done": done}))
+        self.done = done

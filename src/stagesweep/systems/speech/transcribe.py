@@ -1,0 +1,68 @@
+"""Decode the clips of a split."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from stagesweep.core.predict import to_device
+from stagesweep.hardware.out_of_memory import OutOfMemoryRetry
+from stagesweep.parallel.micro_batches import split as split_batch
+
+if TYPE_CHECKING:
+    from stagesweep.run.context import Context
+
+
+def transcribe(
+    run: "Context", model: Any, split: str, beams: int = 1, batch_size: int = 64
+) -> tuple[pd.DataFrame, np.ndarray[Any, Any]]:
+    """What a model hears in each clip of a split, and its gate's probabilities (n, E).
+
+    A row for each clip: `split`, `id`, `speaker`, `stratum`, `reference`, `hypothesis` (both
+    normalised) and the `expert` of its first window. What was heard in several windows is joined.
+    """
+    data, profile = run.data, run.profile
+    view = run.prepared(data.split(split))
+    retry = OutOfMemoryRetry(profile.micro_batch, "decoding", profile)
+    said: list[str] = []
+    experts, chances = [], []
+    model.eval()
+    batches = view.batches(batch_size)
+    for batch in run.progress(batches, f"decodes {split}"):
+        attempt = partial(decoded, model, batch, profile, beams)
+        for tokens, own, gate in retry.run(attempt, batch_size):
+            said += [data.tokenizer.decode(row) for row in tokens]
+            experts.append(own)
+            chances.append(gate)
+    run.measured["oom"] += retry.events
+    rows = pd.DataFrame({"clip": view["clip"].numpy(), "said": said})
+    first = ~rows["clip"].duplicated().to_numpy()
+    joined = rows.groupby("clip", sort=False)["said"].agg(" ".join)
+    clips = data.clips.iloc[joined.index]
+    table = pd.DataFrame(
+        {
+            "split": split,
+            **{name: clips[name].to_numpy(str) for name in ("id", "speaker", "stratum")},
+            "reference": clips["reference"].to_numpy(str),
+            "hypothesis": [data.normalise(text) for text in joined],
+            "expert": np.concatenate(experts)[first],
+        }
+    )
+    return table, np.concatenate(chances)[first]
+
+
+def decoded(
+    model: Any, batch: dict[str, torch.Tensor], profile: Any, beams: int, size: int
+) -> list[tuple[list[list[int]], Any, Any]]:
+    """Tokens, experts and probabilities of a batch, in parts of at most `size` clips."""
+    found = []
+    for part in split_batch(batch, size):
+        own = to_device({name: part[name] for name in ("mel", "frames")}, profile.device)
+        with torch.autocast(
+            profile.device.type, profile.autocast, enabled=profile.autocast is not None
+        ):
+            tokens, experts, chances = model.transcribe(own, beams)
+        found.append((tokens.tolist(), experts.cpu().numpy(), chances.float().cpu().numpy()))
+    return found

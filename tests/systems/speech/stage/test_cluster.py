@@ -1,0 +1,117 @@
+"""Clusters: as many as experts, and what is done when there are too few."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.datasets import make_blobs
+from sklearn.metrics import adjusted_rand_score
+
+from stagesweep.base.errors import UserError
+from stagesweep.systems.speech.stage import cluster as module
+from stagesweep.systems.speech.stage.cluster import Cluster, Found, Space
+
+
+def clouds(run: Any, clouds: int, n: int = 120, spread: float = 0.5) -> np.ndarray:
+    """Leave vectors in clouds as an extraction would; returns the cloud of each."""
+    points, kinds = make_blobs(n, 6, centers=clouds, cluster_std=spread, random_state=2)
+    np.save(run.file("pooled.npy"), points.astype(np.float32))
+    split = np.where(np.arange(n) % 4 == 3, "val", "train")
+    table = {"split": split, "row": np.arange(n), "id": "x", "speaker": "s", "stratum": kinds}
+    run.save("extracted.csv", pd.DataFrame(table))
+    return np.asarray(kinds)
+
+
+@pytest.mark.parametrize("method", ["hdbscan", "spectral"])
+@pytest.mark.parametrize("reduce", ["none", "pca"])
+def test_clouds_are_found(speech_run: Any, method: Any, reduce: Any) -> None:
+    run = speech_run()
+    kinds = clouds(run, 4)
+    stage = Cluster(method=method, reduce=reduce, dim=3)
+    metrics = stage(run)
+    assert set(metrics) == stage.metric_names()
+    assert (metrics["clusters"], metrics["stratum_ari"]) == (4, 1)
+    table = run.load("clusters.csv")
+    assert adjusted_rand_score(kinds, table["cluster"]) == 1, "those of val, too"
+    sizes = table.loc[table["split"] == "train", "cluster"].value_counts()
+    assert sizes.sort_index().is_monotonic_decreasing, "the largest is the first"
+    soft = run.load("clusters.npz")["soft"]
+    np.testing.assert_allclose(soft.sum(1), 1, rtol=1e-5)
+    assert (soft.argmax(1) == table["cluster"]).all()
+
+
+def test_more_clusters_than_experts_are_merged(speech_run: Any) -> None:
+    run = speech_run()
+    kinds = clouds(run, 9, spread=0.2)
+    assert Cluster()(run)["clusters"] == 4
+    table = run.load("clusters.csv")
+    pure = pd.crosstab(kinds, table["cluster"]).gt(0).sum(axis=1)
+    assert (pure == 1).all(), "a cloud is never divided"
+
+
+def test_sizes_are_lowered_until_there_are_enough(
+    speech_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = speech_run()
+    clouds(run, 4)
+    tried = []
+    real = module.HDBSCAN
+
+    def spy(min_cluster_size: int, **settings: Any) -> Any:
+        tried.append(min_cluster_size)
+        return real(min_cluster_size=min_cluster_size, **settings)
+
+    monkeypatch.setattr(module, "HDBSCAN", spy)
+    assert Cluster(min_cluster_size=40)(run)["clusters"] == 4
+    assert tried[0] == 40
+    assert tried == sorted(tried, reverse=True)
+    assert 2 < tried[-1] <= 30, "no smaller than need be"
+
+
+def test_too_few_clusters_shrink_fail_or_fall_back(speech_run: Any) -> None:
+    run = speech_run(number=1)
+    clouds(run, 2)
+    assert Cluster(min_cluster_size=30)(run)["clusters"] in (2, 3, 4)
+    message = (
+        r"HDBSCAN finds \d clusters for 4 experts with every min_cluster_size from 5 to 2; set"
+    )
+    points = np.repeat([[0.0] * 6, [9.0] * 6], 60, axis=0)
+    np.save(run.file("pooled.npy"), points.astype(np.float32))
+    with pytest.raises(UserError, match=message):
+        Cluster(fewer="fail", reduce="none")(run)
+    assert Cluster(fewer="spectral", reduce="none")(run)["clusters"] >= 2
+    metrics = Cluster(fewer="shrink", reduce="none")(run)
+    assert metrics["clusters"] == 2
+    assert run.model.gate.active.tolist() == [True, True, False, False]
+    assert run._entry.path.joinpath("weights.pt").exists()
+    assert (run.load("clusters.npz")["soft"][:, 2:] == 0).all()
+
+
+def test_fewer_clips_than_experts_are_an_error(speech_run: Any) -> None:
+    run = speech_run()
+    clouds(run, 1, n=4)
+    with pytest.raises(UserError, match=r"stage.it: 3 clips make no 4 clusters; extract more"):
+        Cluster()(run)
+    with pytest.raises(UserError, match=r"stage.it.fewer=stop is one of shrink, spectral, fail"):
+        Cluster(fewer="stop")(run)  # type: ignore[arg-type]
+
+
+def test_random_clusters_have_nothing_to_do_with_clips(speech_run: Any) -> None:
+    run = speech_run()
+    clouds(run, 4)
+    metrics = Cluster(method="random")(run)
+    assert metrics["clusters"] == 4
+    assert abs(metrics["stratum_ari"]) < 0.1
+    assert metrics["smallest"] > 0.2
+
+
+def test_clips_that_were_not_clustered_belong_to_the_nearest() -> None:
+    points, kinds = make_blobs(80, 5, centers=3, cluster_std=0.3, random_state=1)
+    space = Space.fitted(points[:40], 3)
+    found = Found.of(space, space.points(points[:40]), kinds[:40], 4, 0.5)
+    again = Found.restored(found.arrays())
+    cluster, shares = again.assign(points)
+    assert adjusted_rand_score(cluster, kinds) == 1
+    assert shares.shape == (80, 4)
+    assert (shares[:, 3] == 0).all()

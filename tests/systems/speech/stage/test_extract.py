@@ -1,0 +1,78 @@
+"""Vectors are those of the model, go on after an interruption, and take no memory."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from stagesweep.systems.speech.data.dataset import Speech
+from stagesweep.systems.speech.model.mixture import MixtureWhisper
+from stagesweep.systems.speech.stage.extract import Extract
+
+
+def left(run: Any, *names: str) -> list[np.ndarray]:
+    return [np.load(run.find(name)) for name in names]
+
+
+def test_vectors_are_those_of_the_model(
+    tiny: MixtureWhisper, small: Speech, speech_run: Any
+) -> None:
+    run = speech_run(model=tiny)
+    stage = Extract(states=True, batch_size=3, every=5)
+    metrics = stage(run)
+    pooled, states = left(run, "pooled.npy", "states.npy")
+    table = run.load("extracted.csv")
+    assert set(metrics) == stage.metric_names()
+    assert metrics["clips"] == len(table) == len(pooled) == len(states)
+    tiny.eval()
+    for split in ("train", "val"):
+        (batch,) = small.split(split).batches(999)
+        own = (table["split"] == split).to_numpy()
+        with torch.no_grad():
+            found = tiny.encode(batch)
+        np.testing.assert_allclose(pooled[own], tiny.pool(found, batch["frames"]), atol=1e-5)
+        np.testing.assert_allclose(states[own], found, atol=1e-2)
+        assert states.dtype == np.float16
+        assert table.loc[own, "id"].tolist() == small.ids(split).tolist()
+    assert not list(run._entry.path.rglob("checkpoints/*"))
+
+
+def test_an_interrupted_extraction_goes_on_to_the_same_numbers(
+    tiny: MixtureWhisper, speech_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = speech_run(model=tiny, number=1)
+    Extract(every=4)(whole)
+    run = speech_run(model=tiny, number=2)
+    encode, calls = Extract.encode, []
+
+    def dying(self: Extract, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(self, *arguments)
+
+    monkeypatch.setattr(Extract, "encode", dying)
+    with pytest.raises(KeyboardInterrupt):
+        Extract(every=4)(run)
+    assert len(calls) == 4
+    again = speech_run(model=tiny, number=2)
+    assert any((again._entry.path / "checkpoints").rglob("*.*"))
+    Extract(every=4)(again)
+    total = -(-int((whole.load("extracted.csv")["split"] == "train").sum()) // 4)
+    total += -(-int((whole.load("extracted.csv")["split"] == "val").sum()) // 4)
+    assert len(calls) == 4 + total - 3, "what was done was not done again"
+    np.testing.assert_array_equal(*left(whole, "pooled.npy"), *left(again, "pooled.npy"))
+    pd.testing.assert_frame_equal(whole.load("extracted.csv"), again.load("extracted.csv"))
+
+
+def test_a_subset_of_train_and_all_of_val(
+    tiny: MixtureWhisper, small: Speech, speech_run: Any
+) -> None:
+    run = speech_run(model=tiny)
+    Extract(samples=8)(run)
+    table = run.load("extracted.csv")
+    train = table[table["split"] == "train"]
+    assert train["stratum"].value_counts().tolist() == [2, 2, 2, 2]
+    assert (table["split"] == "val").sum() == len(small.split("val"))

@@ -1,0 +1,57 @@
+"""Simulated speech: the same for the same seed, and distorted as it says."""
+
+import numpy as np
+import pytest
+
+from stagesweep.base.errors import UserError
+from stagesweep.systems.speech.data.dataset import Speech
+from stagesweep.systems.speech.simulate import STRATA, Speaker, low, simulated_speech, spoken, text
+
+WHO = Speaker(120.0, 1.0, 1.0, 0.2)
+
+
+def said(words: list[tuple[int, int]], voice: str) -> np.ndarray:
+    return spoken(words, WHO, voice, 0.4, 16000, np.random.default_rng(0))
+
+
+def test_the_same_seed_speaks_the_same(small: Speech) -> None:
+    first, second = small.split("test"), small.split("test")
+    (a,), (b,) = first.batches(99), second.batches(99)
+    assert (a["mel"] == b["mel"]).all()
+    assert (said([(0, 1)], "breathy") == said([(0, 1)], "breathy")).all()
+
+
+def test_strata_are_split_by_speaker_and_typical_speech_is_apart(small: Speech) -> None:
+    clips = small.clips
+    assert set(clips["stratum"]) == {*STRATA, "typical"}
+    assert set(clips.loc[clips["stratum"] == "typical", "split"]) == {"typical", "typical_val"}
+    assert (clips.groupby("speaker")["split"].nunique() == 1).all()
+    own = clips[clips["stratum"] != "typical"]
+    assert (own.groupby("stratum")["split"].nunique() == 3).all()
+
+
+def test_a_voice_is_heard_and_a_vowel_has_its_formants() -> None:
+    waves = {voice: said([(2, 2)], voice) for voice in (*STRATA, "typical")}
+    power = {v: np.abs(np.fft.rfft(w)) ** 2 for v, w in waves.items()}
+    hertz = np.fft.rfftfreq(len(waves["typical"]), 1 / 16000)
+
+    def share(voice: str, least: float, most: float) -> float:
+        chosen = (hertz >= least) & (hertz < most)
+        return float(power[voice][chosen].sum() / power[voice].sum())
+
+    assert share("typical", 5000, 8000) < 1e-3 < share("breathy", 5000, 8000)
+    assert share("muffled", 1500, 4000) < 0.5 * share("typical", 1500, 4000)
+    assert share("strained", 2500, 8000) > 3 * share("typical", 2500, 8000)
+    # "a" has its first formant at 730 Hz, "i" at 270 Hz.
+    i = np.abs(np.fft.rfft(said([(0, 0)], "typical"))) ** 2
+    assert share("typical", 600, 900) > 2 * float(i[(hertz >= 600) & (hertz < 900)].sum() / i.sum())
+
+
+def test_words_are_pairs_of_vowels() -> None:
+    assert text([(0, 1), (4, 4)]) == "be lu"
+    wave = np.ones(1600)
+    assert low(wave, 200.0, 16000)[-1] == pytest.approx(1, abs=1e-3)
+    with pytest.raises(UserError, match=r"data.seconds=0.2 is too short for data.words_each=2"):
+        simulated_speech(speakers=3, clips=1, typical_speakers=5, seconds=0.2)
+    with pytest.raises(UserError, match=r"data.strata=9 must be 1 to 4"):
+        simulated_speech(strata=9)
