@@ -171,12 +171,10 @@ class Loop:
         if (begin := getattr(self.model, "begin_epoch", None)) is not None:
             begin(state.epoch, epochs)
         sizes = [len(rows) for rows in order]
-        rows = self.batches.local_rows(order)
-        gathered = self.batches.view.gather(rows, start=state.batch)
+        gathered = self.batches.view.gather(self.batches.local_rows(order), start=state.batch)
         for batch in self.throughput.batches(gathered, sizes[state.batch :]):
             samples = sizes[state.batch]
-            batch = to_device(batch, device)
-            batch = self.batches.prepare(self.model, batch, samples, state.noise)
+            batch = self.batches.prepare(self.model, to_device(batch, device), samples, state.noise)
             self.micro_batches.retry.step = state.step + 1
             if self.search_micro_batch:
                 self.micro_batches.retry.size = find_micro_batch(
