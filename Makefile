@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-extras check format bench bench-sweep bench-gpu clean
+.PHONY: help setup demo test test-gpu test-extras check format bench bench-sweep bench-gpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -23,6 +23,9 @@ demo: $(READY)  ## Bayesian sweep of the digits experiment: 12 trials, leaderboa
 # which makes what they share once; a process that has finished takes half of another's rest.
 test: $(READY)  ## run the tests (real data: set STAGESWEEP_TEST_DATA)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+test-gpu: $(READY)  ## run the tests that need a GPU, one by one: they share its memory
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m gpu
 
 # In an environment of its own: what is optional must not be needed by the other tests. Of Ray only
 # what runs tasks: what its dashboard wants does not go with the other pins.

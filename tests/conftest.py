@@ -28,6 +28,15 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Compose = Callable[..., DictConfig]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those marked gpu, and from the processes that they start.
+
+    What the other tests expect is computed by the CPU, and several processes share no GPU.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     """Seed every test, so that the order of tests does not matter."""

@@ -41,6 +41,7 @@ def test_the_command_sets_it_before_it_imports_torch(cold: Command) -> None:
     fit = ["~stage.init_clusters", "~stage.joint", "~stage.evaluate", "stage.pretrain.epochs=1"]
     said = cold(
         "experiment=tiny",
+        "hardware.device=cpu",
         "hardware.threads=1",
         "objective.metric=pretrain/val_loss",
         *fit,

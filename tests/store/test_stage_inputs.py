@@ -45,8 +45,8 @@ def test_fields_that_change_no_result_are_left_out() -> None:
 def test_a_stage_reads_what_can_change_it_and_no_more(
     compose: Any, override: str, changed: str
 ) -> None:
-    before = stage_inputs(compose("experiment=digits"))
-    after = stage_inputs(compose("experiment=digits", override))
+    before = stage_inputs(compose("experiment=digits", "hardware.device=cpu"))
+    after = stage_inputs(compose("experiment=digits", "hardware.device=cpu", override))
     found = {name for name in before if before[name] != after[name]}
     assert found == {"all": set(before), "joint": {"joint"}, "none": set()}[changed]
 
@@ -73,6 +73,6 @@ def test_a_data_file_counts_by_its_content_not_its_place(tmp_path: Path) -> None
 
 
 def test_a_fit_inside_another_stage_counts_with_its_loss_terms(compose: Any) -> None:
-    found = stage_inputs(compose("experiment=digits"))
+    found = stage_inputs(compose("experiment=digits", "hardware.device=cpu"))
     assert set(found["baselines"]["loss"]) == {"reconstruction"}
     assert set(found["evaluate"]["loss"]) == set()

@@ -17,3 +17,14 @@ def test_a_straight_audiogram_costs_nothing_and_a_notch_its_square() -> None:
     assert weight.item() == 1
     everything, _ = Smoothness("thresholds")({"thresholds": straight}, {})
     assert everything.item() == pytest.approx(30.0**2)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_it_is_a_sum_over_samples_however_they_are_divided(size: int) -> None:
+    decoded = torch.randn(100, 6, generator=torch.Generator().manual_seed(0)) * 20 + 40
+    term = Smoothness("thresholds", count=5)
+    total, weight = term({"thresholds": decoded}, {})
+    parts = [term({"thresholds": part}, {}) for part in decoded.split(size)]
+    # Only the order of the sum differs.
+    assert sum(part.item() for part, _ in parts) == pytest.approx(total.item(), rel=1e-6)
+    assert sum(n.item() for _, n in parts) == weight.item() == 100

@@ -9,12 +9,12 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from multiprocessing import connection, forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -266,7 +266,8 @@ def oom_kills() -> int:
 
 def cuda_initialised_by() -> str | None:
     """Run in a process of the server: the package that has initialised CUDA there, or None."""
-    return str(found) if (found := sys.modules[SERVER].cuda_initialised_by()) else None
+    found: str | None = import_module(SERVER).cuda_initialised_by()
+    return found
 
 
 def _call_in_process(context: BaseContext, function: Callable[..., Any], *arguments: Any) -> Any:
