@@ -60,6 +60,15 @@ def test_a_file_and_a_table_give_the_same(table, tmp_path):
             assert torch.equal(column, from_file.split(split)[name]), name
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_european_file_gives_the_same(table, tmp_path, separator):
+    path = tmp_path / "mice.csv"
+    table.to_csv(path, index=False, sep=separator, decimal=",")
+    here, there = Audiogram(table, COLUMNS), Audiogram(str(path), COLUMNS)
+    for name, column in here.split("train").columns.items():
+        assert torch.equal(column, there.split("train")[name]), name
+
+
 def test_thresholds_go_back_to_decibels_and_gaps_are_masked(table):
     data = Audiogram(table, COLUMNS)
     for split in SPLITS:

@@ -96,6 +96,8 @@ class Audiogram:
         split_seed: int = 0,
         clip: bool = False,
         tile: int = 1,
+        separator: str = "auto",
+        decimal: str = "auto",
     ) -> None:
         """Read the animals of a CSV file, or of a table in memory, one per row.
 
@@ -104,16 +106,19 @@ class Audiogram:
         number of components to add. `fractions` are those of train, val and test; animals that
         share a value of a `split_by` label are in the same split (labels that are not mapped are
         ignored). Thresholds outside 0 to 100 dB are an error, or clipped with `clip`. `tile`
-        repeats every row of every split, to measure speed on a larger cohort. Raises UserError
-        naming what is wrong.
+        repeats every row of every split, to measure speed on a larger cohort. `separator` and
+        `decimal` are those of the file: comma, semicolon or tab; point or comma; auto recognises
+        them. Raises UserError naming what is wrong.
         """
         if tile < 1:
             raise UserError(f"data.tile={tile} must be at least 1")
         source = path if isinstance(path, str) else "the table"
-        table = read_table(path) if isinstance(path, str) else path
+        table = read_table(path, separator) if isinstance(path, str) else path
         require_columns(table, columns.used(), source)
-        decibels = _decibels(table, columns.thresholds, source, clip)
-        metadata = numeric_columns(table, [c for c in columns.metadata.values() if c], source)
+        decibels = _decibels(table, columns.thresholds, source, clip, decimal)
+        metadata = numeric_columns(
+            table, [c for c in columns.metadata.values() if c], source, decimal
+        )
         heard = ~np.isnan(decibels).all(axis=1)
         if not heard.all():
             log.warning("%s: left out %d animals without any threshold", source, (~heard).sum())
@@ -168,11 +173,15 @@ def _threshold_features(names: tuple[str, ...]) -> Features:
 
 
 def _decibels(
-    table: pd.DataFrame, columns: Mapping[str, str | None], source: str, clip: bool
+    table: pd.DataFrame,
+    columns: Mapping[str, str | None],
+    source: str,
+    clip: bool,
+    decimal: str,
 ) -> Values:
     """Return the thresholds in dB SPL, (n, w), NaN where missing."""
     names = [column for column in columns.values() if column]
-    decibels = numeric_columns(table, names, source)
+    decibels = numeric_columns(table, names, source, decimal)
     if np.isnan(decibels).all():
         raise UserError(f"{source} holds no thresholds")
     if clip:
