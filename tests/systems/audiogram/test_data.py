@@ -1,5 +1,6 @@
 """The audiogram reader: scaling, masks, codes and errors."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -238,6 +239,37 @@ def changed(table, column, row, value):
 def test_bad_input_is_named(table, change, options, message):
     with pytest.raises(UserError, match=message):
         Audiogram(change(table), COLUMNS, **options)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("value", [1e9, -40.0])
+def test_impossible_thresholds_are_refused_or_missing(table, tmp_path, value, clip):
+    path = tmp_path / "mice.csv"
+    changed(table, "abr_6khz", 7, value).to_csv(path, index=False)
+    with pytest.raises(
+        UserError,
+        match=r"is not a possible value \(-20 to 140\): column 'abr_6khz', line 9 of .*mice.csv; "
+        r"mend it, set data.out_of_range=missing, or set data.columns.ranges.thresholds",
+    ):
+        Audiogram(str(path), COLUMNS, clip=clip)
+    data = Audiogram(str(path), COLUMNS, clip=clip, out_of_range="missing")
+    gap = Audiogram(changed(table, "abr_6khz", 7, np.nan), COLUMNS)
+    for split in SPLITS:
+        assert torch.equal(data.split(split)["thresholds"], gap.split(split)["thresholds"])
+
+
+def test_ranges_are_those_of_the_column_map(table):
+    ranges = {"weight": (0, 60), "6kHz": (-100, None)}
+    columns = dataclasses.replace(COLUMNS, ranges=ranges)
+    Audiogram(changed(table.copy(), "abr_6khz", 7, -40.0), columns, clip=True)
+    with pytest.raises(UserError, match=r"-1 is .*\(0 to 60\): column 'weight', line 9 .*weight$"):
+        Audiogram(changed(table.copy(), "weight", 7, -1.0), columns)
+    with pytest.raises(UserError, match=r"-40 is .*\(-20 to 140\): column 'abr_click'"):
+        Audiogram(changed(table.copy(), "abr_click", 7, -40.0), columns)
+    with pytest.raises(UserError, match=r"ranges\.wieght is the range of no column; .*weight"):
+        dataclasses.replace(COLUMNS, ranges={"wieght": (0, 1)})
+    with pytest.raises(UserError, match=r"data.out_of_range='drop' must be refuse or missing"):
+        Audiogram(table, COLUMNS, out_of_range="drop")
 
 
 def test_clip_cuts_off(table):

@@ -24,6 +24,8 @@ from stagesweep.data.split import connected_groups, split_groups
 from stagesweep.data.table import numeric_columns, read_table, require_columns
 
 LOWEST, HIGHEST = 0.0, 100.0
+# A threshold beyond these, in dB SPL, was not measured: no equipment is that soft or that loud.
+POSSIBLE = (-20.0, 140.0)
 SPLITS = ("train", "val", "test")
 Values = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -46,9 +48,12 @@ class Columns:
     labels: Mapping[str, str | None] = field(default_factory=dict)
     equipment: Sequence[str] = ()
     id: str | None = None
+    # Name -> lowest and highest possible value; null: no bound. `thresholds` stands for all.
+    ranges: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Drop null columns; raises UserError for a name used twice or for no thresholds."""
+        known = ("thresholds", *self.thresholds, *self.metadata)  # a range of a null column is none
         for each in fields(self):
             mapping = getattr(self, each.name)
             if isinstance(mapping, Mapping):
@@ -60,6 +65,21 @@ class Columns:
             taken.append(name)
         if not self.thresholds:
             raise UserError("data.columns.thresholds is empty; name at least one frequency")
+        for name, limits in self.ranges.items():
+            if name not in known:
+                raise UserError(
+                    f"data.columns.ranges.{name} is the range of no column; there are "
+                    f"{', '.join(known)}"
+                )
+            if len(limits) != 2:
+                raise UserError(f"data.columns.ranges.{name} must be [lowest, highest]")
+
+    def range_of(self, name: str) -> tuple[float, float]:
+        """Return the lowest and highest possible value of a threshold or of metadata."""
+        group = "thresholds" if name in self.thresholds else name
+        default = POSSIBLE if name in self.thresholds else (None, None)
+        low, high = self.ranges.get(name, self.ranges.get(group, default))
+        return -np.inf if low is None else low, np.inf if high is None else high
 
     def used(self) -> list[str]:
         """Return the columns that the file must have."""
@@ -98,6 +118,7 @@ class Audiogram:
         tile: int = 1,
         separator: str = "auto",
         decimal: str = "auto",
+        out_of_range: str = "refuse",
     ) -> None:
         """Read the animals of a CSV file, or of a table in memory, one per row.
 
@@ -108,17 +129,17 @@ class Audiogram:
         ignored). Thresholds outside 0 to 100 dB are an error, or clipped with `clip`. `tile`
         repeats every row of every split, to measure speed on a larger cohort. `separator` and
         `decimal` are those of the file: comma, semicolon or tab; point or comma; auto recognises
-        them. Raises UserError naming what is wrong.
+        them. A value outside the range of its column is an error, or missing with `out_of_range`
+        missing. Raises UserError naming what is wrong.
         """
         if tile < 1:
             raise UserError(f"data.tile={tile} must be at least 1")
         source = path if isinstance(path, str) else "the table"
         table = read_table(path, separator) if isinstance(path, str) else path
         require_columns(table, columns.used(), source)
-        decibels = _decibels(table, columns.thresholds, source, clip, decimal)
-        metadata = numeric_columns(
-            table, [c for c in columns.metadata.values() if c], source, decimal
-        )
+        thresholds = _in_range(table, columns, columns.thresholds, source, decimal, out_of_range)
+        decibels = _decibels(thresholds, columns.thresholds, source, clip)
+        metadata = _in_range(table, columns, columns.metadata, source, decimal, out_of_range)
         heard = ~np.isnan(decibels).all(axis=1)
         if not heard.all():
             log.warning("%s: left out %d animals without any threshold", source, (~heard).sum())
@@ -172,16 +193,40 @@ def _threshold_features(names: tuple[str, ...]) -> Features:
     )
 
 
-def _decibels(
+def _in_range(
     table: pd.DataFrame,
-    columns: Mapping[str, str | None],
+    columns: Columns,
+    mapping: Mapping[str, str | None],
     source: str,
-    clip: bool,
     decimal: str,
+    out_of_range: str,
 ) -> Values:
-    """Return the thresholds in dB SPL, (n, w), NaN where missing."""
-    names = [column for column in columns.values() if column]
-    decibels = numeric_columns(table, names, source, decimal)
+    """Return numbers (n, w), NaN where missing; values outside their range are refused or NaN."""
+    if out_of_range not in ("refuse", "missing"):
+        raise UserError(f"data.out_of_range={out_of_range!r} must be refuse or missing")
+    values = numeric_columns(table, [name for name in mapping.values() if name], source, decimal)
+    limits = np.array([columns.range_of(name) for name in mapping]).reshape(-1, 2)
+    outside = (values < limits[:, 0]) | (values > limits[:, 1])
+    if out_of_range == "missing" and outside.any():
+        log.warning("%s: %d values out of range are missing", source, outside.sum())
+        return np.where(outside, np.nan, values)
+    for row, number in np.argwhere(outside)[:1]:
+        name = list(mapping)[number]
+        low, high = limits[number]
+        key = "thresholds" if name in columns.thresholds and name not in columns.ranges else name
+        raise UserError(
+            f"{values[row, number]:g} is not a possible value ({low:g} to {high:g}): column "
+            f"{mapping[name]!r}, line {row + 2} of {source}; mend it, set "
+            f"data.out_of_range=missing, or set data.columns.ranges.{key}"
+        )
+    return values
+
+
+def _decibels(
+    decibels: Values, columns: Mapping[str, str | None], source: str, clip: bool
+) -> Values:
+    """Return the thresholds in dB SPL, (n, w), all within what equipment plays."""
+    names = list(columns.values())
     if np.isnan(decibels).all():
         raise UserError(f"{source} holds no thresholds")
     if clip:
