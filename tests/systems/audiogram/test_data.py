@@ -272,6 +272,33 @@ def test_ranges_are_those_of_the_column_map(table):
         Audiogram(table, COLUMNS, out_of_range="drop")
 
 
+def test_an_animal_that_is_listed_twice(table):
+    again = table.iloc[:60].assign(gene_symbol=None, litter_id=None)
+    columns = dataclasses.replace(COLUMNS, labels={"centre": "centre"})
+    twice = pd.concat([table, again], ignore_index=True)
+    twice.loc[300:, "abr_6khz"] += 2
+    first = ", ".join(f"'{name}'" for name in table["specimen_id"][:3])
+    with pytest.raises(
+        UserError, match=rf"^{first} and 57 more: .*data.duplicates=unique or merge"
+    ):
+        Audiogram(twice, columns)
+    data = Audiogram(twice, columns, duplicates="unique")
+    ids = [data.ids(split).tolist() for split in SPLITS]
+    assert len({name for names in ids for name in names}) == 360
+    animals = [{name.removesuffix("-1") for name in names} for names in ids]
+    assert sum(map(len, animals)) == len(set.union(*animals)) == 300
+    merged, mean = Audiogram(twice, columns, duplicates="merge"), table.copy()
+    mean.loc[:59, "abr_6khz"] += 1
+    expected = Audiogram(mean, columns)
+    for split in SPLITS:
+        assert merged.ids(split).tolist() == expected.ids(split).tolist()
+        found, wanted = merged.split(split)["thresholds"], expected.split(split)["thresholds"]
+        assert torch.allclose(found, wanted, atol=1e-5)
+    twice.loc[300, "centre"] = "elsewhere"
+    with pytest.raises(UserError, match=r"has several values of 'centre' in the table, so its"):
+        Audiogram(twice, columns, duplicates="merge")
+
+
 def test_clip_cuts_off(table):
     data = Audiogram(changed(table, "abr_6khz", 7, 120.0), COLUMNS, clip=True)
     views = [data.split(split) for split in SPLITS]

@@ -20,12 +20,14 @@ from torch import Tensor
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import View
+from stagesweep.data.duplicates import check_duplicates, unique_names
 from stagesweep.data.split import connected_groups, split_groups
 from stagesweep.data.table import numeric_columns, read_table, require_columns
 
 LOWEST, HIGHEST = 0.0, 100.0
 # A threshold beyond these, in dB SPL, was not measured: no equipment is that soft or that loud.
 POSSIBLE = (-20.0, 140.0)
+IDS = ("unique", "merge")  # what can be done with ids that occur twice
 SPLITS = ("train", "val", "test")
 Values = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -119,6 +121,7 @@ class Audiogram:
         separator: str = "auto",
         decimal: str = "auto",
         out_of_range: str = "refuse",
+        duplicates: str = "refuse",
     ) -> None:
         """Read the animals of a CSV file, or of a table in memory, one per row.
 
@@ -130,7 +133,9 @@ class Audiogram:
         repeats every row of every split, to measure speed on a larger cohort. `separator` and
         `decimal` are those of the file: comma, semicolon or tab; point or comma; auto recognises
         them. A value outside the range of its column is an error, or missing with `out_of_range`
-        missing. Raises UserError naming what is wrong.
+        missing. An id that occurs twice is an error; with `duplicates` unique, its rows get names
+        of their own and stay in one split; merge averages them. Raises UserError naming
+        what is wrong.
         """
         if tile < 1:
             raise UserError(f"data.tile={tile} must be at least 1")
@@ -140,12 +145,20 @@ class Audiogram:
         thresholds = _in_range(table, columns, columns.thresholds, source, decimal, out_of_range)
         decibels = _decibels(thresholds, columns.thresholds, source, clip)
         metadata = _in_range(table, columns, columns.metadata, source, decimal, out_of_range)
+        if columns.id is not None and duplicates == "merge":
+            table, decibels, metadata = _merged(table, columns, decibels, metadata, source)
         heard = ~np.isnan(decibels).all(axis=1)
         if not heard.all():
             log.warning("%s: left out %d animals without any threshold", source, (~heard).sum())
             table, decibels, metadata = table[heard], decibels[heard], metadata[heard]
         self.label_names, labels = _labels(table, columns)
-        ties = connected_groups([labels[name] for name in split_by if name in labels], len(table))
+        tied = [labels[name] for name in split_by if name in labels]
+        if columns.id is not None:
+            ids = table[columns.id].astype("string")
+            check_duplicates(ids, duplicates, f"{columns.id!r} of {source}", "data.duplicates", IDS)
+            if ids.dropna().duplicated().any():
+                tied.append(pd.factorize(ids)[0].astype(np.int64))
+        ties = connected_groups(tied, len(table))
         rows = split_groups(ties, dict(zip(SPLITS, fractions, strict=True)), split_seed)
         groups, train = _scaling_groups(standardise, labels, len(table)), rows["train"]
 
@@ -243,8 +256,32 @@ def _names(table: pd.DataFrame, column: str | None) -> NDArray[np.str_]:
     """Return the names (n,) of the animals: their id, or else their row number."""
     numbered = pd.Series([str(number) for number in range(len(table))], table.index)
     named = numbered if column is None else table[column].fillna(numbered)
-    names: NDArray[np.str_] = named.to_numpy(str)
+    names: NDArray[np.str_] = np.array(unique_names(named.to_numpy(str).tolist()))
     return names
+
+
+def _merged(
+    table: pd.DataFrame, columns: Columns, decibels: Values, metadata: Values, source: str
+) -> tuple[pd.DataFrame, Values, Values]:
+    """Average the numbers of the rows of each id; raises UserError where other columns differ.
+
+    Rows without an id are kept. An animal has the place of its first row.
+    """
+    ids = table[str(columns.id)].astype("string")
+    group = ids.where(ids.notna(), pd.Series(np.arange(len(ids)), ids.index).astype("string") + "#")
+    codes = pd.factorize(group)[0]
+    texts = [*columns.categories.values(), *columns.labels.values(), *columns.equipment]
+    for column in dict.fromkeys(name for name in texts if name):
+        differs = table[column].groupby(codes).nunique() > 1
+        for code in np.flatnonzero(differs)[:1]:
+            raise UserError(
+                f"{ids.iloc[np.flatnonzero(codes == code)[0]]!r} has several values of {column!r} "
+                f"in {source}, so its rows cannot be merged; mend it, or set data.duplicates=unique"
+            )
+    means = [pd.DataFrame(values).groupby(codes).mean() for values in (decibels, metadata)]
+    rows = table.groupby(codes).first()
+    rows.attrs = table.attrs
+    return rows, means[0].to_numpy(np.float64), means[1].to_numpy(np.float64).reshape(len(rows), -1)
 
 
 def _labels(table: pd.DataFrame, columns: Columns) -> tuple[dict[str, list[str]], dict[str, Codes]]:
