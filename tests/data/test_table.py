@@ -30,6 +30,71 @@ def test_numbers_are_parsed_and_gaps_are_nan(table):
     assert numeric_columns(table, [], "x").shape == (3, 0)
 
 
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_the_separator_is_recognised(table, tmp_path, separator, bom):
+    path = tmp_path / "european.csv"
+    path.write_text(bom + TEXT.replace(",", separator))
+    assert read_table(path).equals(table)
+    path.write_text(bom + TEXT.replace(",", separator).replace("animal", '"animal"'))
+    assert read_table(path).equals(table)
+
+
+def test_a_separator_in_quotes_or_in_text_is_no_separator(tmp_path):
+    path = tmp_path / "mice.csv"
+    path.write_text('animal,"a;b;c;d",litter\nx;y;z,1,2\nu;v,3,4\n')
+    assert list(read_table(path)) == ["animal", "a;b;c;d", "litter"]
+    path.write_text("animal;6,5 kHz;12,5 kHz;25,5 kHz\na;1,5;2;3\nb;1;2,5;3\n")
+    assert list(read_table(path)) == ["animal", "6,5 kHz", "12,5 kHz", "25,5 kHz"]
+
+
+def test_a_given_separator_is_used(tmp_path):
+    path = tmp_path / "mice.csv"
+    path.write_text("a,b;c\n1,2;3\n")
+    assert list(read_table(path, "semicolon")) == ["a,b", "c"]
+    with pytest.raises(UserError, match=r"data.separator=';' must be auto, comma, semicolon or"):
+        read_table(path, ";")
+
+
+def test_a_line_that_does_not_fit_names_the_key(tmp_path):
+    path = tmp_path / "mice.csv"
+    path.write_text("a;b\n1;2\n1;2;3\n")
+    with pytest.raises(UserError, match=r"line 3, saw 3, read with .* semicolon; .*separator") as e:
+        read_table(path)
+    assert "C error" not in str(e.value)
+    assert "\n" not in str(e.value)
+    path.write_text("a,b\n1,2,3\n4,5,6\n")
+    with pytest.raises(UserError, match=r"more values in a line than names.*data\.separator"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("decimal", ["auto", "comma"])
+def test_decimal_commas_are_numbers(tmp_path, separator, decimal):
+    path = tmp_path / "mice.csv"
+    path.write_text("a;b\n1,5;7\n;-0,25\n".replace(";", separator))
+    found = numeric_columns(read_table(path), ["a", "b"], "x", decimal)
+    np.testing.assert_array_equal(found, [[1.5, 7], [np.nan, -0.25]])
+
+
+@pytest.mark.parametrize(
+    ("text", "decimal", "message"),
+    [
+        ("a;b\n1,5;7.5\n", "auto", r"'1,5' is not a number: .*line 2 of x; set data.decimal=comma"),
+        ("a;b\n1,500;7\n", "auto", r"'1,500' in x can .*; set data.decimal=comma"),
+        ("a;b\n1.5;7\n", "comma", r"'1.5' is not a number: .*; set data.decimal=point"),
+        ("a;b\n1.234,5;7,5\n", "auto", r"'1.234,5' is not a number"),
+        ('a,b\n"1,5",7\n', "auto", r"'1,5' is not a number: .*; set data.decimal=comma"),
+        ("a;b\n1;7\n", ",", r"data.decimal=',' must be auto, point or comma"),
+    ],
+)
+def test_a_decimal_mark_that_is_not_clear_names_the_key(tmp_path, text, decimal, message):
+    path = tmp_path / "mice.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        numeric_columns(read_table(path), ["a", "b"], "x", decimal)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

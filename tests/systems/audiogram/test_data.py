@@ -1,5 +1,6 @@
 """The audiogram reader: scaling, masks, codes and errors."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def test_a_file_and_a_table_give_the_same(table, tmp_path):
     for split in SPLITS:
         for name, column in from_table.split(split).columns.items():
             assert torch.equal(column, from_file.split(split)[name]), name
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_european_file_gives_the_same(table, tmp_path, separator):
+    path = tmp_path / "mice.csv"
+    table.to_csv(path, index=False, sep=separator, decimal=",")
+    here, there = Audiogram(table, COLUMNS), Audiogram(str(path), COLUMNS)
+    for name, column in here.split("train").columns.items():
+        assert torch.equal(column, there.split("train")[name]), name
 
 
 def test_thresholds_go_back_to_decibels_and_gaps_are_masked(table):
@@ -229,6 +239,64 @@ def changed(table, column, row, value):
 def test_bad_input_is_named(table, change, options, message):
     with pytest.raises(UserError, match=message):
         Audiogram(change(table), COLUMNS, **options)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("value", [1e9, -40.0])
+def test_impossible_thresholds_are_refused_or_missing(table, tmp_path, value, clip):
+    path = tmp_path / "mice.csv"
+    changed(table, "abr_6khz", 7, value).to_csv(path, index=False)
+    with pytest.raises(
+        UserError,
+        match=r"is not a possible value \(-20 to 140\): column 'abr_6khz', line 9 of .*mice.csv; "
+        r"mend it, set data.out_of_range=missing, or set data.columns.ranges.thresholds",
+    ):
+        Audiogram(str(path), COLUMNS, clip=clip)
+    data = Audiogram(str(path), COLUMNS, clip=clip, out_of_range="missing")
+    gap = Audiogram(changed(table, "abr_6khz", 7, np.nan), COLUMNS)
+    for split in SPLITS:
+        assert torch.equal(data.split(split)["thresholds"], gap.split(split)["thresholds"])
+
+
+def test_ranges_are_those_of_the_column_map(table):
+    ranges = {"weight": (0, 60), "6kHz": (-100, None)}
+    columns = dataclasses.replace(COLUMNS, ranges=ranges)
+    Audiogram(changed(table.copy(), "abr_6khz", 7, -40.0), columns, clip=True)
+    with pytest.raises(UserError, match=r"-1 is .*\(0 to 60\): column 'weight', line 9 .*weight$"):
+        Audiogram(changed(table.copy(), "weight", 7, -1.0), columns)
+    with pytest.raises(UserError, match=r"-40 is .*\(-20 to 140\): column 'abr_click'"):
+        Audiogram(changed(table.copy(), "abr_click", 7, -40.0), columns)
+    with pytest.raises(UserError, match=r"ranges\.wieght is the range of no column; .*weight"):
+        dataclasses.replace(COLUMNS, ranges={"wieght": (0, 1)})
+    with pytest.raises(UserError, match=r"data.out_of_range='drop' must be refuse or missing"):
+        Audiogram(table, COLUMNS, out_of_range="drop")
+
+
+def test_an_animal_that_is_listed_twice(table):
+    again = table.iloc[:60].assign(gene_symbol=None, litter_id=None)
+    columns = dataclasses.replace(COLUMNS, labels={"centre": "centre"})
+    twice = pd.concat([table, again], ignore_index=True)
+    twice.loc[300:, "abr_6khz"] += 2
+    first = ", ".join(f"'{name}'" for name in table["specimen_id"][:3])
+    with pytest.raises(
+        UserError, match=rf"^{first} and 57 more: .*data.duplicates=unique or merge"
+    ):
+        Audiogram(twice, columns)
+    data = Audiogram(twice, columns, duplicates="unique")
+    ids = [data.ids(split).tolist() for split in SPLITS]
+    assert len({name for names in ids for name in names}) == 360
+    animals = [{name.removesuffix("-1") for name in names} for names in ids]
+    assert sum(map(len, animals)) == len(set.union(*animals)) == 300
+    merged, mean = Audiogram(twice, columns, duplicates="merge"), table.copy()
+    mean.loc[:59, "abr_6khz"] += 1
+    expected = Audiogram(mean, columns)
+    for split in SPLITS:
+        assert merged.ids(split).tolist() == expected.ids(split).tolist()
+        found, wanted = merged.split(split)["thresholds"], expected.split(split)["thresholds"]
+        assert torch.allclose(found, wanted, atol=1e-5)
+    twice.loc[300, "centre"] = "elsewhere"
+    with pytest.raises(UserError, match=r"has several values of 'centre' in the table, so its"):
+        Audiogram(twice, columns, duplicates="merge")
 
 
 def test_clip_cuts_off(table):

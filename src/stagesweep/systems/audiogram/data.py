@@ -20,10 +20,14 @@ from torch import Tensor
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import View
+from stagesweep.data.duplicates import check_duplicates, unique_names
 from stagesweep.data.split import connected_groups, split_groups
 from stagesweep.data.table import numeric_columns, read_table, require_columns
 
 LOWEST, HIGHEST = 0.0, 100.0
+# A threshold beyond these, in dB SPL, was not measured: no equipment is that soft or that loud.
+POSSIBLE = (-20.0, 140.0)
+IDS = ("unique", "merge")  # what can be done with ids that occur twice
 SPLITS = ("train", "val", "test")
 Values = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -46,9 +50,12 @@ class Columns:
     labels: Mapping[str, str | None] = field(default_factory=dict)
     equipment: Sequence[str] = ()
     id: str | None = None
+    # Name -> lowest and highest possible value; null: no bound. `thresholds` stands for all.
+    ranges: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Drop null columns; raises UserError for a name used twice or for no thresholds."""
+        known = ("thresholds", *self.thresholds, *self.metadata)  # a range of a null column is none
         for each in fields(self):
             mapping = getattr(self, each.name)
             if isinstance(mapping, Mapping):
@@ -60,6 +67,21 @@ class Columns:
             taken.append(name)
         if not self.thresholds:
             raise UserError("data.columns.thresholds is empty; name at least one frequency")
+        for name, limits in self.ranges.items():
+            if name not in known:
+                raise UserError(
+                    f"data.columns.ranges.{name} is the range of no column; there are "
+                    f"{', '.join(known)}"
+                )
+            if len(limits) != 2:
+                raise UserError(f"data.columns.ranges.{name} must be [lowest, highest]")
+
+    def range_of(self, name: str) -> tuple[float, float]:
+        """Return the lowest and highest possible value of a threshold or of metadata."""
+        group = "thresholds" if name in self.thresholds else name
+        default = POSSIBLE if name in self.thresholds else (None, None)
+        low, high = self.ranges.get(name, self.ranges.get(group, default))
+        return -np.inf if low is None else low, np.inf if high is None else high
 
     def used(self) -> list[str]:
         """Return the columns that the file must have."""
@@ -96,6 +118,10 @@ class Audiogram:
         split_seed: int = 0,
         clip: bool = False,
         tile: int = 1,
+        separator: str = "auto",
+        decimal: str = "auto",
+        out_of_range: str = "refuse",
+        duplicates: str = "refuse",
     ) -> None:
         """Read the animals of a CSV file, or of a table in memory, one per row.
 
@@ -104,22 +130,35 @@ class Audiogram:
         number of components to add. `fractions` are those of train, val and test; animals that
         share a value of a `split_by` label are in the same split (labels that are not mapped are
         ignored). Thresholds outside 0 to 100 dB are an error, or clipped with `clip`. `tile`
-        repeats every row of every split, to measure speed on a larger cohort. Raises UserError
-        naming what is wrong.
+        repeats every row of every split, to measure speed on a larger cohort. `separator` and
+        `decimal` are those of the file: comma, semicolon or tab; point or comma; auto recognises
+        them. A value outside the range of its column is an error, or missing with `out_of_range`
+        missing. An id that occurs twice is an error; with `duplicates` unique, its rows get names
+        of their own and stay in one split; merge averages them. Raises UserError naming
+        what is wrong.
         """
         if tile < 1:
             raise UserError(f"data.tile={tile} must be at least 1")
         source = path if isinstance(path, str) else "the table"
-        table = read_table(path) if isinstance(path, str) else path
+        table = read_table(path, separator) if isinstance(path, str) else path
         require_columns(table, columns.used(), source)
-        decibels = _decibels(table, columns.thresholds, source, clip)
-        metadata = numeric_columns(table, [c for c in columns.metadata.values() if c], source)
+        thresholds = _in_range(table, columns, columns.thresholds, source, decimal, out_of_range)
+        decibels = _decibels(thresholds, columns.thresholds, source, clip)
+        metadata = _in_range(table, columns, columns.metadata, source, decimal, out_of_range)
+        if columns.id is not None and duplicates == "merge":
+            table, decibels, metadata = _merged(table, columns, decibels, metadata, source)
         heard = ~np.isnan(decibels).all(axis=1)
         if not heard.all():
             log.warning("%s: left out %d animals without any threshold", source, (~heard).sum())
             table, decibels, metadata = table[heard], decibels[heard], metadata[heard]
         self.label_names, labels = _labels(table, columns)
-        ties = connected_groups([labels[name] for name in split_by if name in labels], len(table))
+        tied = [labels[name] for name in split_by if name in labels]
+        if columns.id is not None:
+            ids = table[columns.id].astype("string")
+            check_duplicates(ids, duplicates, f"{columns.id!r} of {source}", "data.duplicates", IDS)
+            if ids.dropna().duplicated().any():
+                tied.append(pd.factorize(ids)[0].astype(np.int64))
+        ties = connected_groups(tied, len(table))
         rows = split_groups(ties, dict(zip(SPLITS, fractions, strict=True)), split_seed)
         groups, train = _scaling_groups(standardise, labels, len(table)), rows["train"]
 
@@ -167,12 +206,40 @@ def _threshold_features(names: tuple[str, ...]) -> Features:
     )
 
 
-def _decibels(
-    table: pd.DataFrame, columns: Mapping[str, str | None], source: str, clip: bool
+def _in_range(
+    table: pd.DataFrame,
+    columns: Columns,
+    mapping: Mapping[str, str | None],
+    source: str,
+    decimal: str,
+    out_of_range: str,
 ) -> Values:
-    """Return the thresholds in dB SPL, (n, w), NaN where missing."""
-    names = [column for column in columns.values() if column]
-    decibels = numeric_columns(table, names, source)
+    """Return numbers (n, w), NaN where missing; values outside their range are refused or NaN."""
+    if out_of_range not in ("refuse", "missing"):
+        raise UserError(f"data.out_of_range={out_of_range!r} must be refuse or missing")
+    values = numeric_columns(table, [name for name in mapping.values() if name], source, decimal)
+    limits = np.array([columns.range_of(name) for name in mapping]).reshape(-1, 2)
+    outside = (values < limits[:, 0]) | (values > limits[:, 1])
+    if out_of_range == "missing" and outside.any():
+        log.warning("%s: %d values out of range are missing", source, outside.sum())
+        return np.where(outside, np.nan, values)
+    for row, number in np.argwhere(outside)[:1]:
+        name = list(mapping)[number]
+        low, high = limits[number]
+        key = "thresholds" if name in columns.thresholds and name not in columns.ranges else name
+        raise UserError(
+            f"{values[row, number]:g} is not a possible value ({low:g} to {high:g}): column "
+            f"{mapping[name]!r}, line {row + 2} of {source}; mend it, set "
+            f"data.out_of_range=missing, or set data.columns.ranges.{key}"
+        )
+    return values
+
+
+def _decibels(
+    decibels: Values, columns: Mapping[str, str | None], source: str, clip: bool
+) -> Values:
+    """Return the thresholds in dB SPL, (n, w), all within what equipment plays."""
+    names = list(columns.values())
     if np.isnan(decibels).all():
         raise UserError(f"{source} holds no thresholds")
     if clip:
@@ -189,8 +256,32 @@ def _names(table: pd.DataFrame, column: str | None) -> NDArray[np.str_]:
     """Return the names (n,) of the animals: their id, or else their row number."""
     numbered = pd.Series([str(number) for number in range(len(table))], table.index)
     named = numbered if column is None else table[column].fillna(numbered)
-    names: NDArray[np.str_] = named.to_numpy(str)
+    names: NDArray[np.str_] = np.array(unique_names(named.to_numpy(str).tolist()))
     return names
+
+
+def _merged(
+    table: pd.DataFrame, columns: Columns, decibels: Values, metadata: Values, source: str
+) -> tuple[pd.DataFrame, Values, Values]:
+    """Average the numbers of the rows of each id; raises UserError where other columns differ.
+
+    Rows without an id are kept. An animal has the place of its first row.
+    """
+    ids = table[str(columns.id)].astype("string")
+    group = ids.where(ids.notna(), pd.Series(np.arange(len(ids)), ids.index).astype("string") + "#")
+    codes = pd.factorize(group)[0]
+    texts = [*columns.categories.values(), *columns.labels.values(), *columns.equipment]
+    for column in dict.fromkeys(name for name in texts if name):
+        differs = table[column].groupby(codes).nunique() > 1
+        for code in np.flatnonzero(differs)[:1]:
+            raise UserError(
+                f"{ids.iloc[np.flatnonzero(codes == code)[0]]!r} has several values of {column!r} "
+                f"in {source}, so its rows cannot be merged; mend it, or set data.duplicates=unique"
+            )
+    means = [pd.DataFrame(values).groupby(codes).mean() for values in (decibels, metadata)]
+    rows = table.groupby(codes).first()
+    rows.attrs = table.attrs
+    return rows, means[0].to_numpy(np.float64), means[1].to_numpy(np.float64).reshape(len(rows), -1)
 
 
 def _labels(table: pd.DataFrame, columns: Columns) -> tuple[dict[str, list[str]], dict[str, Codes]]:

@@ -261,3 +261,31 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = r'needs anndata, which is not installed: pip install "stagesweep\[singlecell\]"'
     with pytest.raises(UserError, match=wanted):
         SingleCell("x.h5ad", NAMED)
+
+
+def test_cells_that_occur_twice() -> None:
+    cells = table(donors=4)
+    cells.obs.index = [f"cell{row % 180}" for row in range(240)]
+    with pytest.raises(UserError, match=r"'cell0', 'cell1', 'cell2' and 57 .*_cells=unique$"):
+        SingleCell(cells, NAMED)
+    data = SingleCell(cells, NAMED, duplicate_cells="unique")
+    ids = [data.ids(split).tolist() for split in SPLITS]
+    assert len({name for names in ids for name in names}) == 240
+    barcodes = [{name.removesuffix("-1") for name in names} for names in ids]
+    assert sum(map(len, barcodes)) == len(set.union(*barcodes)) == 180
+
+
+@pytest.mark.parametrize("backed", [None, False, True])
+def test_genes_that_occur_twice(write: Write, backed: bool | None) -> None:
+    cells = table()
+    cells.genes[3] = cells.genes[1]
+    source = cells if backed is None else write(cells)
+    with pytest.raises(UserError, match=r"'g1': more than once in .*genes=unique or merge$"):
+        SingleCell(source, NAMED, backed=bool(backed))
+    data = SingleCell(source, NAMED, backed=bool(backed), duplicate_genes="unique")
+    assert data.spec.features["counts"].names[:4] == ("g0", "g1", "g2", "g1-1")
+    data = SingleCell(source, NAMED, backed=bool(backed), duplicate_genes="merge")
+    assert data.spec.features["counts"].names[:4] == ("g0", "g1", "g2", "g4")
+    rows = cells.obs.index.get_indexer(data.ids("train"))
+    expected = cells.counts.toarray()[rows][:, [1, 3]].sum(1)
+    assert whole(data, "train")["counts"][:, 1].tolist() == expected.tolist()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import View
+from stagesweep.data.duplicates import check_duplicates, unique_names
 from stagesweep.data.split import split_groups, split_strata
 from stagesweep.systems.singlecell.data import h5ad
 from stagesweep.systems.singlecell.data.cells import BackedCellView, CellDataset, CellView
@@ -81,6 +82,8 @@ class SingleCell:
         split_by: str = "auto",
         split_seed: int = 0,
         backed: bool = False,
+        duplicate_cells: str = "refuse",
+        duplicate_genes: str = "refuse",
     ) -> None:
         """Prepare a file, or a table in memory.
 
@@ -88,7 +91,9 @@ class SingleCell:
         in `drop` and with fewer than `min_genes` genes, genes detected in fewer than `min_cells`
         training cells, all but the `variable` most variable genes. `split_by` donor puts all cells
         of a donor into one split; cell stratifies by type; auto is donor if each condition has at
-        least eight donors. `paired` allows a donor in several conditions. Raises UserError for
+        least eight donors. `paired` allows a donor in several conditions. Names that occur twice
+        are an error; with `duplicate_cells` or `duplicate_genes` unique they get a number, and
+        `duplicate_genes` merge sums the counts of genes of one name. Raises UserError for
         invalid data.
         """
         source: CountSource
@@ -97,6 +102,7 @@ class SingleCell:
         else:
             source = BackedFile(path, layer) if backed else read_h5ad(path, layer)
         require_columns(source.obs, columns.mapped(), source.name)
+        source = h5ad.resolve_genes(source, duplicate_genes)
         detected, self.totals = cell_qc_metrics(source)  # totals are over all genes
         labels = source.obs[columns.label].astype("string")
         kept = np.flatnonzero((detected >= min_genes) & ~labels.isin(list(drop)).to_numpy(bool))
@@ -105,16 +111,22 @@ class SingleCell:
                 f"{source.name}: no cell has data.min_genes={min_genes} genes; lower it"
             )
         self.obs = source.obs.iloc[kept]
+        names = pd.Series(self.obs.index.to_numpy(str))
+        where = f"the cells of {source.name}"
+        check_duplicates(names, duplicate_cells, where, "data.duplicate_cells", ("unique",))
         self.label_names, codes = encode_labels(self.obs, columns)
         check_labels(self.label_names, codes, paired, source.name)
         rows = split_cells(codes, dict(zip(SPLITS, fractions, strict=True)), split_by, split_seed)
+        if names.duplicated().any():
+            rows = keep_together(names, rows, codes)
+            self.obs = self.obs.set_axis(unique_names(names.tolist()))
         log.info("%s: %d cells", source.name, len(kept))
         self._rows, self._kept, self._source = rows, kept, source
         self._columns = {name: torch.from_numpy(code) for name, code in codes.items()}
         self.genes = self._select_genes(kept[rows["train"]], min_cells, variable, split_seed)
-        names = tuple(source.genes[gene] for gene in self.genes)
+        genes = tuple(source.genes[gene] for gene in self.genes)
         self.spec = Spec(
-            {"counts": Features(names, low=0.0, unit="count")},
+            {"counts": Features(genes, low=0.0, unit="count")},
             labels={name: len(known) for name, known in self.label_names.items()},
         )
         self._counts = source.counts[:, self.genes] if isinstance(source, CountTable) else None
@@ -233,6 +245,27 @@ def check_labels(
                 f"({', '.join(which)}); correct it, or set data.paired=true if each donor was "
                 "measured under several"
             )
+
+
+def keep_together(
+    names: pd.Series, rows: Mapping[str, IntArray], codes: Mapping[str, IntArray]
+) -> dict[str, IntArray]:
+    """Return splits in which cells of one name are in the first split that any of them is in.
+
+    Where whole donors are held out, a name that two donors share is that of two cells.
+    """
+    side = np.empty(len(names), np.int64)
+    for number, members in enumerate(rows.values()):
+        side[members] = number
+    donors = codes.get("donor")
+    if donors is not None and (pd.Series(side).groupby(donors).nunique() == 1).all():
+        return dict(rows)
+    side = pd.Series(side).groupby(names.to_numpy()).transform("min").to_numpy()
+    together = {name: np.flatnonzero(side == number) for number, name in enumerate(rows)}
+    for name, members in together.items():
+        if not len(members):
+            raise UserError(f"the {name} split is empty: its cells occur in other splits as well")
+    return together
 
 
 def split_cells(

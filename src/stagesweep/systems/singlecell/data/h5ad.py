@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, issparse, vstack
 
 from stagesweep.base.errors import UserError
+from stagesweep.data.duplicates import check_duplicates, unique_names
 
 IntArray = NDArray[np.int64]
 # Reading up to this many unwanted rows is cheaper than another request to the file.
@@ -156,6 +158,42 @@ class BackedFile:
                 )
             self._handle = (os.getpid(), root)
         return root
+
+
+class MergedGenes:
+    """Another source, with the counts of genes of one name summed."""
+
+    def __init__(self, source: CountSource) -> None:
+        codes, names = pd.factorize(np.array(source.genes, dtype=object))
+        self.name, self.obs, self.count_layer = source.name, source.obs, source.count_layer
+        self.genes = [str(name) for name in names]
+        ones = np.ones(len(codes), np.float32)
+        self._source = source
+        self._sum = csr_matrix((ones, (np.arange(len(codes)), codes)))
+
+    def take(self, rows: IntArray) -> csr_matrix:
+        """Return the counts (r, g) of some cells."""
+        merged = csr_matrix(self._source.take(rows) @ self._sum)
+        merged.sort_indices()
+        return merged
+
+
+def resolve_genes(source: CountSource, choice: str) -> CountSource:
+    """Refuse genes whose name occurs twice, number them (unique), or sum their counts (merge)."""
+    genes = pd.Series(source.genes, dtype=object)
+    where = f"the genes of {source.name}"
+    check_duplicates(genes, choice, where, "data.duplicate_genes", ("unique", "merge"))
+    if not genes.duplicated().any():
+        return source
+    if choice == "unique":
+        unique = copy(source)
+        unique.genes = unique_names(source.genes)
+        return unique
+    merged = MergedGenes(source)
+    if isinstance(source, CountTable):
+        counts = merged.take(np.arange(len(source.obs)))
+        return CountTable(source.name, merged.genes, source.obs, counts, source.count_layer)
+    return merged
 
 
 @contextmanager
