@@ -20,7 +20,7 @@ from stagesweep.stage.fit import Fit
 def test_a_stage_is_built_from_its_schema_with_open_fields_instantiated() -> None:
     node = OmegaConf.structured(schema.Fit(epochs=2, sampler={"_target_": "torch.nn.Identity"}))
     with execution_whitelist(trust.trusted()):
-        stage = build_stage(node)
+        stage = build_stage("fit", node)
     assert isinstance(stage, Fit)
     assert isinstance(stage.optimizer, schema.Optimizer)
     assert isinstance(stage.sampler, nn.Identity)

@@ -12,25 +12,29 @@ from torch import nn
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
+from stagesweep.config.signatures import locate_all
 from stagesweep.core import checkpoint
 
 # Fields of the schemas that hold `_target_` nodes.
 TARGET_FIELDS = ("sampler", "augment", "metrics", "voted", "baselines")
 
 
-def build(node: Any, **arguments: Any) -> Any:
-    """Instantiate a node, with these arguments added.
+def build(path: str, node: Any, **arguments: Any) -> Any:
+    """Instantiate the node at a dotted path of the config, with these arguments added.
 
     The node is made plain first: Hydra would copy the whole config around a DictConfig.
     """
-    return instantiate(OmegaConf.to_container(node, resolve=True), **arguments, _convert_="all")
+    plain = OmegaConf.to_container(node, resolve=True)
+    locate_all(path, plain)
+    return instantiate(plain, **arguments, _convert_="all")
 
 
-def build_stage(node: DictConfig) -> Any:
+def build_stage(name: str, node: DictConfig) -> Any:
     """Build a stage. Of one with a schema, only the target fields are instantiated."""
     if not issubclass(OmegaConf.get_type(node) or object, schema.Stage):
-        return build(node)
+        return build(f"stage.{name}", node)
     settings: Any = OmegaConf.to_object(node)
+    locate_all(f"stage.{name}", OmegaConf.to_container(node, resolve=True))
     return get_class(settings._target_)(**vars(_with_targets_built(settings)))
 
 
