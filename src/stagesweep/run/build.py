@@ -26,7 +26,27 @@ def build(path: str, node: Any, **arguments: Any) -> Any:
     """
     plain = OmegaConf.to_container(node, resolve=True)
     locate_all(path, plain)
-    return instantiate(plain, **arguments, _convert_="all")
+    made = instantiate(plain, **arguments, _convert_="all")
+    check_built(path, plain, made)
+    return made
+
+
+def check_built(path: str, node: Any, made: Any) -> None:
+    """Check that what a target returned is what its key expects; UserError if it is not."""
+    key = path.partition(".")[0]
+    name = node.get("_target_", "") if isinstance(node, Mapping) else ""
+    if key == "data":
+        right, wanted = hasattr(made, "spec") and hasattr(made, "split"), "data with spec and split"
+    elif key in ("model", "loss"):
+        right, wanted = isinstance(made, nn.Module), "a torch module"
+    else:
+        right, wanted = callable(made), f"a {path.rpartition('.')[2]} that can be called"
+        if key == "stage" and path.count(".") == 1:
+            wanted = "a stage that can be called"
+    if not right:
+        kind = type(made).__name__
+        found = "None" if made is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+        raise UserError(f"{path}._target_: '{name}' gives {found}, not {wanted}")
 
 
 def build_stage(name: str, node: DictConfig) -> Any:
@@ -35,18 +55,25 @@ def build_stage(name: str, node: DictConfig) -> Any:
         return build(f"stage.{name}", node)
     settings: Any = OmegaConf.to_object(node)
     locate_all(f"stage.{name}", OmegaConf.to_container(node, resolve=True))
-    return get_class(settings._target_)(**vars(_with_targets_built(settings)))
+    _build_targets(f"stage.{name}", settings)
+    return get_class(settings._target_)(**vars(settings))
 
 
-def _with_targets_built(settings: schema.Stage) -> schema.Stage:
+def _build_targets(path: str, settings: schema.Stage) -> None:
     """Instantiate the target fields of the settings, and of fits among its fields, in place."""
     for field in fields(settings):
-        value = getattr(settings, field.name)
+        value, place = getattr(settings, field.name), f"{path}.{field.name}"
         if isinstance(value, schema.Stage):
-            _with_targets_built(value)
+            _build_targets(place, value)
         elif field.name in TARGET_FIELDS and value:
-            setattr(settings, field.name, instantiate(value, _convert_="all"))
-    return settings
+            made = instantiate(value, _convert_="all")
+            setattr(settings, field.name, made)
+            if field.name in ("sampler", "augment"):
+                check_built(place, value, made)
+            elif isinstance(made, Mapping):
+                for name, each in made.items():
+                    if each is None or isinstance(each, str | int | float | list | dict):
+                        check_built(f"{place}.{name}", value[name], None)
 
 
 def part_weights(state: Mapping[str, Any], part: str | None) -> dict[str, Any]:
