@@ -9,6 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
+from hydra.utils import execution_whitelist
 from omegaconf import DictConfig
 
 from stagesweep.base.errors import Interrupted, UserError
@@ -53,15 +54,17 @@ def main() -> None:
 
 
 @hydra.main(
-    config_path=str(register.folder()), config_name="config", execution_whitelist=trust.trusted()
+    config_path=str(register.folder()), config_name="config", execution_whitelist=trust.own()
 )
 def job(cfg: DictConfig) -> float | list[float] | None:
     """Execute one run, as Hydra's task function; return the value of its objective."""
     try:
+        trust.check_variables(HydraConfig.get().job.env_set)
         environment.set_variables(hardware_settings(cfg))
         from stagesweep.run.execute import execute
 
-        return execute(cfg)
+        with execution_whitelist(trust.trusted()):
+            return execute(cfg)
     except Interrupted as error:
         leave(str(error), error.exit_code)  # exits, so that a sweep ends as well
     except Exception as error:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagesweep.base.errors import UserError
+from stagesweep.config import trust
 from stagesweep.config.nodes import target_nodes
 from stagesweep.config.schema import Mode
 from stagesweep.config.signatures import bind, fits, locate
@@ -33,7 +34,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package of the user's own."""
     (tmp_path / "lab.py").write_text(LAB)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("STAGESWEEP_TRUST", "lab")
+    monkeypatch.setattr(trust, "added", ("lab.*",))
     monkeypatch.delitem(sys.modules, "lab", raising=False)
 
 

@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from stagesweep.base.errors import UserError
+from stagesweep.config import trust
 from stagesweep.config.validation import broken_bound, validate
 
 Compose = Callable[..., DictConfig]
@@ -163,7 +164,7 @@ def test_a_stage_of_the_users_own_is_bound(
 ) -> None:
     (tmp_path / "stages_of_mine.py").write_text("class Count:\n    def __init__(self, k: int): ...")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("STAGESWEEP_TRUST", "stages_of_mine")
+    monkeypatch.setattr(trust, "added", ("stages_of_mine.*",))
     own = "+stage.count={_target_: stages_of_mine.Count, k: 3}"
     validate(tiny(own, "objective.metric=count/any"))
     with pytest.raises(UserError, match=r"^stage.count.k=x: Count wants int$"):

@@ -13,14 +13,14 @@ from torch import nn
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema, trust
 from stagesweep.core import checkpoint
-from stagesweep.run.build import build_stage, init_from, part_weights
+from stagesweep.run.build import build, build_stage, init_from, part_weights
 from stagesweep.stage.fit import Fit
 
 
 def test_a_stage_is_built_from_its_schema_with_open_fields_instantiated() -> None:
     node = OmegaConf.structured(schema.Fit(epochs=2, sampler={"_target_": "torch.nn.Identity"}))
     with execution_whitelist(trust.trusted()):
-        stage = build_stage(node)
+        stage = build_stage("fit", node)
     assert isinstance(stage, Fit)
     assert isinstance(stage.optimizer, schema.Optimizer)
     assert isinstance(stage.sampler, nn.Identity)
@@ -56,3 +56,49 @@ def test_weights_of_a_part_go_back_into_it(tmp_path: Path, caplog: Any) -> None:
     init_from(patients, tmp_path / "weights.pt", logging.getLogger(), "patients")
     assert torch.equal(patients.weight, before)
     assert "nothing of model.patients" in caplog.text
+
+
+LAB = """
+class Nothing: ...
+
+def nothing(**arguments): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "target", "line"),
+    [
+        ("data", "nothing", "gives None, not data with spec and split"),
+        ("data", "Nothing", "gives a Nothing, not data with spec and split"),
+        ("model.encoder", "nothing", "gives None, not a torch module"),
+        ("loss.kl", "Nothing", "gives a Nothing, not a torch module"),
+        ("stage.mine", "nothing", "gives None, not a stage that can be called"),
+    ],
+)
+def test_a_target_that_gives_something_else_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, target: str, line: str
+) -> None:
+    (tmp_path / "lab_of_mine.py").write_text(LAB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(trust, "added", ("lab_of_mine.*",))
+    node = OmegaConf.create({"_target_": f"lab_of_mine.{target}"})
+    with execution_whitelist(trust.trusted()), pytest.raises(UserError) as caught:
+        build(path, node)
+    assert str(caught.value) == f"{path}._target_: 'lab_of_mine.{target}' {line}"
+
+
+def test_fields_of_a_stage_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lab_of_mine.py").write_text(LAB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(trust, "added", ("lab_of_mine.*",))
+    nothing = {"_target_": "lab_of_mine.nothing"}
+    for values, key in (
+        ({"sampler": nothing}, "sampler"),
+        ({"metrics": {"m": nothing}}, "metrics.m"),
+    ):
+        node = OmegaConf.structured(schema.Fit(epochs=2, **values))
+        with (
+            execution_whitelist(trust.trusted()),
+            pytest.raises(UserError, match=rf"^stage.fit.{key}._target_: .* gives None, not a "),
+        ):
+            build_stage("fit", node)

@@ -52,6 +52,11 @@ def explain(error: BaseException) -> str | None:
                 return (f"{place[1]}.yaml: " if place else "") + _key_error(key, link)
             case OSError(filename=str(path)):
                 return str(files.explain(link, Path(path)))
+    if _raised_in(error) == "hydra.core.plugins":
+        return (
+            f"{_one_line(str(error)) or 'wrong kind of plugin'}; choose hydra/launcher=<name> and "
+            "hydra/sweeper=<name> of the installed ones (stagesweep --info plugins)"
+        )
     from_hydra = isinstance(error, HydraException) or (
         isinstance(error, ValueError) and _raised_in(error).startswith("hydra.")
     )

@@ -10,28 +10,98 @@ from typing import Any, Literal, Union, get_args, get_origin
 from stagesweep.base.errors import UserError
 from stagesweep.config import trust
 from stagesweep.config.messages import nearest
-from stagesweep.config.nodes import Node
+from stagesweep.config.nodes import Node, target_nodes
 
 # Keys that Hydra's instantiate does not pass on.
 SPECIAL = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_", "_execution_whitelist_")
 
 
+# Packages of ours whose classes and functions a config may name.
+OURS = tuple(
+    f"stagesweep.{package}." for package in ("systems", "stage", "metric", "loss", "model", "data")
+)
+
+
 def locate(path: str, name: Any) -> Callable[..., Any]:
-    """Import what a ``_target_`` names; UserError if it is not trusted or does not exist."""
+    """Import what a ``_target_`` names; UserError if it is not trusted or does not exist.
+
+    Of the libraries, only classes of the kind that the key expects are trusted: a function, or a
+    class of another kind, may read or write files.
+    """
     if not isinstance(name, str):
         raise UserError(f"{path}._target_ must be the dotted name of a class or function")
-    if not name.startswith(tuple(pattern.removesuffix("*") for pattern in trust.trusted())):
-        raise UserError(
-            f"{path}._target_: '{name}' is not trusted; if it is yours, "
-            f"export STAGESWEEP_TRUST={name.partition('.')[0]}"
-        )
+    if not trust.matches(name, trust.trusted()):
+        raise _untrusted(path, name)
+    mine = trust.matches(name, trust.added)
+    if name.startswith("stagesweep.") and not mine and not name.startswith(OURS):
+        raise UserError(f"{path}._target_: '{name}' is not for configs")
     try:
         found = resolve_name(name)
     except Exception as error:
         raise UserError(f"{path}._target_: cannot load '{name}': {_why(name, error)}") from error
     if not callable(found):
         raise UserError(f"{path}._target_: '{name}' is no class or function")
+    if not mine:
+        _check_kind(path, name, found)
     return found  # type: ignore[no-any-return]
+
+
+def locate_all(path: str, value: Any) -> None:
+    """`locate` every target of nested plain values, before they are instantiated."""
+    for place, node in target_nodes(value, path):
+        locate(place, node["_target_"])
+
+
+def _untrusted(path: str, name: str) -> UserError:
+    return UserError(
+        f"{path}._target_: '{name}' is not trusted; if it is yours, "
+        f"export {trust.VARIABLE}={name.partition('.')[0]}"
+    )
+
+
+def _check_kind(path: str, name: str, found: Any) -> None:
+    """Check that an object is defined where it may be, and is of the kind that the key expects."""
+    home = getattr(found, "__module__", None) or ""
+    if name.startswith("stagesweep."):
+        # A function of another package that a module of ours has imported is none of ours.
+        if not (f"{home}." + getattr(found, "__qualname__", "")).startswith(OURS):
+            raise UserError(f"{path}._target_: '{name}' is not for configs")
+        return
+    kind, label = _expected_kind(path, name)
+    inside = home.startswith(("torch.", "sklearn.", "optuna."))
+    if not (inside and isinstance(found, type) and kind is not None and issubclass(found, kind)):
+        raise UserError(
+            f"{path}._target_: '{name}' is no {label}; if you trust it, "
+            f"export {trust.VARIABLE}={name}"
+        )
+
+
+def _expected_kind(path: str, name: str) -> tuple[type | None, str]:
+    """The base class of a library that the key expects, None for none, and what to call it."""
+    key = path.rpartition(".")[2].partition("[")[0]
+    library = name.partition(".")[0]
+    if key == "optimizer":
+        from torch.optim import Optimizer
+
+        return Optimizer, "torch optimizer"
+    if "pruner" in key:
+        from optuna.pruners import BasePruner
+
+        return BasePruner, "Optuna pruner"
+    if library == "optuna":
+        from optuna.samplers import BaseSampler
+
+        is_sampler = path.startswith("hydra.sweeper.sampler")
+        return (BaseSampler, "Optuna sampler") if is_sampler else (None, "class for this key")
+    if path.startswith("hydra."):
+        return None, "Optuna sampler"
+    if library == "sklearn":
+        from sklearn.base import BaseEstimator
+
+        return BaseEstimator, "scikit-learn estimator"
+    from torch.nn import Module
+
+    return Module, "torch module"
 
 
 def _why(name: str, error: Exception) -> str:

@@ -19,7 +19,7 @@ Stages = dict[str, Any]
 def check_stages(cfg: DictConfig, stages: Stages) -> None:
     """Run all checks of this module."""
     for name, stage in stages.items():
-        for path, settings in _fits(f"stage.{name}", stage):
+        for path, settings in fits_of(f"stage.{name}", stage):
             _check_fit(path, settings, cfg)
         if isinstance(stage, schema.ChooseClusters):
             _check_k_range(f"stage.{name}", stage)
@@ -35,13 +35,13 @@ def check_stages(cfg: DictConfig, stages: Stages) -> None:
 # ------------------------------------------------------------------------------------ fits
 
 
-def _fits(path: str, stage: Any) -> Iterator[tuple[str, schema.Fit]]:
+def fits_of(path: str, stage: Any) -> Iterator[tuple[str, schema.Fit]]:
     """The fits of a stage: itself, or those among its fields."""
     if isinstance(stage, schema.Fit):
         yield path, stage
     elif is_dataclass(stage):
         for field in fields(stage):
-            yield from _fits(f"{path}.{field.name}", getattr(stage, field.name))
+            yield from fits_of(f"{path}.{field.name}", getattr(stage, field.name))
 
 
 def _check_fit(path: str, settings: schema.Fit, cfg: DictConfig) -> None:

@@ -19,8 +19,10 @@ def check_targets(cfg: DictConfig) -> None:
     for path, node in target_nodes(OmegaConf.to_container(cfg)):
         if not is_dataclass(OmegaConf.get_type(OmegaConf.select(cfg, path))):
             bind(path, node, supplied=("spec",) if path in models else ())
-        elif path.endswith(".optimizer"):
-            _check_optimizer(path, node)
+        else:
+            locate(path, node["_target_"])
+            if path.endswith(".optimizer"):
+                _check_optimizer(path, node)
 
 
 def _check_optimizer(path: str, node: dict[str, Any]) -> None:

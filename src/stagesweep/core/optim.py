@@ -16,11 +16,14 @@ from stagesweep.config import schema
 
 
 def matching(names: Iterable[str], globs: Iterable[str], key: str) -> set[str]:
-    """The names that match any of `globs`; UserError for a glob that matches none."""
+    """The names that match any of `globs`; UserError for a glob that matches none.
+
+    A glob that matches a part of the model matches everything below it.
+    """
     names = list(names)
     matched: set[str] = set()
     for glob in globs:
-        hits = {name for name in names if fnmatchcase(name, glob)}
+        hits = {name for name in names if any(fnmatchcase(name, g) for g in (glob, f"{glob}.*"))}
         if not hits:
             parts = ", ".join(sorted({name.split(".")[0] for name in names}))
             raise UserError(f"{key}: '{glob}' matches no parameter; the model's parts are {parts}")

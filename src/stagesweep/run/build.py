@@ -12,37 +12,68 @@ from torch import nn
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
+from stagesweep.config.signatures import locate_all
 from stagesweep.core import checkpoint
 
 # Fields of the schemas that hold `_target_` nodes.
 TARGET_FIELDS = ("sampler", "augment", "metrics", "voted", "baselines")
 
 
-def build(node: Any, **arguments: Any) -> Any:
-    """Instantiate a node, with these arguments added.
+def build(path: str, node: Any, **arguments: Any) -> Any:
+    """Instantiate the node at a dotted path of the config, with these arguments added.
 
     The node is made plain first: Hydra would copy the whole config around a DictConfig.
     """
-    return instantiate(OmegaConf.to_container(node, resolve=True), **arguments, _convert_="all")
+    plain = OmegaConf.to_container(node, resolve=True)
+    locate_all(path, plain)
+    made = instantiate(plain, **arguments, _convert_="all")
+    check_built(path, plain, made)
+    return made
 
 
-def build_stage(node: DictConfig) -> Any:
+def check_built(path: str, node: Any, made: Any) -> None:
+    """Check that what a target returned is what its key expects; UserError if it is not."""
+    key = path.partition(".")[0]
+    name = node.get("_target_", "") if isinstance(node, Mapping) else ""
+    if key == "data":
+        right, wanted = hasattr(made, "spec") and hasattr(made, "split"), "data with spec and split"
+    elif key in ("model", "loss"):
+        right, wanted = isinstance(made, nn.Module), "a torch module"
+    else:
+        right, wanted = callable(made), f"a {path.rpartition('.')[2]} that can be called"
+        if key == "stage" and path.count(".") == 1:
+            wanted = "a stage that can be called"
+    if not right:
+        kind = type(made).__name__
+        found = "None" if made is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+        raise UserError(f"{path}._target_: '{name}' gives {found}, not {wanted}")
+
+
+def build_stage(name: str, node: DictConfig) -> Any:
     """Build a stage. Of one with a schema, only the target fields are instantiated."""
     if not issubclass(OmegaConf.get_type(node) or object, schema.Stage):
-        return build(node)
+        return build(f"stage.{name}", node)
     settings: Any = OmegaConf.to_object(node)
-    return get_class(settings._target_)(**vars(_with_targets_built(settings)))
+    locate_all(f"stage.{name}", OmegaConf.to_container(node, resolve=True))
+    _build_targets(f"stage.{name}", settings)
+    return get_class(settings._target_)(**vars(settings))
 
 
-def _with_targets_built(settings: schema.Stage) -> schema.Stage:
+def _build_targets(path: str, settings: schema.Stage) -> None:
     """Instantiate the target fields of the settings, and of fits among its fields, in place."""
     for field in fields(settings):
-        value = getattr(settings, field.name)
+        value, place = getattr(settings, field.name), f"{path}.{field.name}"
         if isinstance(value, schema.Stage):
-            _with_targets_built(value)
+            _build_targets(place, value)
         elif field.name in TARGET_FIELDS and value:
-            setattr(settings, field.name, instantiate(value, _convert_="all"))
-    return settings
+            made = instantiate(value, _convert_="all")
+            setattr(settings, field.name, made)
+            if field.name in ("sampler", "augment"):
+                check_built(place, value, made)
+            elif isinstance(made, Mapping):
+                for name, each in made.items():
+                    if each is None or isinstance(each, str | int | float | list | dict):
+                        check_built(f"{place}.{name}", value[name], None)
 
 
 def part_weights(state: Mapping[str, Any], part: str | None) -> dict[str, Any]:

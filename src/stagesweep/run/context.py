@@ -81,7 +81,7 @@ class Context:
         Returns the status, ``ran`` or ``resumed``, and the metrics. ``started``: see perf_counter.
         """
         self._select_stage(name, entry)
-        stage = build_stage(self.cfg.stage[name])
+        stage = build_stage(name, self.cfg.stage[name])
         self.select(getattr(stage, "part", None), getattr(stage, "view", None))
         fresh = self.cfg.resume is schema.Resume.never
         partial = not fresh and any((entry.path / "checkpoints").rglob("*.*"))
@@ -120,7 +120,7 @@ class Context:
     @cached_property
     def _run_data(self) -> Any:
         """The data set that the config names."""
-        return build(self.cfg.data)
+        return build("data", self.cfg.data)
 
     @property
     def data(self) -> Any:
@@ -171,7 +171,7 @@ class Context:
         node = self.cfg.model[self.part] if names else self.cfg.model
         state = rng_state()
         seed_everything(derive(self.cfg.seed, "model", *names))
-        model: Any = build(node, spec=self.data.spec)
+        model: Any = build(".".join(["model", *names]), node, spec=self.data.spec)
         set_rng_state(state)
         if hasattr(model, "checkpointed"):
             model.checkpointed = self.profile.activation_checkpointing
@@ -201,7 +201,7 @@ class Context:
         folder = self._entry.path / "checkpoints"
         if name != self.stage:
             folder /= name
-        terms = {term: build(self.cfg.loss[term]) for term in settings.loss}
+        terms = {term: build(f"loss.{term}", self.cfg.loss[term]) for term in settings.loss}
         task = FitTask(
             cfg=self.cfg,
             model=model,

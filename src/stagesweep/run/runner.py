@@ -81,8 +81,11 @@ class Runner:
     def context(self) -> "Context":
         """The context of the stages, made when the first one has to run."""
         from stagesweep.run.context import Context
+        from stagesweep.run.model_checks import check_fits
 
-        return Context(self.cfg, self.folder, self.stages, self.board)
+        context = Context(self.cfg, self.folder, self.stages, self.board)
+        check_fits(context)
+        return context
 
     def run(self) -> None:
         """Run or reuse every stage in order."""

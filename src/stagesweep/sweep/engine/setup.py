@@ -18,6 +18,7 @@ from optuna.pruners import BasePruner, WilcoxonPruner
 
 from stagesweep.base.errors import UserError
 from stagesweep.config.schema import Search
+from stagesweep.config.signatures import locate_all
 from stagesweep.sweep.engine.backends import Backend
 from stagesweep.sweep.engine.slots import SlotBackend
 from stagesweep.sweep.space.grammar import ABLATION, parse
@@ -65,6 +66,7 @@ def make_pruner(settings: Search, objectives: Sequence[str]) -> BasePruner | Non
             f"a pruner compares trials by one objective, and there are {len(objectives)} "
             f"({', '.join(objectives)}); leave search/pruner=none, or steer by one of them"
         )
+    locate_all("search.pruner", settings.pruner)
     made: BasePruner = instantiate(settings.pruner, _execution_whitelist_=("optuna.*",))
     if isinstance(made, WilcoxonPruner) and settings.repeats == 1:
         raise UserError(

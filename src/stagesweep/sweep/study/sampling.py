@@ -11,6 +11,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
+from stagesweep.config.signatures import locate_all
 from stagesweep.sweep.space.space import Space
 
 # How often a point that was tried already is drawn again.
@@ -23,6 +24,7 @@ class SamplerFactory:
     def __init__(self, config: DictConfig, space: Space) -> None:
         # A plain dict: with a node, Hydra would copy the config around it for each trial.
         self.config: Any = OmegaConf.to_object(config)
+        locate_all("hydra.sweeper.sampler", self.config)
         self.space = space
         target = str(config.get("_target_", ""))
         # A QMC sampler continues its sequence in a new process without help.

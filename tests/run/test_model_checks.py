@@ -1,0 +1,40 @@
+"""Names of parameters are checked before the first stage trains."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hydra.utils import execution_whitelist
+
+from stagesweep.base.errors import UserError
+from stagesweep.config import trust
+from stagesweep.run.context import Context
+from stagesweep.run.model_checks import check_fits
+
+
+@pytest.fixture(autouse=True)
+def trusted() -> Iterator[None]:
+    with execution_whitelist(trust.trusted()):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("stage.joint.freeze=[encodre]", "stage.joint.freeze: 'encodre' matches no parameter"),
+        ("stage.joint.train=[x.*]", "stage.joint.train: 'x.*' matches no parameter"),
+        ("stage.joint.freeze=['*']", "stage.joint: no parameter is left to train"),
+        (
+            "+stage.joint.optimizer.groups={haed: {lr: 1e-4}}",
+            "stage.joint.optimizer.groups: 'haed' matches no parameter",
+        ),
+    ],
+)
+def test_a_later_stage_is_checked_at_the_start(compose: Any, override: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_fits(Context(compose("experiment=digits", override)))
+    assert str(caught.value).startswith(line)
+
+
+def test_the_name_of_a_part_means_all_of_it(compose: Any) -> None:
+    check_fits(Context(compose("experiment=digits", "stage.joint.freeze=[encoder]")))
