@@ -37,7 +37,7 @@ def choice_text(value: Any) -> Any:
             return value.with_quotes()
         case str():
             return value if _reads_as(value) else quoted(value)
-        case list() | dict():
+        case None | list() | dict():
             return as_text(value)
     return value
 
