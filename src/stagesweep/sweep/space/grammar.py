@@ -90,7 +90,7 @@ def _plain(override: Override) -> Parameter:
     except ValueError as error:
         raise UserError(f"{line}: {error}") from error
     if isinstance(distribution, CategoricalDistribution):
-        values = distribution.choices
+        values: Sequence[Any] = distribution.choices
         if override.is_choice_sweep():
             values = list(map(choice_text, override.sweep_iterator(Transformer.identity)))
         distribution = _choices(values)
