@@ -1,10 +1,10 @@
 """Reads nodes of a composed config."""
 
 import pickle
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from stagesweep.config import schema
 
@@ -22,6 +22,13 @@ def copy_config(cfg: DictConfig) -> DictConfig:
     """Copy a whole config, in half the time of ``copy.deepcopy``."""
     copy: DictConfig = pickle.loads(pickle.dumps(cfg, pickle.HIGHEST_PROTOCOL))
     return copy
+
+
+def as_typed(overrides: Sequence[str]) -> list[str]:
+    """Overrides as their texts were typed. A node would resolve the interpolations in a text."""
+    if isinstance(overrides, ListConfig):
+        overrides = cast("list[str]", OmegaConf.to_container(overrides, resolve=False))
+    return [str(each) for each in overrides]
 
 
 def has_parts(model: Any) -> bool:

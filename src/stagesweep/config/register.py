@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from stagesweep.config import options
+from stagesweep.config.nodes import as_typed
 from stagesweep.config.schema import (
     Baselines,
     ChooseClusters,
@@ -35,11 +36,12 @@ CHANGEABLE = ("n_trials", "study", "budget", "timeout", "max_retries", "max_fail
 def study_name(method: str, overrides: Sequence[str]) -> str:
     """Name the study of a command: the same command gets the same name.
 
-    Overrides of its length, and of how it uses the machine, do not change the name.
+    Overrides of its length, and of how it uses the machine, do not change the name. The texts count
+    as they were typed: what an interpolation gives may differ from trial to trial.
     """
     search = (f"search.{key}=" for key in CHANGEABLE)
     left_out = ("hydra.", "hydra/", "sweep.", "hardware.", *search)
-    kept = sorted(o for o in map(str, overrides) if not o.lstrip("+~").startswith(left_out))
+    kept = sorted(o for o in as_typed(overrides) if not o.lstrip("+~").startswith(left_out))
     digest = hashlib.sha256("\0".join(kept).encode()).hexdigest()
     return f"{method}_{digest[:8]}"
 

@@ -21,6 +21,7 @@ from stagesweep.base.errors import Interrupted, Pruned, UserError
 from stagesweep.base.files import atomic_text
 from stagesweep.config import schema
 from stagesweep.config.messages import explain
+from stagesweep.config.nodes import as_typed
 from stagesweep.run import result
 from stagesweep.run.hyperparameters import write_hyperparameters
 from stagesweep.run.result import MEASURED, StageResult
@@ -40,7 +41,7 @@ def run_stages(cfg: DictConfig, fingerprints: dict[str, str]) -> Objective:
     """Run every stage of a valid config in this process; see `execute` for what is returned."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    runner = Runner(cfg, fingerprints, folder, overrides=list(hydra.overrides.task))
+    runner = Runner(cfg, fingerprints, folder, overrides=as_typed(hydra.overrides.task))
     try:
         with signals.handled():
             runner.run()

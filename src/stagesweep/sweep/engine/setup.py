@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from optuna.pruners import BasePruner, WilcoxonPruner
 
 from stagesweep.base.errors import UserError
+from stagesweep.config.nodes import as_typed
 from stagesweep.config.schema import Search
 from stagesweep.config.signatures import locate_all
 from stagesweep.sweep.engine.backends import Backend
@@ -88,7 +89,7 @@ def validate_sweep(config: DictConfig, space: Space, launcher: Launcher, backend
 
     Skipped if a config group or a mandatory value is swept: then each trial is validated alone.
     """
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    overrides = OverridesParser.create().parse_overrides(as_typed(config.hydra.overrides.task))
     swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
     swept |= {key for name in space.distributions for key in name.split(",")} - {ABLATION}
     if config.search.repeats > 1 and "seed" in swept:
@@ -99,7 +100,7 @@ def validate_sweep(config: DictConfig, space: Space, launcher: Launcher, backend
         # Composition raises the same error as for a single run.
         context: Any = getattr(launcher, "hydra_context", None)
         context.config_loader.load_sweep_config(config, [f"{key}=null"])
-    if any(OmegaConf.is_missing(config, key) for key in swept):
+    if swept & OmegaConf.missing_keys(config):
         return
     if isinstance(backend, SlotBackend):  # its server has imported torch; this process need not
         backend.call(validate_config, config)
@@ -112,8 +113,12 @@ def validate_config(config: DictConfig) -> None:
     # Not at the top: it may run in the fork server only.
     from stagesweep.config.validation import validate
 
-    HydraConfig.instance().set_config(config)
     shared = config.copy()
+    with read_write(shared.hydra), open_dict(shared.hydra):  # as of the first trial
+        shared.hydra.job.update(num=0, id="0")
+        folder = Path(shared.hydra.sweep.dir, str(shared.hydra.sweep.subdir))
+        shared.hydra.runtime.output_dir = str(folder.absolute())
+    HydraConfig.instance().set_config(shared)
     OmegaConf.set_readonly(shared, False)
     with open_dict(shared):
         del shared["hydra"]
@@ -186,7 +191,7 @@ def remove_password(config: DictConfig, storage: str) -> None:
     bare = without_password(storage)
     with read_write(config.hydra):
         config.hydra.sweeper.storage = bare
-        overrides = config.hydra.overrides.hydra
+        overrides = as_typed(config.hydra.overrides.hydra)
         config.hydra.overrides.hydra = [each.replace(storage, bare) for each in overrides]
 
 

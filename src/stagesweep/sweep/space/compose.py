@@ -17,6 +17,8 @@ from hydra.types import HydraContext
 from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from stagesweep.config.nodes import as_typed
+
 
 @dataclass(frozen=True)
 class SweepContext:
@@ -73,7 +75,7 @@ def compose_with_hydra(
 
 def differences(like: DictConfig, overrides: Sequence[str]) -> dict[str, Any] | None:
     """The values that differ, by key. None when more than plain values differ."""
-    before = list(like.hydra.overrides.task)
+    before = as_typed(like.hydra.overrides.task)
     keys = [key_of(each) for each in overrides]
     if keys != [key_of(each) for each in before] or len(set(keys)) < len(keys):
         return None
@@ -85,7 +87,9 @@ def differences(like: DictConfig, overrides: Sequence[str]) -> dict[str, Any] | 
         if old == new:
             continue
         near = any(k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in values)
-        if key in groups or near or isinstance(OmegaConf.select(like, key), Container):
+        if key in groups or near or "${" in old:  # an interpolation hides the type of its key
+            return None
+        if isinstance(OmegaConf.select(like, key, throw_on_resolution_failure=False), Container):
             return None
         given = parser.parse_override(new)
         if not plain(given):

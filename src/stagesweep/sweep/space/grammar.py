@@ -15,7 +15,7 @@ from optuna.distributions import CategoricalDistribution
 from stagesweep.base import compat
 from stagesweep.base.errors import UserError
 from stagesweep.config.messages import nearest
-from stagesweep.sweep.space.overrides import as_text, read_overrides, value_of
+from stagesweep.sweep.space.overrides import as_text, choice_text, read_overrides, value_of
 from stagesweep.sweep.space.parameter import Condition, Parameter
 from stagesweep.sweep.space.space import Space
 
@@ -72,7 +72,8 @@ def _values(override: Override) -> tuple[str, ...]:
     """The values of a list or the single value of an override, as override text."""
     if not override.is_choice_sweep():
         return (value_of(override),)
-    return tuple(map(as_text, override.sweep_iterator(transformer=Transformer.encode)))
+    values = override.sweep_iterator(Transformer.identity)
+    return tuple(as_text(choice_text(value)) for value in values)
 
 
 def _plain(override: Override) -> Parameter:
@@ -89,7 +90,10 @@ def _plain(override: Override) -> Parameter:
     except ValueError as error:
         raise UserError(f"{line}: {error}") from error
     if isinstance(distribution, CategoricalDistribution):
-        distribution = _choices(distribution.choices)
+        values: Sequence[Any] = distribution.choices
+        if override.is_choice_sweep():
+            values = list(map(choice_text, override.sweep_iterator(Transformer.identity)))
+        distribution = _choices(values)
     return Parameter((override.get_key_element(),), distribution)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from stagesweep.base.errors import UserError
@@ -27,6 +27,44 @@ def value_of(override: Override) -> str:
     return str(override.get_value_element_as_str())
 
 
+def choice_text(value: Any) -> Any:
+    """One of the values of a sweep: text as an override that gives this value, others as they are.
+
+    Hydra's parser takes escapes and quotes away. The text gets quotes where it needs them.
+    """
+    match value:
+        case QuotedString():
+            return value.with_quotes()
+        case str():
+            return value if _reads_as(value) else quoted(value)
+        case None | list() | dict():
+            return as_text(value)
+    return value
+
+
+def quoted(value: str) -> str:
+    """Text in quotes, which Hydra reads as this text."""
+    return str(QuotedString(value, Quote.single).with_quotes())
+
+
+def _reads_as(text: str) -> bool:
+    """Whether Hydra reads a text without quotes as itself."""
+    try:
+        return bool(OverridesParser.create().parse_override(f"k={text}").value() == text)
+    except HydraException:
+        return False
+
+
+def _nested(value: Any) -> str:
+    """A value within a list or a dict as the text of an override."""
+    match value:
+        case QuotedString():
+            return str(value.with_quotes())
+        case str():
+            return value if _reads_as(value) else quoted(value)
+    return as_text(value)
+
+
 def as_text(value: Any) -> str:
     """A value as the text of an override."""
     match value:
@@ -34,4 +72,8 @@ def as_text(value: Any) -> str:
             return "null"
         case bool():
             return str(value).lower()
+        case list():
+            return f"[{','.join(map(_nested, value))}]"
+        case dict():
+            return f"{{{','.join(f'{_nested(k)}:{_nested(v)}' for k, v in value.items())}}}"
     return str(value)
