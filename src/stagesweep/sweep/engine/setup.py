@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from optuna.pruners import BasePruner, WilcoxonPruner
 
 from stagesweep.base.errors import UserError
 from stagesweep.config.schema import Search
+from stagesweep.sweep.engine import shared_settings
 from stagesweep.sweep.engine.backends import Backend
 from stagesweep.sweep.engine.slots import SlotBackend
 from stagesweep.sweep.space.grammar import ABLATION, parse
@@ -28,6 +29,18 @@ from stagesweep.sweep.study.url import without_password
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+
+
+def share_settings(
+    config: DictConfig, launcher: Launcher, arguments: Sequence[str]
+) -> Collection[str]:
+    """Take what the controller reads, the space included, from trials of the command line.
+
+    Returns the keys that the command line sweeps.
+    """
+    typed = parse({}, trial_overrides(arguments))
+    shared_settings.share(config, typed, launcher)
+    return typed.distributions
 
 
 def search_space(
