@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from stagesweep.base.errors import Interrupted, UserError
-from stagesweep.config import register, trust
+from stagesweep.config import options, register, trust
 from stagesweep.config.messages import explain
 from stagesweep.config.nodes import hardware_settings
 from stagesweep.hardware import environment
@@ -58,6 +58,7 @@ def main() -> None:
 def job(cfg: DictConfig) -> float | list[float] | None:
     """Execute one run, as Hydra's task function; return the value of its objective."""
     try:
+        options.check_optional_groups()
         environment.set_variables(hardware_settings(cfg))
         from stagesweep.run.execute import execute
 

@@ -55,6 +55,12 @@ def search_space(
         variants=settings.ablation.variants,
         leave_one_out=settings.ablation.leave_one_out,
     )
+    choices = config.hydra.runtime.choices
+    if not space.parameters and choices.get("search") == "ablation":
+        raise UserError(
+            f"no variants; write conf/search/ablation/{choices.experiment}.yaml, or name them: "
+            "\"search.ablation.leave_one_out=['~stage.<name>.loss.<term>']\""
+        )
     is_grid = str(sweeper.sampler.get("_target_", "")).endswith("GridSampler")
     if not space.parameters and not is_grid:
         raise UserError(
