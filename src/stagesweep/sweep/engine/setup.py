@@ -1,6 +1,7 @@
 """What happens before the first trial: the search space, validation, the folder and its lock."""
 
 import logging
+import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -144,6 +145,15 @@ def is_unknown_key(config: DictConfig, key: str) -> bool:
     return key[0].isalpha() and isinstance(node, DictConfig) and leaf not in node.keys()  # noqa: SIM118
 
 
+def check_study_name(name: str) -> None:
+    """Raise UserError if a study's name is not a name: it is a part of the sweep's folder."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or ".." in name:
+        raise UserError(
+            f"search.study={name} must be a name: letters, digits, '.', '_' and '-'; "
+            "the folder is hydra.sweep.dir"
+        )
+
+
 def choose_folder(
     config: DictConfig, sweeper: DictConfig, space: Space, about: dict[str, Any]
 ) -> tuple[Path, bool]:
@@ -153,6 +163,7 @@ def choose_folder(
     UserError, continue takes the folder, new takes the first free one of <folder>_2, <folder>_3 …
     Writes folder and study name into ``config`` and ``sweeper``.
     """
+    check_study_name(str(config.search.study))
     base, on_change = Path(config.hydra.sweep.dir), config.sweep.on_change
     if on_change not in ("refuse", "continue", "new"):
         raise UserError(f"sweep.on_change={on_change} must be refuse, continue or new")
