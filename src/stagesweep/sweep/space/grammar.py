@@ -82,6 +82,14 @@ def _plain(override: Override) -> Parameter:
         raise UserError(f"{line}: leave shuffle(…) out; the order of the points is the sampler's")
     if isinstance(value, IntervalSweep):
         _check_interval(str(line), value)
+    elif tags := sorted(getattr(value, "tags", ())):
+        key, tag = override.get_key_element(), tags[0]
+        hint = nearest(tag, ["log"])
+        raise UserError(
+            f"{line}: only an interval has tags; for a log scale write "
+            f"'{key}=tag(log, interval(a, b))', for whole numbers 'tag(log, int(interval(a, b)))'"
+            + (f" ({tag}: {hint})" if tag != "log" else "")
+        )
     try:
         distribution = compat.optuna_distribution(override)
     except (AssertionError, NotImplementedError) as error:
