@@ -16,7 +16,7 @@ from stagesweep.base import compat
 from stagesweep.base.errors import UserError
 from stagesweep.config.messages import nearest
 from stagesweep.sweep.space.overrides import as_text, read_overrides, value_of
-from stagesweep.sweep.space.parameter import Condition, Parameter
+from stagesweep.sweep.space.parameter import Condition, Parameter, meaning
 from stagesweep.sweep.space.space import Space
 
 # The parameter of an ablation, and its value for the full model.
@@ -242,7 +242,7 @@ def _condition(
         raise UserError(f"{place}: {condition.key} is continuous; a condition needs a choice(…)")
     can_be = [parent.settings(value)[condition.key] for value in parent.values()]
     for value in condition.values:
-        if value not in can_be:
+        if meaning(value) not in map(meaning, can_be):
             hint = nearest(value, can_be)
             raise UserError(f"{place}: {condition.key} is never {value}: {hint}")
     return condition
