@@ -30,7 +30,7 @@ def check_optional_groups() -> None:
     for group in ("search/space", "search/ablation"):
         option = runtime.choices.get(group)
         roots = [folder / group for folder in folders()]
-        if option in (None, runtime.choices.experiment) or not isinstance(option, str):
+        if option in (None, runtime.choices.get("experiment")) or not isinstance(option, str):
             continue
         if not any((root / f"{option.removesuffix('.yaml')}.yaml").is_file() for root in roots):
             known = {file.stem for root in roots for file in root.glob("*.yaml")}
