@@ -13,7 +13,7 @@ from hydra.utils import execution_whitelist
 from omegaconf import DictConfig
 
 from stagesweep.base.errors import Interrupted, UserError
-from stagesweep.config import register, trust
+from stagesweep.config import options, register, trust
 from stagesweep.config.messages import explain
 from stagesweep.config.nodes import hardware_settings
 from stagesweep.hardware import environment
@@ -60,6 +60,7 @@ def job(cfg: DictConfig) -> float | list[float] | None:
     """Execute one run, as Hydra's task function; return the value of its objective."""
     try:
         trust.check_variables(HydraConfig.get().job.env_set)
+        options.check_optional_groups()
         environment.set_variables(hardware_settings(cfg))
         from stagesweep.run.execute import execute
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.base.errors import UserError
+from stagesweep.config import options
 from stagesweep.config.messages import explain, nearest
 
 Compose = Callable[..., DictConfig]
@@ -28,7 +29,6 @@ LINES = {
     "model=vae_bse": "no 'vae_bse' in group 'model': did you mean 'vae_base'? there are ",
     "experiment=tinny": "no 'tinny' in group 'experiment': did you mean 'tiny'? there are ",
     "hardware=zzz": "no 'zzz' in group 'hardware': there are a100_40gb, ",
-    "search/space=zzz": "no 'zzz' in group 'search/space': there are ",
     "seed=[1": "cannot read 'seed=[1': no viable alternative at input '[1'",
     "seed": "cannot read 'seed': missing EQUAL at '<EOF>'",
     "seed=1,2": "Ambiguous value for argument 'seed=1,2'; 1. To use it as a list",
@@ -52,6 +52,24 @@ def test_composition(compose: Compose, override: str) -> None:
     assert line is not None
     assert line.startswith(LINES[override])
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("group", ["search/space", "search/ablation"])
+def test_an_experiment_may_have_no_space_but_a_named_one_exists(
+    compose: Compose, tmp_path: Path, group: str
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [tiny, _self_]\n"
+    )
+    method = "bayes" if group == "search/space" else "ablation"
+    config = compose("experiment=mine", f"search={method}", folders=[tmp_path])
+    options.check_optional_groups()
+    assert not config.search.space
+    assert not config.search.ablation.variants
+    compose("experiment=tiny", f"{group}=zzz")
+    with pytest.raises(UserError, match=f"no 'zzz' in group '{group}': there are "):
+        options.check_optional_groups()
 
 
 def test_a_fault_in_yaml_names_the_file(compose: Compose, tmp_path: Path) -> None:

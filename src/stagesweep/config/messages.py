@@ -41,7 +41,7 @@ def explain(error: BaseException) -> str | None:
     for link in links:
         match link:
             case MissingConfigException(missing_cfg_file=str(path)):
-                return _missing_option(path, link.options or ())
+                return missing_option(path, link.options or ())
             case OverrideParseException():
                 cause = link.__cause__ or link.__context__
                 return f"cannot read '{link.override}': {_one_line(str(cause or link))}"
@@ -115,7 +115,7 @@ def _failed_construction(error: BaseException) -> str | None:
     )
 
 
-def _missing_option(path: str, options: Iterable[str]) -> str:
+def missing_option(path: str, options: Iterable[str]) -> str:
     """Message for a config group, or an option of a group, that does not exist."""
     group, _, option = path.rpartition("/")
     known = [o for o in options if not o.startswith("base_")]

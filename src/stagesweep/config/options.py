@@ -7,11 +7,34 @@ from textwrap import shorten
 
 from hydra.core.hydra_config import HydraConfig
 
+from stagesweep.base.errors import UserError
+from stagesweep.config.messages import missing_option
+
 
 def folders() -> list[Path]:
     """The config folders of this command: stagesweep's own, then those that the user added."""
     sources = HydraConfig.get().runtime.config_sources
     return [Path(source.path) for source in sources if source.schema == "file"]
+
+
+def check_optional_groups() -> None:
+    """Raise UserError for an unknown option of search/space or search/ablation.
+
+    Hydra takes these groups as optional. Only the name of the experiment may have no file.
+    """
+    runtime = HydraConfig.get().runtime
+    if any(
+        s.schema == "pkg" and s.provider not in ("hydra", "schema") for s in runtime.config_sources
+    ):
+        return  # options may lie in a package
+    for group in ("search/space", "search/ablation"):
+        option = runtime.choices.get(group)
+        roots = [folder / group for folder in folders()]
+        if option in (None, runtime.choices.get("experiment")) or not isinstance(option, str):
+            continue
+        if not any((root / f"{option.removesuffix('.yaml')}.yaml").is_file() for root in roots):
+            known = {file.stem for root in roots for file in root.glob("*.yaml")}
+            raise UserError(missing_option(f"{group}/{option}", sorted(known)))
 
 
 def groups() -> str:

@@ -34,7 +34,9 @@ def all_metrics(stages: Iterable[StageResult]) -> dict[str, float]:
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
-    """Write ``result.json``."""
+    """Write ``result.json``. An infinite objective is the text "inf" or "-inf"."""
+    if objective := result.get("objective"):
+        result = {**result, "objective": with_infinity(objective)}
     atomic_text(folder / "result.json", json.dumps(without_nan(result), indent=1))
 
 
@@ -43,6 +45,15 @@ def mark_failed(folder: Path, reason: str) -> None:
     path = folder / "result.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     write(folder, {**before, "status": "failed", "reason": reason})
+
+
+def with_infinity(objective: Any) -> Any:
+    """Replace infinite values of an objective, or of several, by their texts."""
+    if isinstance(objective, list):
+        return [with_infinity(each) for each in objective]
+    value = objective.get("value")
+    infinite = isinstance(value, float) and math.isinf(value)
+    return {**objective, "value": str(value)} if infinite else objective
 
 
 def without_nan(value: Any) -> Any:

@@ -15,6 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from stagesweep.base.errors import UserError
+from stagesweep.config import options
 
 if TYPE_CHECKING:
     from stagesweep.sweep.engine.slots import SlotBackend
@@ -48,6 +49,7 @@ class StudySweeper(Sweeper):
 
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise UserError("a sweep is not for torchrun: set hardware.devices, and leave it out")
+        options.check_optional_groups()
         assert self.config is not None
         assert self.launcher is not None
         sweep(self.config, self.settings, self.launcher, arguments)

@@ -1,13 +1,17 @@
+"""What is checked before the first trial."""
+
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from stagesweep.base.errors import UserError
 from stagesweep.config import register
-from stagesweep.sweep.engine.setup import validate_sweep
+from stagesweep.sweep.engine.setup import check_study_name, validate_sweep
 from stagesweep.sweep.space.grammar import parse
 
 
@@ -23,3 +27,11 @@ def test_a_key_without_a_value_of_its_own_can_be_swept() -> None:
             validate_sweep(config, parse({}, given), launcher, launcher)
         finally:
             HydraConfig.instance().cfg = None
+
+
+def test_the_name_of_a_study_is_a_name() -> None:
+    for name in ("bayes_0a1b2c3d", "größe-2.1", "grid_1_2"):
+        check_study_name(name)
+    for name in ("../../x", "a/b", "..", "a..b", "/x", "", "a b", ".x", "a\\b", "a\n"):
+        with pytest.raises(UserError, match="must be a name"):
+            check_study_name(name)

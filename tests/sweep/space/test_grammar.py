@@ -162,6 +162,12 @@ ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
         {},
         "model=glob(*): cannot be searched; list the values with choice(…)",
     ),
+    "a tag of a range": (
+        {"n": "tag(log, range(1, 9))"},
+        {},
+        "n=tag(log, range(1, 9)): only an interval has tags; for a log scale write "
+        "'n=tag(log, interval(a, b))', for whole numbers 'tag(log, int(interval(a, b)))'",
+    ),
     "twice": ({"n": "1,2,1"}, {}, "n lists 1 twice; name every value once"),
     "zip: unequal": (
         {"a": "1,2", "b": "1,2,3"},

@@ -289,3 +289,17 @@ def test_other_samplers_take_a_space_with_conditions(name: str) -> None:
     if name == "grid":
         space = parse(TREE, [])
     assert len(suggested(space, samplers[name], 6)) == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "condition"),
+    [
+        ("plateau,cosine", "a='plateau'"),
+        ("'plateau',cosine", "a=plateau"),
+        ("1e-3,1", "a=0.001"),
+        ("true,false", "a=True"),
+    ],
+)
+def test_a_condition_compares_values_not_spellings(values: str, condition: str) -> None:
+    space = parse({"a": values, "b": "1,2"}, [], when={"b": condition})
+    assert space.size() == 3

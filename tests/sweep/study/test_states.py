@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stagesweep.run import result
 from stagesweep.sweep.study.states import Outcome, check_objective, combine_repeats, read_outcome
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5)
@@ -80,3 +81,12 @@ def test_an_objective_that_was_no_number_is_nan_read_outcome(tmp_path: Path) -> 
     assert found is not None
     assert math.isnan(found.value)
     assert check_objective(found).reason == "nan"
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 0.5])
+def test_an_objective_is_read_as_it_was_written(tmp_path: Path, value: float) -> None:
+    result.write(tmp_path, {"status": "complete", "objective": {"metric": "a/b", "value": value}})
+    assert read_outcome(tmp_path) == Outcome("complete", value)
+    several = [{"metric": "a/b", "value": value}, {"metric": "a/c", "value": 1.0}]
+    result.write(tmp_path, {"status": "complete", "objective": several})
+    assert read_outcome(tmp_path) == Outcome("complete", [value, 1.0])

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from stagesweep.base.errors import Interrupted, NotFinite
 from stagesweep.base.signals import SIGNALS
 from stagesweep.config.schema import Search, objectives
-from stagesweep.sweep.engine import setup, summary
+from stagesweep.sweep.engine import setup, shared_settings, summary
 from stagesweep.sweep.engine.backends import Backend, open_backend
 from stagesweep.sweep.engine.console import Console
 from stagesweep.sweep.engine.job import Finished, Job, JobEvent, Progress, Report
@@ -40,9 +40,11 @@ def sweep(
     config: DictConfig, sweeper: DictConfig, launcher: Launcher, arguments: Sequence[str]
 ) -> None:
     """Run a sweep, or continue it; UserError if no trial could run with this config."""
+    typed = setup.share_settings(config, launcher, arguments)
     settings = OmegaConf.to_object(config.search)
     assert isinstance(settings, Search)
     space, points = setup.search_space(config, sweeper, settings, arguments)
+    shared_settings.share(config, space, launcher, done=typed)
     modes = objectives(config.objective)
     pruner = setup.make_pruner(settings, list(modes))
     about = manifest.about(space, config)

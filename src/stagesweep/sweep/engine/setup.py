@@ -1,8 +1,9 @@
 """What happens before the first trial: the search space, validation, the folder and its lock."""
 
 import logging
+import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from stagesweep.base.errors import UserError
 from stagesweep.config.nodes import as_typed
 from stagesweep.config.schema import Search
 from stagesweep.config.signatures import locate_all
+from stagesweep.sweep.engine import shared_settings
 from stagesweep.sweep.engine.backends import Backend
 from stagesweep.sweep.engine.slots import SlotBackend
 from stagesweep.sweep.space.grammar import ABLATION, parse
@@ -30,6 +32,18 @@ from stagesweep.sweep.study.url import without_password
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+
+
+def share_settings(
+    config: DictConfig, launcher: Launcher, arguments: Sequence[str]
+) -> Collection[str]:
+    """Take what the controller reads, the space included, from trials of the command line.
+
+    Returns the keys that the command line sweeps.
+    """
+    typed = parse({}, trial_overrides(arguments))
+    shared_settings.share(config, typed, launcher)
+    return typed.distributions
 
 
 def search_space(
@@ -44,6 +58,12 @@ def search_space(
         variants=settings.ablation.variants,
         leave_one_out=settings.ablation.leave_one_out,
     )
+    choices = config.hydra.runtime.choices
+    if not space.parameters and choices.get("search") == "ablation":
+        raise UserError(
+            f"no variants; write conf/search/ablation/{choices.experiment}.yaml, or name them: "
+            "\"search.ablation.leave_one_out=['~stage.<name>.loss.<term>']\""
+        )
     is_grid = str(sweeper.sampler.get("_target_", "")).endswith("GridSampler")
     if not space.parameters and not is_grid:
         raise UserError(
@@ -132,6 +152,15 @@ def is_unknown_key(config: DictConfig, key: str) -> bool:
     return key[0].isalpha() and isinstance(node, DictConfig) and leaf not in node.keys()  # noqa: SIM118
 
 
+def check_study_name(name: str) -> None:
+    """Raise UserError if a study's name is not a name: it is a part of the sweep's folder."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or ".." in name:
+        raise UserError(
+            f"search.study={name} must be a name: letters, digits, '.', '_' and '-'; "
+            "the folder is hydra.sweep.dir"
+        )
+
+
 def choose_folder(
     config: DictConfig, sweeper: DictConfig, space: Space, about: dict[str, Any]
 ) -> tuple[Path, bool]:
@@ -141,6 +170,7 @@ def choose_folder(
     UserError, continue takes the folder, new takes the first free one of <folder>_2, <folder>_3 …
     Writes folder and study name into ``config`` and ``sweeper``.
     """
+    check_study_name(str(config.search.study))
     base, on_change = Path(config.hydra.sweep.dir), config.sweep.on_change
     if on_change not in ("refuse", "continue", "new"):
         raise UserError(f"sweep.on_change={on_change} must be refuse, continue or new")

@@ -16,7 +16,7 @@ from stagesweep.base import compat
 from stagesweep.base.errors import UserError
 from stagesweep.config.messages import nearest
 from stagesweep.sweep.space.overrides import as_text, choice_text, read_overrides, value_of
-from stagesweep.sweep.space.parameter import Condition, Parameter
+from stagesweep.sweep.space.parameter import Condition, Parameter, meaning
 from stagesweep.sweep.space.space import Space
 
 # The parameter of an ablation, and its value for the full model.
@@ -83,6 +83,14 @@ def _plain(override: Override) -> Parameter:
         raise UserError(f"{line}: leave shuffle(…) out; the order of the points is the sampler's")
     if isinstance(value, IntervalSweep):
         _check_interval(str(line), value)
+    elif tags := sorted(getattr(value, "tags", ())):
+        key, tag = override.get_key_element(), tags[0]
+        hint = nearest(tag, ["log"])
+        raise UserError(
+            f"{line}: only an interval has tags; for a log scale write "
+            f"'{key}=tag(log, interval(a, b))', for whole numbers 'tag(log, int(interval(a, b)))'"
+            + (f" ({tag}: {hint})" if tag != "log" else "")
+        )
     try:
         distribution = compat.optuna_distribution(override)
     except (AssertionError, NotImplementedError) as error:
@@ -238,7 +246,7 @@ def _condition(
         raise UserError(f"{place}: {condition.key} is continuous; a condition needs a choice(…)")
     can_be = [parent.settings(value)[condition.key] for value in parent.values()]
     for value in condition.values:
-        if value not in can_be:
+        if meaning(value) not in map(meaning, can_be):
             hint = nearest(value, can_be)
             raise UserError(f"{place}: {condition.key} is never {value}: {hint}")
     return condition

@@ -29,7 +29,18 @@ class Condition:
 
     def holds(self, settings: Mapping[str, str]) -> bool:
         """Whether the condition holds for the settings of a point (key -> override text)."""
-        return settings.get(self.key) in self.values
+        given = settings.get(self.key)
+        return given is not None and meaning(given) in map(meaning, self.values)
+
+
+def meaning(text: str) -> str | float:
+    """The value of an override's text, whatever its spelling: 1e-3 and 0.001, True and true."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    try:
+        return float(text)
+    except ValueError:
+        return text.lower() if text.lower() in ("true", "false", "null") else text
 
 
 @dataclass(frozen=True)

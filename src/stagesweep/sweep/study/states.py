@@ -60,8 +60,17 @@ def read_outcome(folder: Path) -> Outcome | None:
         case "complete":
             objective = result.get("objective") or {}
             several = objective if isinstance(objective, list) else [objective]
-            values = [math.nan if (v := each.get("value")) is None else v for each in several]
+            values = [
+                math.nan if (v := each.get("value")) is None else number(v) for each in several
+            ]
             return Outcome("complete", values if isinstance(objective, list) else values[0])
         case "pruned":
             return Outcome("pruned")
     return None
+
+
+def number(value: Any) -> Any:
+    """The number of a value in ``result.json``: NaN is null there, and infinities are texts."""
+    if value is None:
+        return math.nan
+    return float(value) if value in ("inf", "-inf") else value
