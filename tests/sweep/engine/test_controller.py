@@ -81,7 +81,7 @@ def test_a_failure_of_the_environment_ends_the_sweep_and_costs_no_trial(lab: "La
 
 def test_the_same_error_of_the_first_trials_ends_the_sweep(lab: "Lab") -> None:
     (lab.log / "broken").touch()
-    given = ("stage.toy.x=range(0,9)", "stage.toy.act=mendable", "sweep.slots=1")
+    given = ("stage.toy.x=range(0,4)", "stage.toy.act=mendable", "sweep.slots=1")
     _, errors = lab.sweep(*given, "search.max_failures_in_a_row=3", status=1)
     assert "the first 3 trials failed with the same error" in errors
     assert errors.count("the second line") == 1
@@ -91,9 +91,8 @@ def test_the_same_error_of_the_first_trials_ends_the_sweep(lab: "Lab") -> None:
     assert len(lab.study.trials) == 3
     (lab.log / "broken").unlink()
     said, _ = lab.sweep(*given, "search.retry_failed=true")
-    assert "9 of 9 trials finished" in said
+    assert "4 of 4 trials finished" in said
     assert lab.study.trials[0].user_attrs.keys() == {"overrides", "seconds"}
-    assert list(lab.table["trial"]) == list(range(9))
 
 
 def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: "Lab") -> None:
