@@ -41,6 +41,11 @@ class Toy:
         if self.act == "kill" or (self.act == "kill_once" and first):
             Path(self.log, self.act).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        number, _, cause = self.act.partition(":")
+        if number.isdigit() and Path(self.log, cause).exists():
+            raise OSError(int(number), os.strerror(int(number)), "file")
+        if self.act == "mendable" and Path(self.log, "broken").exists():
+            raise RuntimeError("the first line\nthe second line")
         if self.act == "hangs":
             time.sleep(500)
         for step in range(1, self.steps + 1):

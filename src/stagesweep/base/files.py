@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from stagesweep.base.errors import UserError
+from stagesweep.base.errors import DISK_ERRORS, EnvironmentFailure, MissingFile, UserError
 
 _SUFFIX = ".tmp"
 _ELSEWHERE = "set STAGESWEEP_STORE or hydra.run.dir to another place"
@@ -87,10 +87,12 @@ def explain(error: OSError, path: Path) -> UserError:
         case errno.ENOENT:
             problem = f"no such file: {path}"
             remedy = "something removed it; run the same command again"
+            return MissingFile(f"{problem}; {remedy}", str(path))
         case _:
             problem = f"cannot use {path}: {error.strerror or error}"
             remedy = f"check the disk, or {_ELSEWHERE}"
-    return UserError(f"{problem}; {remedy}")
+    kind = EnvironmentFailure if error.errno in DISK_ERRORS else UserError
+    return kind(f"{problem}; {remedy}")
 
 
 @contextmanager

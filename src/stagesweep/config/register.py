@@ -30,7 +30,16 @@ def folder() -> Path:
 
 
 # Keys of `search` that may change between two starts of a sweep.
-CHANGEABLE = ("n_trials", "study", "budget", "timeout", "max_retries", "max_failure_rate")
+CHANGEABLE = (
+    "n_trials",
+    "study",
+    "budget",
+    "timeout",
+    "max_retries",
+    "max_failure_rate",
+    "max_failures_in_a_row",
+    "retry_failed",
+)
 
 
 def study_name(method: str, overrides: Sequence[str]) -> str:

@@ -382,6 +382,11 @@ class Search:
     budget: float | None = bounded(None, gt=0)
     # A sweep with a larger share of failed trials exits with status 1.
     max_failure_rate: float = bounded(1.0, ge=0)
+    # The sweep stops when this many trials in a row, and all before them, failed, these with the
+    # same error. 0: it never does.
+    max_failures_in_a_row: int = bounded(5, ge=0)
+    # Run the failed trials of earlier starts again, under their own numbers.
+    retry_failed: bool = False
     # Optuna pruner (null: none), the metric of a fit that it watches, <stage>/<metric> (null: the
     # objective), and the mode of that metric (null: as the objective).
     pruner: Any = None

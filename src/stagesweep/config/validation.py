@@ -10,7 +10,7 @@ from hydra.utils import execution_whitelist
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stagesweep.base.errors import UserError
+from stagesweep.base.errors import MissingFile, UserError
 from stagesweep.config import schema, stage_checks, target_checks, trust
 from stagesweep.config.messages import explain, nearest
 from stagesweep.config.nodes import copy_config
@@ -116,4 +116,6 @@ def check_files(cfg: DictConfig) -> None:
     for key in ("data.path", "init_from"):
         path = OmegaConf.select(cfg, key)
         if isinstance(path, str) and not Path(path).exists():
-            raise UserError(f"{key}={path}: no such file or folder (looked from {Path.cwd()})")
+            raise MissingFile(
+                f"{key}={path}: no such file or folder (looked from {Path.cwd()})", str(path)
+            )

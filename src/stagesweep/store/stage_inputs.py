@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stagesweep.base.errors import UserError
+from stagesweep.base.errors import MissingFile
 from stagesweep.config import schema
 from stagesweep.config.nodes import has_parts, target_names
 from stagesweep.store.fingerprint import ImportCache, fingerprint
@@ -119,7 +119,7 @@ def _loss_terms(node: Any) -> set[str]:
 def hash_path(path: Path) -> str:
     """Hash the content of a file, or the names, sizes and times of all files of a folder."""
     if not path.exists():
-        raise UserError(f"no such file or folder: {path}")
+        raise MissingFile(f"no such file or folder: {path}", str(path))
     if path.is_file():
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """The engine by the real command: ends of every kind, resume, kills, pruning, repeats, slots."""
 
+import errno
 import json
 import os
 import random
@@ -60,6 +61,38 @@ def test_each_bad_end_has_its_reason_and_the_sweep_goes_on(lab: "Lab") -> None:
         "stagesweep: 4 of 6 trials failed, more than search.max_failure_rate=0.6 allows; the first"
     )
     assert len(lab.calls) == calls
+
+
+def test_a_failure_of_the_environment_ends_the_sweep_and_costs_no_trial(lab: "Lab") -> None:
+    (lab.log / "full").touch()
+    given = ("stage.toy.x=range(0,12)", f"'stage.toy.act=\"{errno.ENOSPC}:full\"'".strip("'"))
+    _, errors = lab.sweep(*given, status=1)
+    last = errors.splitlines()[-1]
+    assert last.startswith("stagesweep: sweep stopped at #"), errors
+    assert "disk full" in last
+    assert last.endswith("the same command goes on with what is left")
+    assert not any(trial.state.is_finished() for trial in lab.study.trials)
+    assert len(lab.study.trials) < 12
+    (lab.log / "full").unlink()
+    said, _ = lab.sweep(*given)
+    assert "12 of 12 trials finished" in said
+    assert [trial.number for trial in lab.study.trials] == list(range(12))
+
+
+def test_the_same_error_of_the_first_trials_ends_the_sweep(lab: "Lab") -> None:
+    (lab.log / "broken").touch()
+    given = ("stage.toy.x=range(0,4)", "stage.toy.act=mendable", "sweep.slots=1")
+    _, errors = lab.sweep(*given, "search.max_failures_in_a_row=3", status=1)
+    assert "the first 3 trials failed with the same error" in errors
+    assert errors.count("the second line") == 1
+    assert [trial.state.name for trial in lab.study.trials] == ["FAIL"] * 3
+    # Nothing has been mended: the same command burns no more of the budget.
+    lab.sweep(*given, "search.max_failures_in_a_row=3", status=1)
+    assert len(lab.study.trials) == 3
+    (lab.log / "broken").unlink()
+    said, _ = lab.sweep(*given, "search.retry_failed=true")
+    assert "4 of 4 trials finished" in said
+    assert lab.study.trials[0].user_attrs.keys() == {"overrides", "seconds"}
 
 
 def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: "Lab") -> None:

@@ -7,11 +7,10 @@ from typing import Any, Protocol
 
 from hydra.plugins.launcher import Launcher
 
-from stagesweep.base.errors import reason
-from stagesweep.config.messages import explain
 from stagesweep.sweep.engine.job import Finished, Job, JobEvent
 from stagesweep.sweep.engine.ray_backend import ray_backend
 from stagesweep.sweep.engine.submitit_backend import submitit_backend
+from stagesweep.sweep.engine.worker import failed
 from stagesweep.sweep.study.states import Outcome
 
 
@@ -114,8 +113,7 @@ class BatchBackend:
         try:
             return Outcome("complete", job_return.return_value)
         except Exception as error:
-            line = (explain(error) or f"{type(error).__name__}: {error}").splitlines()[0]
-            return Outcome("failed", None, reason(error), line)
+            return failed(error)
 
     def answer(self, job: Job, stop: bool) -> None:
         """Do nothing: these jobs report no values."""

@@ -16,7 +16,7 @@ from types import FrameType
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from stagesweep.base.errors import Interrupted, NotFinite
+from stagesweep.base.errors import EnvironmentFailure, Interrupted, NotFinite, UserError
 from stagesweep.base.signals import SIGNALS
 from stagesweep.config.schema import Search, objectives
 from stagesweep.sweep.engine import setup, shared_settings, summary
@@ -65,13 +65,11 @@ def sweep(
             study = Study(
                 folder, sweeper, settings, space, points, pruner, list(modes.values()), coordinator
             )
-        try:
+        with summary.written(study):
             if not study.finished:
                 backend = backend or open_backend(launcher)
                 backend.prune_on = setup.pruning_metric(pruner, settings, next(iter(modes)))
                 Controller(study, backend, config, settings).run()
-        finally:
-            summary.write_results(study)
     summary.check_failures(study)
 
 
@@ -96,6 +94,8 @@ class Controller:
         self.clock = SweepTimer(study.optuna)
         self.out_of_time = False
         self.stop_signal: int | None = None
+        # Why the sweep ends early, other than by a signal.
+        self.stop_error: UserError | None = None
         # The pruner compares values by the mode of the objective. The sign of a metric with the
         # other mode is flipped.
         mode = next(iter(objectives(config.objective).values()))
@@ -115,6 +115,13 @@ class Controller:
                 self.stop_signal,
                 f"sweep stopped by {name}; the same command goes on with what is left",
             )
+        if self.stop_error is not None:
+            raise self.stop_error
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the sweep ends early, and no more jobs start."""
+        return self.stop_signal is not None or self.stop_error is not None
 
     def loop(self) -> None:
         """Start jobs and handle their events, until nothing is left."""
@@ -123,6 +130,7 @@ class Controller:
         ):  # several controllers take unfinished trials one by one
             for trial in self.study.unfinished():
                 self.start_trial(trial)
+        self.check_repeated_failure()
         try:
             while True:
                 self.fill_backend()
@@ -134,14 +142,14 @@ class Controller:
                 ):
                     self.handle(event)
                 self.drop_lost_trials()
-                if self.stop_signal is not None and not self.backend.busy:
+                if self.stopping and not self.backend.busy:
                     return
         finally:
             self.clock.tick(last=True)
 
     def waits_for_others(self) -> bool:
         """Whether another controller runs trials, which this one takes over if that one dies."""
-        if not self.study.coordinator.shared or self.stop_signal is not None or self.out_of_time:
+        if not self.study.coordinator.shared or self.stopping or self.out_of_time:
             return False
         return bool(self.study.running())
 
@@ -158,7 +166,7 @@ class Controller:
 
     def fill_backend(self) -> None:
         """Start queued jobs, and new trials, while the backend has room."""
-        while self.stop_signal is None and self.backend.free:
+        while not self.stopping and self.backend.free:
             if self.queue:
                 self.start_job(self.queue.popleft())
             elif self.is_budget_spent() or (trial := self.study.ask()) is None:
@@ -263,6 +271,14 @@ class Controller:
         """Record the outcome of a job, or queue the job again if the reason is worth a retry."""
         if outcome.state == "interrupted" or job.number not in self.trials:
             return
+        if outcome.missing is not None and self.study.has_found(outcome.missing):
+            outcome = replace(outcome, reason=EnvironmentFailure.reason)
+        if outcome.reason == EnvironmentFailure.reason:
+            # The trial stays a running one in the study, so the next start continues it.
+            line = f"sweep stopped at #{job.subdir}: {outcome.message}"
+            again = "the same command goes on with what is left"
+            self.stop_early(EnvironmentFailure(f"{line}; when that works again, {again}"))
+            return
         retries = self.retries.get(job.subdir, 0)
         if outcome.reason in RETRIED and retries < self.settings.max_retries:
             self.retries[job.subdir] = retries + 1
@@ -288,6 +304,32 @@ class Controller:
         outcome = self.study.tell(trial, ended, violations, seconds=seconds)
         del self.trials[trial.number], self.pending[trial.number]
         self.console.trial_finished(trial, outcome, seconds)
+        if outcome.state == "failed":
+            self.check_repeated_failure(outcome.text)
+
+    def check_repeated_failure(self, text: str = "") -> None:
+        """Stop the sweep if its first trials failed with the same error, whose text is given."""
+        if self.stopping or self.study.finished:
+            return
+        count = self.settings.max_failures_in_a_row
+        if (last := self.study.repeated_failure(count)) is None:
+            return
+        message = str(last.user_attrs.get("message", ""))
+        error = text.strip() or message
+        log_file = self.study.folder / str(last.number) / "trial.log"
+        more = f" (its log: {log_file})" if log_file.exists() else ""
+        self.stop_early(
+            UserError(
+                f"the first {count} trials failed with the same error{more}: {error}; mend it and "
+                "add search.retry_failed=true, or go on with search.max_failures_in_a_row=0"
+            )
+        )
+
+    def stop_early(self, error: UserError) -> None:
+        """Tell all jobs to save and exit, and end the sweep with an error."""
+        if not self.stopping:
+            self.stop_error = error
+            self.backend.stop()
 
     def stop(self, signum: int) -> bool:
         """Tell all jobs to save and exit; the next start of the sweep continues their trials.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stagesweep.base import trial
 from stagesweep.base.trial import Trial
-from stagesweep.sweep.engine.worker import redirect_output, run_to_outcome
+from stagesweep.sweep.engine.worker import failed, redirect_output, run_to_outcome
 from stagesweep.sweep.space.compose import SweepContext
 from stagesweep.sweep.study.states import Outcome
 
@@ -68,14 +68,17 @@ def run_on_cluster(
     sys.path.extend(path for path in search_path if path not in sys.path)
     work: SweepContext = pickle.loads(pickled)
     job_folder = work.folder / subdir
-    redirect_output(job_folder / "trial.log")
     current = FileTrial(job_folder, prune_on)
     trial.set_current(current)
-    current.write(None, 0)  # the job has started
     try:
+        redirect_output(job_folder / "trial.log")
+        current.write(None, 0)  # the job has started
         return run_to_outcome(current, work, number, subdir, overrides)
     except (SystemExit, KeyboardInterrupt):
         return Outcome("interrupted", None, "killed", "it was told to end")
+    except OSError as error:
+        return failed(error)
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with suppress(OSError):  # a full disk, which the outcome says
+                stream.flush()

@@ -11,12 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import fields
 from multiprocessing.connection import Connection
 from typing import Any
 
 from stagesweep.base import signals, trial
 from stagesweep.base.trial import Trial
-from stagesweep.sweep.engine.worker import redirect_output, run_to_outcome
+from stagesweep.sweep.engine.worker import failed, redirect_output, run_to_outcome
 from stagesweep.sweep.space.compose import SweepContext
 
 # Seconds between SIGTERM, upon which a fit saves its checkpoint, and SIGKILL.
@@ -86,12 +87,14 @@ def run_in_slot(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as in the server, if it was spawned
     work: SweepContext = pickle.loads(pickled)
-    redirect_output(work.folder / subdir / "trial.log")
     current = PipeTrial(connection, prune_on)
     trial.set_current(current)
     try:
+        redirect_output(work.folder / subdir / "trial.log")
         outcome = run_to_outcome(current, work, number, subdir, overrides)
     except (SystemExit, KeyboardInterrupt) as error:
         current.send("finished", "interrupted", None, "killed", "it was told to end")
         raise SystemExit(getattr(error, "code", 130)) from None
-    current.send("finished", outcome.state, outcome.value, outcome.reason, outcome.message)
+    except OSError as error:
+        outcome = failed(error)
+    current.send("finished", *(getattr(outcome, each.name) for each in fields(outcome)))

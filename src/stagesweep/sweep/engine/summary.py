@@ -1,10 +1,16 @@
 """The end of a sweep: its tables and report, what it prints, and whether it has failed."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text
+from stagesweep.config.messages import explain
 from stagesweep.sweep.study.study import Study
+
+log = logging.getLogger(__name__)
 
 
 def write_results(study: Study) -> None:
@@ -32,6 +38,20 @@ def write_results(study: Study) -> None:
         print(f"\nMean ± half the 95 % interval over {len(sweep.complete)} seeds:\n")
         print(tables.with_intervals(table))
     print(closing_lines(folder, front[0].folder if front and not several else None))
+
+
+@contextmanager
+def written(study: Study) -> Iterator[None]:
+    """Write the results after the block. If the block fails, its error is the one that counts."""
+    try:
+        yield
+    except BaseException:
+        try:
+            write_results(study)
+        except Exception as error:
+            log.warning("the tables and the report were not written: %s", explain(error) or error)
+        raise
+    write_results(study)
 
 
 def closing_lines(folder: Path, best: Path | None) -> str:

@@ -18,7 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import execution_whitelist
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from stagesweep.base.errors import reason
+from stagesweep.base.errors import missing_file, reason
 from stagesweep.base.trial import Trial
 from stagesweep.config.messages import explain
 from stagesweep.config.nodes import copy_config
@@ -40,14 +40,18 @@ def run_to_outcome(
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:
-        line = explain(error)
-        if line is None:
+        if explain(error) is None:
             log.exception("failed")
-        message = line or f"{type(error).__name__}: {error}"
-        return Outcome("failed", None, reason(error), message.splitlines()[0])
+        return failed(error)
     if returned is None and current.should_stop():
         return Outcome("pruned")
     return Outcome("complete", returned)
+
+
+def failed(error: BaseException) -> Outcome:
+    """The outcome of a run that raised an error."""
+    text = explain(error) or f"{type(error).__name__}: {error}"
+    return Outcome("failed", None, reason(error), text.splitlines()[0], text, missing_file(error))
 
 
 def run_task(work: SweepContext, number: int, subdir: str, overrides: Sequence[str]) -> Any:

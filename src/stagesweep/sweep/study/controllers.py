@@ -21,8 +21,8 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-from stagesweep.base.errors import UserError
-from stagesweep.sweep.study.storage import SingleWriterStorage
+from stagesweep.base.errors import EnvironmentFailure, UserError
+from stagesweep.sweep.study.storage import SingleWriterStorage, reopen_failed
 from stagesweep.sweep.study.url import password, without_password
 
 if TYPE_CHECKING:
@@ -55,6 +55,16 @@ class Coordinator:
         if not self.shared:
             return SingleWriterStorage(self.url)
         return get_storage(RDBStorage(self.url, engine_kwargs=dict(self.options)))
+
+    def reopen_failed(self, study_name: str) -> list[int]:
+        """Make the failed trials of a study running ones again; returns their numbers.
+
+        Hold the lock. Other controllers that run at the moment do not see it.
+        """
+        engine = self.engine if self.shared else RDBStorage(self.url).engine
+        if not sqlalchemy.inspect(engine).has_table("trials"):
+            return []
+        return reopen_failed(engine, study_name)
 
     @contextmanager
     def lock(self, name: str = "") -> Iterator[None]:
@@ -155,6 +165,6 @@ def storage_errors(storage: str) -> Iterator[None]:
         secret = password(storage)
         line = " ".join(said.split("\n")[0].split())
         line = line.replace(secret, "***") if secret else line
-        raise UserError(
+        raise EnvironmentFailure(
             f"hydra.sweeper.storage={shown}: {line}; the same command goes on when it works again"
         ) from error

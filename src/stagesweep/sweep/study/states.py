@@ -21,6 +21,10 @@ class Outcome:
     value: Any = None
     reason: str | None = None
     message: str = ""
+    # The whole text of the error, of which ``message`` is the first line.
+    text: str = ""
+    # The file whose absence made the run fail.
+    missing: str | None = None
 
 
 def combine_repeats(outcomes: list[Outcome]) -> Outcome:
@@ -74,3 +78,16 @@ def number(value: Any) -> Any:
     if value is None:
         return math.nan
     return float(value) if value in ("inf", "-inf") else value
+
+
+def forget_failures(folder: Path) -> None:
+    """Remove the ``result.json`` of each run of a failed trial that has to run again.
+
+    Those are the runs without an objective, or all of them if each has one.
+    """
+    runs = [file.parent for file in (*folder.glob("result.json"), *folder.glob("*/result.json"))]
+    outcomes = {run: read_outcome(run) for run in runs}
+    good = [run for run, o in outcomes.items() if o and check_objective(o).state == "complete"]
+    for run in runs:
+        if run not in good or len(good) == len(runs):
+            (run / "result.json").unlink(missing_ok=True)

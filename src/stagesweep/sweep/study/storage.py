@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.study import Study, StudyDirection, get_all_study_names, load_study
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Engine, delete, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from stagesweep.base import compat
@@ -53,6 +53,37 @@ def load_recorded(folder: Path, url: str | None) -> Study:
         raise UserError(f"{shown} cannot be read as an Optuna study: {line}") from error
     have = ", ".join(names) or "none"
     raise UserError(f"{without_password(place)} has no study '{folder.name}'; it has {have}")
+
+
+def reopen_failed(engine: Engine, study_name: str) -> list[int]:
+    """Make the failed trials of a study running ones again; returns their numbers.
+
+    Optuna has no public way to change a trial that has ended. Open the study after this: a storage
+    keeps ended trials in memory.
+    """
+    tables = compat.optuna_tables()
+    trials, attributes = tables.TrialModel, tables.TrialUserAttributeModel
+    system = tables.TrialSystemAttributeModel
+    studies = tables.StudyModel
+    failed = (
+        select(trials.trial_id, trials.number)
+        .join(studies, studies.study_id == trials.study_id)
+        .where(studies.study_name == study_name, trials.state == TrialState.FAIL)
+        .order_by(trials.number)
+    )
+    with engine.begin() as connection:
+        found = connection.execute(failed).all()
+        for key, _ in found:
+            connection.execute(
+                update(trials)
+                .where(trials.trial_id == key)
+                .values(state=TrialState.RUNNING, datetime_complete=None)
+            )
+            of_its_end = (attributes.trial_id == key) & (attributes.key != "overrides")
+            connection.execute(delete(attributes).where(of_its_end))
+            bounds = (system.trial_id == key) & system.key.startswith("constraint")
+            connection.execute(delete(system).where(bounds))
+    return [number for _, number in found]
 
 
 class SingleWriterStorage(InMemoryStorage):

@@ -8,12 +8,13 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+import yaml
 from omegaconf import DictConfig
 from optuna.distributions import check_distribution_compatibility
 from optuna.study import StudyDirection
@@ -23,9 +24,10 @@ from stagesweep.base.errors import UserError
 from stagesweep.config.schema import Mode, Search
 from stagesweep.sweep.space.parameter import describe
 from stagesweep.sweep.space.space import Space
+from stagesweep.sweep.study import manifest
 from stagesweep.sweep.study.controllers import Coordinator
 from stagesweep.sweep.study.sampling import SamplerFactory
-from stagesweep.sweep.study.states import Outcome, combine_repeats
+from stagesweep.sweep.study.states import Outcome, combine_repeats, forget_failures
 from stagesweep.sweep.study.storage import SingleWriterStorage
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,9 @@ class Study:
         self.folder, self.settings, self.space, self.pruner = folder, settings, space, pruner
         self.coordinator = coordinator
         self.samplers = SamplerFactory(sweeper.sampler, space)
+        if settings.retry_failed:
+            for number in coordinator.reopen_failed(sweeper.study_name):
+                forget_failures(folder / str(number))
         self.storage = coordinator.open_storage()
         self.optuna = optuna.create_study(
             study_name=sweeper.study_name,
@@ -273,6 +278,49 @@ class Study:
                         told.set_constraint(name, bounded[name])
                 self.optuna.tell(number, values, state)
         return outcome
+
+    def repeated_failure(self, count: int) -> FrozenTrial | None:
+        """The latest trial, if none has succeeded and the latest ``count`` failed alike."""
+        ended = [t for t in self.trials() if t.state.is_finished()]
+        if any(trial.state is not TrialState.FAIL for trial in ended):
+            return None
+        own = [trial for trial in ended if "same_as" not in trial.user_attrs]
+        own.sort(key=lambda trial: (trial.datetime_complete, trial.number))
+        latest = own[-count:] if count else []
+        errors = {
+            (
+                trial.user_attrs.get("reason"),
+                # An error may name the folder of its trial.
+                str(trial.user_attrs.get("message")).replace(
+                    str(self.folder / str(trial.number)), str(self.folder)
+                ),
+            )
+            for trial in latest
+        }
+        return latest[-1] if latest and len(latest) == count and len(errors) == 1 else None
+
+    def has_found(self, path: str) -> bool:
+        """Whether the sweep found a file, which is missing now.
+
+        It did if the file was there when the sweep began, or if a complete trial was given it.
+        A folder stands for its files while it is missing.
+        """
+        file = Path(path).absolute()
+        missing = [file, *(folder for folder in file.parents if not folder.exists())]
+        began = manifest.read(self.folder) or {}
+        if any(Path(each).absolute() in missing for each in began.get("files") or ()):
+            return True
+        complete = [t.number for t in self.trials() if t.state is TrialState.COMPLETE]
+        for number in complete:
+            for config in (self.folder / str(number)).glob("**/config.yaml"):
+                with suppress(OSError, ValueError, yaml.YAMLError):
+                    text = config.read_text()
+                    if not any(each.name in text for each in missing):
+                        continue
+                    values = manifest.flat(yaml.safe_load(text)).values()
+                    if any(isinstance(v, str) and Path(v).absolute() in missing for v in values):
+                        return True
+        return False
 
     def outcome_of(self, number: int) -> Outcome | None:
         """The recorded outcome of a trial. None while it is running."""
