@@ -46,11 +46,12 @@ class Part:
         self.stage, self.machine = stage, machine
         seed_everything(0)
         with execution_whitelist(trust.trusted()):
-            self.data: Any = build(cfg.data)
-            self.settings: schema.Fit = build_stage(cfg.stage[stage])
+            self.data: Any = build("data", cfg.data)
+            self.settings: schema.Fit = build_stage(stage, cfg.stage[stage])
             part = self.settings.part
-            model: Any = build(cfg.model if part is None else cfg.model[part], spec=self.data.spec)
-            terms = {t: build(cfg.loss[t]) for t in self.settings.loss}
+            node = cfg.model if part is None else cfg.model[part]
+            model: Any = build("model", node, spec=self.data.spec)
+            terms = {t: build(f"loss.{t}", cfg.loss[t]) for t in self.settings.loss}
         if hasattr(model, "checkpointed"):
             model.checkpointed = machine.activation_checkpointing
         self.model: nn.Module = model.to(machine.device)

@@ -91,6 +91,7 @@ def serve(orders: socket.socket) -> NoReturn:
             order = json.loads(message)
             os.environ.clear()
             os.environ.update(order["environment"])
+            read_trust()
             # In two steps, because the numbers wanted may be among those received.
             apart = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 1000) for descriptor in received]
             for descriptor in received:
@@ -103,6 +104,12 @@ def serve(orders: socket.socket) -> NoReturn:
         os._exit(0)
 
 
+def read_trust() -> None:
+    """Read the user's trust list again, as a new process does when it imports the module."""
+    trust = import_module("stagesweep.config.trust")
+    trust.added = trust.read()
+
+
 def become(
     arguments: Sequence[str], folder: str, environment: Mapping[str, str], files: Sequence[str]
 ) -> None:
@@ -111,6 +118,7 @@ def become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    read_trust()
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = ["stagesweep", *arguments]
     for descriptor, path in enumerate((os.devnull, *files)):
