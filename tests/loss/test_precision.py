@@ -54,7 +54,8 @@ def drawn() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     outputs |= {"states/observed": (values[3] > 0.2).float()}
     outputs |= {"log_proportions": values[4].log_softmax(1)}
     outputs |= {"projection": torch.nn.functional.normalize(values[5])}
-    return {"proportions": values[3].softmax(1), "patient": torch.arange(64) // 4}, outputs
+    columns = {"proportions": values[3].softmax(1), "soft": values[3][:, :4].softmax(1)}
+    return {**columns, "patient": torch.arange(64) // 4}, outputs
 
 
 @cache
@@ -105,4 +106,5 @@ def test_a_term_is_computed_in_fp32_under_bf16(
             assert found.dtype is torch.float32
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     # The comparison can tell: what the terms read differs in bf16.
-    assert any(not torch.equal(outputs[k], high[k]) for k in (*whole_batch_outputs(term), "mean"))
+    floats = [name for name, value in outputs.items() if value.is_floating_point()]
+    assert any(not torch.equal(outputs[k], high[k]) for k in (*whole_batch_outputs(term), *floats))
