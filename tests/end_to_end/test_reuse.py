@@ -138,7 +138,7 @@ def test_tensorboard_shows_the_same_scalars_and_hyperparameters(
     assert shown == ran
     assert {"evaluate/nmi", "joint/train_loss"} <= shown.keys()
     chosen = shown["_hparams_/session_start_info"].session_start_info.hparams
-    assert chosen["stage.joint.epochs"].string_value == "2"
+    assert chosen["stage.joint.epochs"].number_value == 2
     metrics = shown["_hparams_/experiment"].experiment.metric_infos
     assert "evaluate/nmi" in {metric.name.tag for metric in metrics}
 
