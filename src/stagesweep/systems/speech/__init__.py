@@ -1,7 +1,5 @@
-"""Speech recognition by a mixture of experts on Whisper.
+"""Speech recognition by a mixture of experts on Whisper: clips, model, stages and figures.
 
-Everything here is of this system alone: its data, model, loss terms, stages, metrics and figures.
-It may import shared parts and libraries, never another system. Read `model/mixture.py` first.
-transformers, tokenizers, soundfile and jiwer are the extra `stagesweep[speech]`; modules that need
-them say so through `extra.py`.
+May import the shared parts and the layers below them, and no other system. Read
+``data/dataset.py`` first, then ``model/mixture.py``.
 """
