@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.view import Batch
-from stagesweep.systems.speech.data.dataset import IGNORED
+from stagesweep.systems.speech.data.windows import IGNORED
 
 
 class TokenCrossEntropy(nn.Module):

@@ -12,7 +12,8 @@ import soundfile
 import torch
 
 from stagesweep.base.errors import UserError
-from stagesweep.systems.speech.data.dataset import IGNORED, Columns, Speech
+from stagesweep.systems.speech.data.dataset import Columns, Speech
+from stagesweep.systems.speech.data.windows import IGNORED
 
 Write = Callable[..., tuple[Path, Columns]]
 SETTINGS: dict[str, Any] = {"bands": 20, "seconds": 0.4, "vocabulary": 48, "normaliser": "basic"}

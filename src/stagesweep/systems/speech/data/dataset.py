@@ -1,7 +1,6 @@
 """Recorded speech of many speakers, from a table of clips."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,12 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features
-from stagesweep.data.loader import LoaderView
-from stagesweep.data.table import read_table, require_columns
+from stagesweep.data.table import require_columns
 from stagesweep.systems.speech.data import audio, split
 from stagesweep.systems.speech.data.features import (
     RATE,
@@ -28,9 +25,9 @@ from stagesweep.systems.speech.data.features import (
     Heard,
     LogMel,
     folder,
-    padded,
 )
 from stagesweep.systems.speech.data.split import SPLITS, Codes
+from stagesweep.systems.speech.data.table import read_clips
 from stagesweep.systems.speech.data.tokens import (
     Normaliser,
     SpeechSpec,
@@ -40,12 +37,11 @@ from stagesweep.systems.speech.data.tokens import (
     pretrained,
     trained,
 )
+from stagesweep.systems.speech.data.windows import Samples, SpeechView
 from stagesweep.systems.speech.extra import needed
 
 log = logging.getLogger(__name__)
 
-# What a transcript has no place for: token targets that count for nothing.
-IGNORED = -100
 # How a clip is told that lasts longer than a window of the model.
 Long = Literal["refuse", "cut", "split"]
 
@@ -69,79 +65,6 @@ class Columns:
         """Our name of each column -> its name in the table."""
         named = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: column for name, column in named.items() if column}
-
-
-class Samples:
-    """Windows of clips by number: `mel` (bands, frames), `frames` (how many are not padding),
-    `tokens` and `labels` (longest).
-
-    `tokens` is what the decoder reads, `labels` what it is to write, ``IGNORED`` elsewhere.
-    """
-
-    def __init__(
-        self,
-        source: Heard | Cepstra,
-        pieces: Sequence[tuple[int, float, float]],
-        texts: Sequence[Sequence[int]],
-        spec: SpeechSpec,
-    ) -> None:
-        self.source, self.pieces, self.spec = source, list(pieces), spec
-        self.texts = [list(text) for text in texts]
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        frames = self.source.features(*self.pieces[number])
-        tokens, labels = self.targets(number)
-        return {
-            "mel": torch.from_numpy(padded(frames, self.spec.frames)),
-            "frames": torch.tensor(max(1, min(len(frames) - 1, self.spec.frames))),
-            "tokens": tokens,
-            "labels": labels,
-        }
-
-    def targets(self, number: int) -> tuple[Tensor, Tensor]:
-        """What the decoder reads and writes for a window, both (longest,)."""
-        known = self.spec.tokens
-        tokens = torch.full((known.longest,), known.pad)
-        labels = torch.full((known.longest,), IGNORED)
-        prefix, text = list(known.prefix), self.texts[number]
-        tokens[: len(prefix) + len(text)] = torch.tensor(prefix + text)
-        if text:
-            first = len(prefix) - 1
-            labels[first : first + len(text) + 1] = torch.tensor([*text, known.end])
-        return tokens, labels
-
-    def digest(self, number: int) -> str:
-        """Hash of what a window holds: its audio, how its features are computed, its tokens."""
-        text = f"{self.source.key(*self.pieces[number])}/{self.texts[number]}"
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-class SpeechView(LoaderView):
-    """Windows of clips that are read when a batch needs them. `rows` are those of `samples` that
-    the view has, all for None; columns known without reading are `speaker`, `stratum` and `clip`.
-    """
-
-    samples: Samples
-
-    def take(self, rows: Tensor) -> "SpeechView":
-        """Some windows, as a view of their own."""
-        own = rows.tolist()
-        samples = Samples(
-            self.samples.source,
-            [self.samples.pieces[row] for row in own],
-            [self.samples.texts[row] for row in own],
-            self.samples.spec,
-        )
-        columns = {n: c[rows] for n, c in self.columns.items() if n != "index"}
-        return SpeechView(samples, columns)
-
-    def with_columns(self, columns: Mapping[str, Tensor]) -> "SpeechView":
-        """The same windows with more columns that are known without reading."""
-        own = {name: column for name, column in self.columns.items() if name != "index"}
-        return SpeechView(self.samples, {**own, **columns})
 
 
 class Speech:
@@ -257,7 +180,7 @@ class Speech:
 
     def _read_table(self, path: str | pd.DataFrame, columns: Columns, drop: Sequence[str]) -> None:
         """Our columns of the table: transcript, speaker, stratum, split, id, line, path or row."""
-        table = _table(path) if isinstance(path, str) else path
+        table = read_clips(path) if isinstance(path, str) else path
         used = columns.used()
         require_columns(table, used.values(), self.source_name)
         own = pd.DataFrame({name: table[column].astype("string") for name, column in used.items()})
@@ -488,29 +411,6 @@ class _Some:
 
     def wave(self, row: int, rate: int, start: float, stop: float) -> audio.Wave:
         return self.clips.wave(int(self.rows[row]), rate, start, stop)
-
-
-def _table(path: str) -> pd.DataFrame:
-    """A table of clips, all text: a .csv file, or .jsonl with an object in each line."""
-    if not path.endswith((".jsonl", ".json")):
-        return read_table(path)
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no file {file}; give the table to read with data.path=...")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file}, line {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{file}, line {number} is not an object of columns")
-        rows.append({k: None if v is None else str(v) for k, v in row.items()})
-    if not rows:
-        raise UserError(f"{file} holds no rows")
-    return pd.DataFrame(rows, dtype="string")
 
 
 def _window(checkpoint: str | None, bands: int, rate: int, seconds: float) -> LogMel:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stagesweep.config import schema
 from stagesweep.stage.fit import Fit
-from stagesweep.systems.speech.data.dataset import SpeechView
 from stagesweep.systems.speech.data.sampler import Subset
+from stagesweep.systems.speech.data.windows import SpeechView
 from stagesweep.systems.speech.model.mixture import is_expert
 from stagesweep.systems.speech.stage.cluster import Found
 

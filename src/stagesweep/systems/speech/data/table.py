@@ -1,0 +1,33 @@
+"""Tables of clips, as CSV or JSON lines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stagesweep.base.errors import UserError
+from stagesweep.data.table import read_table
+
+
+def read_clips(path: str) -> pd.DataFrame:
+    """A table of clips, all text: a .csv file, or .jsonl with an object in each line."""
+    if not path.endswith((".jsonl", ".json")):
+        return read_table(path)
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no file {file}; give the table to read with data.path=...")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number} is not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, line {number} is not an object of columns")
+        rows.append({k: None if v is None else str(v) for k, v in row.items()})
+    if not rows:
+        raise UserError(f"{file} holds no rows")
+    return pd.DataFrame(rows, dtype="string")
