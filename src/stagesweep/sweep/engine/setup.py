@@ -25,6 +25,7 @@ from stagesweep.sweep.engine import shared_settings
 from stagesweep.sweep.engine.backends import Backend
 from stagesweep.sweep.engine.slots import SlotBackend
 from stagesweep.sweep.space.grammar import ABLATION, parse
+from stagesweep.sweep.space.overrides import read_overrides
 from stagesweep.sweep.space.space import Space
 from stagesweep.sweep.study import manifest
 from stagesweep.sweep.study.url import without_password
@@ -41,9 +42,12 @@ def share_settings(
 
     Returns the keys that the command line sweeps.
     """
-    typed = parse({}, trial_overrides(arguments))
-    shared_settings.share(config, typed, launcher)
-    return typed.distributions
+    typed = trial_overrides(arguments)
+    swept = {each.get_key_element() for each in read_overrides(typed) if each.is_sweep_override()}
+    zipped = [keys for keys in config.search.zip if swept.issuperset(keys)]
+    space = parse({}, typed, zipped=zipped)
+    shared_settings.share(config, space, launcher)
+    return {key for parameter in space.parameters for key in parameter.keys}
 
 
 def search_space(

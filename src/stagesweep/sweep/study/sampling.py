@@ -18,15 +18,24 @@ from stagesweep.sweep.space.space import Space
 MAX_REDRAWS = 20
 
 
+def plugin_samplers() -> set[str]:
+    """The functions of Hydra's Optuna sweeper that its own sampler configs name."""
+    from hydra_plugins.hydra_optuna_sweeper import config
+
+    targets = {str(getattr(each, "_target_", "")) for each in vars(config).values()}
+    return {name for name in targets if name.startswith(f"{config.__package__}._impl.")}
+
+
 class SamplerFactory:
     """Makes the sampler of each trial from ``hydra.sweeper.sampler``."""
 
     def __init__(self, config: DictConfig, space: Space) -> None:
         # A plain dict: with a node, Hydra would copy the config around it for each trial.
         self.config: Any = OmegaConf.to_object(config)
-        locate_all("hydra.sweeper.sampler", self.config)
-        self.space = space
         target = str(config.get("_target_", ""))
+        if target not in plugin_samplers():
+            locate_all("hydra.sweeper.sampler", self.config)
+        self.space = space
         # A QMC sampler continues its sequence in a new process without help.
         self.per_trial = not target.endswith("QMCSampler")
         # Samplers propose points of a discrete space repeatedly, and such a draw is repeated. (A
