@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import
 )
 
 from stagesweep.base.errors import UserError
+from stagesweep.config.nodes import hardware_settings
 from stagesweep.run import plan
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def stored(finished: Path, compose: Any, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     def stored(override: str) -> bool:
         with suppress(UserError):
-            plan.plan(compose(*QUICK, override))
+            cfg = compose(*QUICK, override)
+            plan.plan(cfg, hardware_settings(cfg))
             return not validated
         return False
 

@@ -4,13 +4,18 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
+from stagesweep.config.nodes import hardware_settings
 from stagesweep.run.plan import fingerprints
 
 Compose = Callable[..., DictConfig]
 
 
 def test_a_stage_counts_the_part_it_uses(compose: Compose) -> None:
-    before = fingerprints(compose("experiment=singlecell"))
+    def stages(*overrides: str) -> dict[str, str]:
+        cfg = compose("experiment=singlecell", *overrides)
+        return fingerprints(cfg, hardware_settings(cfg))
+
+    before = stages()
     # Override: the first stage that it changes.
     firsts = {
         "model.patients.width=64": "patients",
@@ -19,6 +24,6 @@ def test_a_stage_counts_the_part_it_uses(compose: Compose) -> None:
         "model.cells.latent=9": "gmvae",
     }
     for override, first in firsts.items():
-        after = fingerprints(compose("experiment=singlecell", override))
+        after = stages(override)
         changed = [name for name in after if before[name] != after[name]]
         assert changed == list(before)[list(before).index(first) :], override

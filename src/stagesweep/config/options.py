@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from stagesweep.base.errors import UserError
 from stagesweep.config.messages import missing_option
@@ -23,15 +25,17 @@ def check_optional_groups() -> None:
     Hydra takes these groups as optional. Only the name of the experiment may have no file.
     """
     runtime = HydraConfig.get().runtime
-    if any(
-        s.schema == "pkg" and s.provider not in ("hydra", "schema") for s in runtime.config_sources
-    ):
-        return  # options may lie in a package
+    choices: Any = OmegaConf.to_container(runtime.choices)
     for group in ("search/space", "search/ablation"):
-        option = runtime.choices.get(group)
-        roots = [folder / group for folder in folders()]
-        if option in (None, runtime.choices.get("experiment")) or not isinstance(option, str):
+        option = choices.get(group)
+        if option == choices.get("experiment") or not isinstance(option, str):
             continue
+        if any(
+            source.schema == "pkg" and source.provider not in ("hydra", "schema")
+            for source in runtime.config_sources
+        ):
+            continue  # the option may lie in a package
+        roots = [folder / group for folder in folders()]
         if not any((root / f"{option.removesuffix('.yaml')}.yaml").is_file() for root in roots):
             known = {file.stem for root in roots for file in root.glob("*.yaml")}
             raise UserError(missing_option(f"{group}/{option}", sorted(known)))

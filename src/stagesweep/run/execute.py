@@ -23,7 +23,7 @@ def execute(cfg: DictConfig) -> Objective:
     """
     settings = hardware_settings(cfg)
     detection.set_visible_gpus(settings)
-    planned = plan(cfg)
+    planned = plan(cfg, settings)
     if not planned.all_stored and (count := launch.processes_to_start(settings)) > 1:
         try:
             return processes.run_in_processes(cfg, planned.fingerprints, count)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from stagesweep.config.nodes import hardware_settings
-from stagesweep.config.schema import Resume, objectives
+from stagesweep.config.schema import Hardware, Resume, objectives
 from stagesweep.config.validation import validate_structure, validate_targets
 from stagesweep.hardware.numerics import numerics
 from stagesweep.store import stage_inputs
@@ -24,7 +23,7 @@ class Plan:
     all_stored: bool
 
 
-def plan(cfg: DictConfig) -> Plan:
+def plan(cfg: DictConfig, hardware: Hardware) -> Plan:
     """Validate a config and plan its run. Raises UserError before anything is allocated.
 
     A config whose stages are all stored was validated, with the same code, when they ran, so that
@@ -34,19 +33,19 @@ def plan(cfg: DictConfig) -> Plan:
     keys: dict[str, str] | None = None
     with suppress(Exception):  # of any error, validation has the better message
         resolved = validate_structure(cfg)
-        keys = fingerprints(cfg)
+        keys = fingerprints(cfg, hardware)
         if cfg.resume is not Resume.never and all_stored(keys, list(objectives(cfg.objective))):
             return Plan(keys, all_stored=True)
     validate_targets(validate_structure(cfg) if resolved is None else resolved)
     from stagesweep.hardware.profile import choose_device
 
-    choose_device(hardware_settings(cfg))
-    return Plan(fingerprints(cfg) if keys is None else keys, all_stored=False)
+    choose_device(hardware)
+    return Plan(fingerprints(cfg, hardware) if keys is None else keys, all_stored=False)
 
 
-def fingerprints(cfg: DictConfig) -> dict[str, str]:
+def fingerprints(cfg: DictConfig, hardware: Hardware) -> dict[str, str]:
     """The fingerprint of each stage on this machine, in order."""
-    return stage_inputs.fingerprints(cfg, numerics(hardware_settings(cfg)))
+    return stage_inputs.fingerprints(cfg, numerics(hardware))
 
 
 def all_stored(keys: dict[str, str], metrics: list[str]) -> bool:
