@@ -15,20 +15,21 @@ class ClusterCentres(nn.Module):
     def __init__(self, count: int, latent: int) -> None:
         super().__init__()
         self.centres = nn.Parameter(torch.randn(count, latent))
+        self.register_load_state_dict_pre_hook(resize_to_weights)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def set_centres(self, centres: Tensor) -> None:
         """Replace all centres by `centres` (k, d); build the optimizer after this call."""
         self.centres = nn.Parameter(centres.detach().clone().to(self.centres))
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Resize the centres to match the weights before they are copied."""
-        saved = state_dict.get(prefix + "centres")
-        if saved is not None and saved.shape != self.centres.shape:
-            self.set_centres(saved)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+def resize_to_weights(
+    module: ClusterCentres, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Give the centres the shape of the weights that are about to be loaded."""
+    saved = state_dict.get(prefix + "centres")
+    if saved is not None and saved.shape != module.centres.shape:
+        module.set_centres(saved)
 
 
 class StudentTAssignment(ClusterCentres):

@@ -143,7 +143,6 @@ def test_times_are_stored_as_optuna_stores_them(
 def write_for_ever(url: str, ready: str) -> None:
     storage = SingleWriterStorage(url)
     study = optuna.create_study(study_name="s", storage=storage, load_if_exists=True)
-    Path(ready).touch()
     while True:
         with storage.transaction():
             trial = study.ask()
@@ -152,6 +151,7 @@ def write_for_ever(url: str, ready: str) -> None:
         with storage.transaction():
             trial.set_user_attr("seconds", 1.0)
             study.tell(trial, 1.0)
+        Path(ready).touch()
 
 
 def test_a_study_opens_after_its_writer_was_killed(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ def plugin_samplers() -> set[str]:
     """The functions of Hydra's Optuna sweeper that its own sampler configs name."""
     from hydra_plugins.hydra_optuna_sweeper import config
 
-    targets = {str(getattr(each, "_target_", "")) for each in vars(config).values()}
-    return {name for name in targets if name.startswith(f"{config.__package__}._impl.")}
+    settings = [each for each in vars(config).values() if isinstance(each, type)]
+    samplers = [each for each in settings if issubclass(each, config.SamplerConfig)]
+    targets = {str(getattr(each, "_target_", "")) for each in samplers}
+    return {name for name in targets if name.startswith(f"{config.__package__}.")}
 
 
 class SamplerFactory:
