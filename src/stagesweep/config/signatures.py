@@ -3,12 +3,14 @@
 import inspect
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pkgutil import resolve_name
 from typing import Any, Literal, Union, get_args, get_origin
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import trust
+from stagesweep.config.bounds import check_bounds
 from stagesweep.config.messages import nearest
 from stagesweep.config.nodes import Node, target_nodes
 
@@ -138,6 +140,10 @@ def bind(path: str, node: Node, supplied: Collection[str] = ()) -> None:
         if key in parameters and not fits(value, parameters[key].annotation):
             expected = _type_name(parameters[key].annotation)
             raise UserError(f"{path}.{key}={value}: {name} wants {expected}")
+    if is_dataclass(target):
+        for field in fields(target):
+            if field.metadata and field.name in node:
+                check_bounds(f"{path}.{field.name}", node[field.name], field.metadata)
 
 
 _EMPTY = inspect.Parameter.empty

@@ -1,18 +1,17 @@
 """Checks a composed config before anything is allocated."""
 
-import math
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import execution_whitelist
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stagesweep.base.errors import MissingFile, UserError
 from stagesweep.config import schema, stage_checks, target_checks, trust
+from stagesweep.config.bounds import check_bounds
 from stagesweep.config.messages import explain, nearest
 from stagesweep.config.nodes import copy_config
 
@@ -75,33 +74,8 @@ def check_schema(node: DictConfig, path: str = "") -> None:
             raise UserError(f"unknown key '{name}': {nearest(str(key), known)}")
         if isinstance(value, DictConfig):
             check_schema(value, name)
-        for each in _values(value):
-            if known and (broken := broken_bound(each, known[str(key)])):
-                raise UserError(f"{name}={each}: {broken}")
-
-
-def _values(value: Any) -> list[Any]:
-    """The values of a list or mapping, or the single value."""
-    if isinstance(value, DictConfig):
-        return list(value.values())
-    return list(value) if isinstance(value, Container) else [value]
-
-
-def broken_bound(value: Any, bounds: Mapping[str, Any]) -> str | None:
-    """What a value must be, if it breaks one of the bounds of `schema.number`; else None."""
-    if isinstance(value, str) and (literal := bounds.get("literal")):
-        return None if value == literal else f"must be a number or {literal}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if not math.isfinite(value):
-        return "must be finite"
-    if value < bounds.get("ge", -math.inf):
-        return f"must be at least {bounds['ge']}"
-    if value <= bounds.get("gt", -math.inf):
-        return f"must be above {bounds['gt']}"
-    if value >= bounds.get("lt", math.inf):
-        return f"must be below {bounds['lt']}"
-    return None
+        if known:
+            check_bounds(name, value, known[str(key)])
 
 
 def check_sharding(hardware: Any) -> None:
