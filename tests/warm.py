@@ -6,6 +6,7 @@ a file. A new interpreter would need seconds for its imports, which is most of a
 
 import fcntl
 import gc
+import io
 import json
 import os
 import pkgutil
@@ -19,20 +20,33 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any, NoReturn
 
+import optuna
+from hydra.core.plugins import Plugins
+from matplotlib.figure import Figure
+
 # Modules that read the environment, or change the process, when they are imported.
 NOT_SHARED = ("stagesweep.__main__", "stagesweep.cli", "stagesweep.sweep.engine.fork_server")
 
 
 def main() -> None:
-    """Import all modules, then fork one process for each line on stdin."""
+    """Import all modules and rehearse a run, then fork one process for each line on stdin."""
     import stagesweep
     from stagesweep.base.compat import OPTIMIZER_IMPORTS
+    from stagesweep.config import register
+    from stagesweep.store import fingerprint
+    from stagesweep.sweep.engine.rehearsal import rehearse
 
     for module in pkgutil.walk_packages(stagesweep.__path__, "stagesweep."):
         if module.name not in NOT_SHARED:
             import_module(module.name)
     assert "stagesweep.cli" not in sys.modules
     import_module(OPTIMIZER_IMPORTS)
+    register.register()
+    Plugins.instance()
+    rehearse()
+    fingerprint.freeze(sorted(name for name in sys.modules if name.startswith("stagesweep.")))
+    use_libraries()
+    gc.collect()
     gc.freeze()
     for line in sys.stdin:
         asked: dict[str, Any] = json.loads(line)
@@ -42,6 +56,18 @@ def main() -> None:
         if not os.fork():
             return supervise(Path(asked.pop("status")), asked)
     return None
+
+
+def use_libraries() -> None:
+    """Store a trial and draw a figure: SQLAlchemy and matplotlib set themselves up at first use."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(storage="sqlite://")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    optuna.logging.set_verbosity(verbosity)
+    figure = Figure(layout="constrained")
+    figure.add_subplot().plot([0, 1])
+    figure.savefig(io.BytesIO(), format="svg")
 
 
 def supervise(status: Path, asked: Mapping[str, Any]) -> None:
