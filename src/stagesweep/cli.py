@@ -31,7 +31,7 @@ def main() -> None:
     """Compose and execute a run, or a sweep of runs.
 
     Exit status 1: an error, one line on stderr (HYDRA_FULL_ERROR=1 adds the traceback); 130, 138,
-    143: interrupted by a signal, the same command continues.
+    143: interrupted by a signal; the same command resumes.
     """
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
@@ -72,7 +72,7 @@ def job(cfg: DictConfig) -> float | list[float] | None:
         if (line := explain(error)) is None or TRACEBACK:
             raise
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise UserError(line) from error  # fails this trial; the sweep goes on
+            raise UserError(line) from error  # fails this trial; the sweep continues
         leave(line)
 
 

@@ -33,7 +33,7 @@ def test_at_once_where_there_is_nothing_to_save(signum: signal.Signals, code: in
     stop = stopped(work)
     assert done == []
     assert stop.exit_code == code
-    assert str(stop) == f"stopped by {signum.name}; the same command goes on from here"
+    assert str(stop) == f"stopped by {signum.name}; run the same command to resume"
 
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
@@ -141,4 +141,4 @@ def test_a_real_process(signum: signal.Signals, code: int, where: str, left: str
     process.send_signal(signum)
     out, errors = process.communicate(timeout=30)
     assert (process.returncode, out) == (code, left)
-    assert errors == f"stopped by {signum.name}; the same command goes on from here\n"
+    assert errors == f"stopped by {signum.name}; run the same command to resume\n"

@@ -102,7 +102,7 @@ def test_what_is_open_passes() -> None:
                       "'Model'?"),
         ("lab.none.Model", "x._target_: cannot load 'lab.none.Model': module 'lab' has no "
                            "attribute 'none'"),
-        ("lab.number", "x._target_: 'lab.number' is no class or function"),
+        ("lab.number", "x._target_: 'lab.number' is not a class or function"),
         ("os.system", "x._target_: 'os.system' is not trusted; if it is yours, "
                       "export STAGESWEEP_TRUST=os"),
         ("labels.Model", "x._target_: 'labels.Model' is not trusted; if it is yours, "

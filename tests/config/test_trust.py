@@ -65,7 +65,7 @@ def test_what_is_nested_is_checked_too() -> None:
     with pytest.raises(UserError) as caught:
         locate_all("model", nested)
     assert str(caught.value) == (
-        "model._args_[0]._target_: 'torch.load' is no torch module; if you trust it, "
+        "model._args_[0]._target_: 'torch.load' is not a torch module; if you trust it, "
         "export STAGESWEEP_TRUST=torch.load"
     )
 

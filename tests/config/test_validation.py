@@ -64,7 +64,7 @@ LINES = {
     "data._target_=mylab.data.Mice": "data._target_: 'mylab.data.Mice' is not trusted; if it is "
     "yours, export STAGESWEEP_TRUST=mylab",
     "stage.joint.optimizer._target_=torch.nn.Linear": "stage.joint.optimizer._target_: "
-    "'torch.nn.Linear' is no torch optimizer",
+    "'torch.nn.Linear' is not a torch optimizer",
     "stage.joint._target_=stagesweep.stage.clustering.evaluate.Evaluate": "stage.joint._target_: "
     "'stagesweep.stage.clustering.evaluate.Evaluate' does not inherit config.Fit",
     "stage.joint.sampler={_target_: stagesweep.data.sampler.Nothing}": "stage.joint.sampler."
@@ -89,7 +89,7 @@ LINES = {
     "~stage.init_clusters": "stage.joint.loss.clustering needs cluster centres; put an "
     "init_clusters stage before stage.joint",
     "~stage.pretrain": "stage.init_clusters comes before any training; put it after a fit",
-    "+stage.extra=3": "stage.extra is no stage; add one with '+stage@stage.extra=<kind>'",
+    "+stage.extra=3": "stage.extra is not a stage; add one with '+stage@stage.extra=<kind>'",
     "objective.metric=evaluate/nmy": "objective.metric=evaluate/nmy: stage evaluate has no 'nmy'; "
     "did you mean 'nmi'?",
     "objective.metric=joint/val_clustering": "objective.metric=joint/val_clustering: stage joint "

@@ -102,7 +102,7 @@ class TestBest:
         loop = bench.loop(metrics={"s": score}, best={"val_score": Mode.max}, select="val_score")
         with pytest.raises(UserError) as caught:
             loop.run()
-        assert str(caught.value) == "stage.fit.select=val_score: it never was a number"
+        assert str(caught.value) == "stage.fit.select=val_score: the metric was never finite"
 
     def test_last_is_the_last(self, bench: "Bench") -> None:
         loop = bench.loop(best={"val_loss": Mode.max})
@@ -288,7 +288,7 @@ class TestResuming:
             everything.loop("said", At(7, do=terminate)).run()
         assert caught.value.exit_code == 143
         everything.loop("said").run()
-        assert "fit: goes on from epoch 1, step 7" in [r.message for r in caplog.records]
+        assert "fit: resuming from epoch 1, step 7" in [r.message for r in caplog.records]
 
     def test_a_stopped_fit_stays_stopped(self, bench: "Bench") -> None:
         rule = {"train_loss": EarlyStop(target=1e9)}

@@ -153,7 +153,7 @@ def test_told_to_stop_it_saves_and_the_same_command_goes_on(
     process.send_signal(signum)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code
-    assert f"stopped by {signal.Signals(signum).name}; the same command goes on" in errors
+    assert f"stopped by {signal.Signals(signum).name}; run the same command to resume" in errors
     assert "Traceback" not in errors
     assert result(tmp_path / "run")["status"] == "interrupted"
     process = start(tmp_path, store, *QUICK, "hydra.run.dir=run")

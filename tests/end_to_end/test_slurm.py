@@ -97,7 +97,7 @@ def test_a_job_saves_is_put_back_and_goes_on(
     process.send_signal(signum)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 138, errors
-    assert "stopped by SIGUSR1; the same command goes on" in errors
+    assert "stopped by SIGUSR1; run the same command to resume" in errors
     assert "Traceback" not in errors
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     process = cluster.job(f"{command} {QUICK}")

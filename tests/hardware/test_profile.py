@@ -126,21 +126,20 @@ class Card:
             {"min_memory_gb": 80.0},
             "this profile is for a GPU of 80 GB, and Card has 42; choose another hardware=, or set "
             "hardware.strict=false",
-            "this profile is for a GPU of 80 GB, and Card has 42: going on with "
-            "hardware.micro_batch=auto",
+            "this profile is for a GPU of 80 GB, and Card has 42: using hardware.micro_batch=auto",
             Precision.fp32,
         ),
         (
             {"precision": Precision.bf16},
-            "hardware.precision=bf16, which this GPU does not have; set it to fp16 or fp32",
-            "hardware.precision=bf16, which this GPU does not have: going on with fp32",
+            "hardware.precision=bf16 is not supported by this GPU; set it to fp16 or fp32",
+            "hardware.precision=bf16 is not supported by this GPU: using fp32",
             Precision.fp32,
         ),
         (
             {"devices": 2},
             "hardware.devices=2, but torch finds 1 GPU; set it to 1, or set hardware.device=cpu or "
             "hardware.strict=false",
-            "hardware.devices=2, but torch finds 1 GPU: going on with 1 process",
+            "hardware.devices=2, but torch finds 1 GPU: using 1 process",
             Precision.fp32,
         ),
     ],
@@ -186,7 +185,7 @@ def test_what_is_done_without_the_gpu_is_said(caplog: pytest.LogCaptureFixture) 
     machine = resolve(settings)
     assert (machine.device.type, machine.precision, machine.tf32) == ("cpu", Precision.fp32, False)
     assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [
-        "hardware.device=cuda, but torch finds no GPU: going on with the CPU in fp32"
+        "hardware.device=cuda, but torch finds no GPU: using the CPU in fp32"
     ]
 
 

@@ -27,7 +27,7 @@ def test_a_trace_and_a_page_and_a_picture(bench: "Bench", tmp_path: Path) -> Non
     steps = {e["name"] for e in events if str(e.get("name")).startswith("ProfilerStep#")}
     assert steps == {f"ProfilerStep#{number}" for number in range(WARMUP, WARMUP + STEPS)}
     page = (tmp_path / "profile" / "fit.md").read_text()
-    assert f"{STEPS} steps after {WARMUP} that warmed up" in page
+    assert f"{STEPS} steps after {WARMUP} warm-up steps" in page
     assert "| `aten::addmm` | " in page
     assert (tmp_path / "profile" / "fit.png").read_bytes().startswith(b"\x89PNG")
 

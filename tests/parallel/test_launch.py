@@ -119,7 +119,9 @@ def test_a_process_that_was_killed_is_named(tmp_path: Path) -> None:
     _write_error(tmp_path / "0", Lost("another has ended"))
     reason = _first_error(tmp_path, {1: Failure(-signal.SIGKILL)})
     assert isinstance(reason, Lost)
-    assert str(reason).startswith("process 1 of the run was ended by SIGKILL; the same command")
+    assert str(reason).startswith(
+        "process 1 of the run was killed by SIGKILL; run the same command"
+    )
 
 
 def test_an_interruption_is_handed_on_with_its_status() -> None:

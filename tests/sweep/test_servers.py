@@ -203,7 +203,7 @@ def test_a_server_that_goes_away_ends_the_sweep_which_goes_on_when_it_is_back(
         assert process.returncode == 1, said + errors
         last = errors.strip().splitlines()[-1]
         assert last.startswith("stagesweep: hydra.sweeper.storage=postgresql+psycopg://me@127")
-        assert last.endswith("the same command goes on when it works again")
+        assert last.endswith("when it works again, run the same command to resume")
         assert "Traceback" not in said + errors
         wait_until(lambda: not lab.processes())
     finally:
@@ -224,7 +224,7 @@ def test_what_is_wrong_with_the_server_is_said_in_one_line(
         server.url("a-wrong-one"): "password authentication failed",
         server.url().replace(str(server.port), "1"): "refused",
         server.url().replace("psycopg:", "nodriver:"): "needs the package nodriver",
-        "postgre" + "s-no-url": "is no URL of a database",
+        "postgre" + "s-no-url": "is not the URL of a usable database",
     }
     for url, line in wrong.items():
         _, errors = lab.sweep("stage.toy.x=0,1", f"hydra.sweeper.storage='{url}'", status=1)

@@ -1,7 +1,7 @@
 """Private names of Hydra, Optuna and torch that stagesweep needs, each with the reason.
 
 A private name may change in any release. No other module touches one, so that an upgrade is
-mended here; ``tests/base/test_compat.py`` says which name has changed. Imports nothing at module
+fixed here; ``tests/base/test_compat.py`` says which name has changed. Imports nothing at module
 level: a command that only prints help reads this module, too.
 """
 
@@ -62,7 +62,7 @@ def default_store() -> Any:
 
 
 def before_cuda_initialises(action: Callable[[], None]) -> None:
-    """Have an action called whenever torch is asked to initialise CUDA, before it does so.
+    """Call `action` before torch initialises CUDA.
 
     torch can say that CUDA is initialised, but not who did it, and has no public hook.
     """

@@ -130,7 +130,7 @@ def reason(error: BaseException) -> str:
 
 
 def _is_of_environment(error: BaseException) -> bool:
-    """Whether one error, without its causes, is of the disk, a device or a database."""
+    """Whether one error, without its causes, comes from the disk, a device or a database."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in DISK_ERRORS
     text = str(error).lower()

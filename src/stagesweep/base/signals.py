@@ -18,7 +18,7 @@ _pending: int | None = None
 def stop(signum: int) -> Interrupted:
     """The error to raise for a signal."""
     name = signal.Signals(signum).name
-    return Interrupted(signum, f"stopped by {name}; the same command goes on from here")
+    return Interrupted(signum, f"stopped by {name}; run the same command to resume")
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ class Features:
     ``low`` and ``high`` are the native range a decoder must stay in (None: unbounded). ``ordered``
     features have neighbours (frequencies of an audiogram): attention and smoothness apply to them.
     ``grid`` is (height, width) when the features are the pixels of an image, row by row. ``unit``
-    is that of native values, as it is written on axes. ``isolated`` names of ordered features have
+    is the axis label of native values. ``isolated`` names of ordered features have
     no neighbours: no line connects them in figures. ``inverted`` features are drawn with low values
     on top.
     """

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class Weighted(Protocol):
-    """The settings of a term, as far as they matter here."""
+    """The settings of a term, that this module reads."""
 
     weight: float
 

@@ -33,7 +33,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error that the user can mend; None for a bug."""
+    """One line for an error that the user can fix; None for a bug."""
     links = list(chain(error))
     for link in links:
         if isinstance(link, UserError):

@@ -17,7 +17,7 @@ from omegaconf import MISSING
 from stagesweep.base.errors import UserError
 
 NO_RESULT: dict[str, Any] = {"fingerprint": False}
-# Value of `hardware.micro_batch` that has it found by trying.
+# Value of `hardware.micro_batch` that searches for it.
 AUTO = "auto"
 
 
@@ -166,7 +166,7 @@ class Fit(Stage):
     select: str = "last"
     ema: float | None = bounded(None, gt=0, lt=1)
     eval_every: int = bounded(1, ge=1)
-    # Epochs between checkpoints, and the seconds that are at least between them.
+    # Epochs between checkpoints, and the minimum seconds between them.
     save_every: int = bounded(1, ge=1, result=False)
     save_seconds: float = bounded(5.0, ge=0, result=False)
     keep_last: int = bounded(2, ge=1, result=False)
@@ -382,8 +382,8 @@ class Search:
     budget: float | None = bounded(None, gt=0)
     # A sweep with a larger share of failed trials exits with status 1.
     max_failure_rate: float = bounded(1.0, ge=0)
-    # The sweep stops when this many trials in a row, and all before them, failed, these with the
-    # same error. 0: it never does.
+    # The sweep stops once this many trials in a row have failed with the same error, if all before
+    # them failed, too. 0: it never does.
     max_failures_in_a_row: int = bounded(5, ge=0)
     # Run the failed trials of earlier starts again, under their own numbers.
     retry_failed: bool = False

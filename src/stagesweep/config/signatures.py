@@ -36,13 +36,13 @@ def locate(path: str, name: Any) -> Callable[..., Any]:
         raise _untrusted(path, name)
     mine = trust.matches(name, trust.added)
     if name.startswith("stagesweep.") and not mine and not name.startswith(OURS):
-        raise UserError(f"{path}._target_: '{name}' is not for configs")
+        raise UserError(f"{path}._target_: '{name}' cannot be named in a config")
     try:
         found = resolve_name(name)
     except Exception as error:
         raise UserError(f"{path}._target_: cannot load '{name}': {_why(name, error)}") from error
     if not callable(found):
-        raise UserError(f"{path}._target_: '{name}' is no class or function")
+        raise UserError(f"{path}._target_: '{name}' is not a class or function")
     if not mine:
         _check_kind(path, name, found)
     return found  # type: ignore[no-any-return]
@@ -65,15 +65,15 @@ def _check_kind(path: str, name: str, found: Any) -> None:
     """Check that an object is defined where it may be, and is of the kind that the key expects."""
     home = getattr(found, "__module__", None) or ""
     if name.startswith("stagesweep."):
-        # A function of another package that a module of ours has imported is none of ours.
+        # A function of another package that a module of ours imports is not ours.
         if not (f"{home}." + getattr(found, "__qualname__", "")).startswith(OURS):
-            raise UserError(f"{path}._target_: '{name}' is not for configs")
+            raise UserError(f"{path}._target_: '{name}' cannot be named in a config")
         return
     kind, label = _expected_kind(path, name)
     inside = home.startswith(("torch.", "sklearn.", "optuna."))
     if not (inside and isinstance(found, type) and kind is not None and issubclass(found, kind)):
         raise UserError(
-            f"{path}._target_: '{name}' is no {label}; if you trust it, "
+            f"{path}._target_: '{name}' is not {label}; if you trust it, "
             f"export {trust.VARIABLE}={name}"
         )
 
@@ -85,25 +85,25 @@ def _expected_kind(path: str, name: str) -> tuple[type | None, str]:
     if key == "optimizer":
         from torch.optim import Optimizer
 
-        return Optimizer, "torch optimizer"
+        return Optimizer, "a torch optimizer"
     if "pruner" in key:
         from optuna.pruners import BasePruner
 
-        return BasePruner, "Optuna pruner"
+        return BasePruner, "an Optuna pruner"
     if library == "optuna":
         from optuna.samplers import BaseSampler
 
         is_sampler = path.startswith("hydra.sweeper.sampler")
-        return (BaseSampler, "Optuna sampler") if is_sampler else (None, "class for this key")
+        return (BaseSampler, "an Optuna sampler") if is_sampler else (None, "a class for this key")
     if path.startswith("hydra."):
-        return None, "Optuna sampler"
+        return None, "an Optuna sampler"
     if library == "sklearn":
         from sklearn.base import BaseEstimator
 
-        return BaseEstimator, "scikit-learn estimator"
+        return BaseEstimator, "a scikit-learn estimator"
     from torch.nn import Module
 
-    return Module, "torch module"
+    return Module, "a torch module"
 
 
 def _why(name: str, error: Exception) -> str:

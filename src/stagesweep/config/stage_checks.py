@@ -1,4 +1,4 @@
-"""Checks that the stages of a run go together, and have the metrics that others ask for."""
+"""Checks that stages are in a valid order and report the metrics that others need."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass

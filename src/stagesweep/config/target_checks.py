@@ -30,7 +30,7 @@ def _check_optimizer(path: str, node: dict[str, Any]) -> None:
 
     target = locate(path, node["_target_"])
     if not (isinstance(target, type) and issubclass(target, Optimizer)):
-        raise UserError(f"{path}._target_: '{node['_target_']}' is no torch optimizer")
+        raise UserError(f"{path}._target_: '{node['_target_']}' is not a torch optimizer")
 
 
 def load_stages(cfg: DictConfig) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def load_stages(cfg: DictConfig) -> dict[str, Any]:
     for name, node in cfg.stage.items():
         path = f"stage.{name}"
         if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise UserError(f"{path} is no stage; add one with '+stage@{path}=<kind>'")
+            raise UserError(f"{path} is not a stage; add one with '+stage@{path}=<kind>'")
         target = locate(path, node._target_)
         stages[str(name)] = settings = OmegaConf.to_object(node)
         if isinstance(settings, schema.Stage) and not (

@@ -28,8 +28,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path, own: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; UserError names a missing, truncated or foreign file.
 
-    Of a sharded checkpoint, which is a folder: this process's part of each tensor that is sharded
-    in its `own` state, and the full tensor of others.
+    A sharded checkpoint is a folder; returns this process's part of each tensor that is sharded in
+    its `own` state, and the other tensors in full.
     """
     if not path.exists():
         raise UserError(f"no checkpoint at {path}")

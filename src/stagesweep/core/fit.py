@@ -125,7 +125,7 @@ class Loop:
                     self.set_learning_rates(position)
                     for parameter in self.parameters:
                         parameter.grad = None
-                    # In as many micro-batches as memory asks for, and over all processes.
+                    # Split into micro-batches that fit in memory, and over all processes.
                     values = self.micro_batches.backward(
                         batch, self.forward, self.loss, self.loss.factors(position), samples
                     )
@@ -286,7 +286,7 @@ class Loop:
             raise Pruned(f"pruned in stage {self.rows.stage}, after epoch {state.epoch}")
 
     def shard(self) -> "FSDP":
-        """Shard the moving average; returns what shards the model."""
+        """Shard the moving average; returns the FSDP wrapper."""
         from stagesweep.parallel.fsdp import FSDP
 
         fsdp = FSDP(self.group, self.hardware.device)

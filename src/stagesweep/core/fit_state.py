@@ -169,14 +169,14 @@ class FitCheckpoints:
             return False
         self.state.load_state_dict(state)
         log.info(
-            "%s: goes on from epoch %d, step %d", self.stage, self.state.epoch, self.state.step
+            "%s: resuming from epoch %d, step %d", self.stage, self.state.epoch, self.state.step
         )
         return True
 
     def load_selected(self, model: nn.Module) -> dict[str, float]:
         """Load the weights of ``select`` into `model` on the main process; returns their metrics.
 
-        UserError when the metric was never a number.
+        UserError when the metric was never finite.
         """
         state, select, last = self.state, self.settings.select, {}
         if self.fsdp is not None:
@@ -190,7 +190,7 @@ class FitCheckpoints:
                 model.load_state_dict(last or state.averaged.state_dict())
             return state.summary
         if state.tracker.best[select].value is None:
-            raise UserError(f"stage.{self.stage}.select={select}: it never was a number")
+            raise UserError(f"stage.{self.stage}.select={select}: the metric was never finite")
         model.load_state_dict(checkpoint.load(self.folder / f"best_{select}.pt")["model"])
         # A metric that was first measured later does not belong to these weights.
         return dict.fromkeys(state.summary, math.nan) | state.selected

@@ -14,7 +14,7 @@ Terms = Mapping[str, nn.Module]
 
 
 class WeightedLoss:
-    """A weighted sum of terms, each a mean over what the term says it is a mean over.
+    """A weighted sum of terms, each total divided by the weight that the term returns.
 
     Every term gives (total, weight) of a micro-batch. Both are added up over the effective batch
     and divided once, so the gradient does not depend on micro-batches and processes. A term of

@@ -23,7 +23,7 @@ def check_duplicates(
         shown = ", ".join(repr(str(name)) for name in twice[:3])
         more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
         raise UserError(
-            f"{shown}{more}: more than once in {source}; mend it, or set {key}="
+            f"{shown}{more}: more than once in {source}; fix it, or set {key}="
             f"{' or '.join(remedies)}"
         )
 

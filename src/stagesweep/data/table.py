@@ -43,7 +43,7 @@ def read_table(path: str | Path, separator: str = "auto") -> pd.DataFrame:
     except pd.errors.ParserError as error:
         reason = " ".join(str(error).removeprefix("Error tokenizing data. C error: ").split())
         raise UserError(
-            f"{file} is not a readable CSV file: {reason}, read with the separator {name}; mend "
+            f"{file} is not a readable CSV file: {reason}, read with the separator {name}; fix "
             "that line, or set data.separator to comma, semicolon or tab"
         ) from error
     except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
@@ -54,7 +54,7 @@ def read_table(path: str | Path, separator: str = "auto") -> pd.DataFrame:
         # pandas takes the first columns as an index where all lines are longer than the header.
         raise UserError(
             f"{file} has more values in a line than names in its header, read with the separator "
-            f"{name}; mend it, or set data.separator to comma, semicolon or tab"
+            f"{name}; fix it, or set data.separator to comma, semicolon or tab"
         )
     table.attrs["separator"] = name
     return table
@@ -113,7 +113,7 @@ def numeric_columns(
     for column in columns:
         text = table[column]
         if commas and not pd.api.types.is_numeric_dtype(text):
-            # A point is no part of such a number: "1.234,5" and "1.5" are refused.
+            # A point is not part of such a number: "1.234,5" and "1.5" are refused.
             plain = text.astype("string").str.replace(".", "?", regex=False)
             text = plain.str.replace(",", ".", regex=False)
         parsed[column] = pd.to_numeric(text, errors="coerce").astype(np.float64)

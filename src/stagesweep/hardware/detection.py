@@ -1,4 +1,4 @@
-"""Detects GPUs without importing torch, which takes seconds, where no driver is installed."""
+"""Detects GPUs; imports torch, which takes seconds, only where a driver is installed."""
 
 import os
 from pathlib import Path

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Messages of errors that are no torch.OutOfMemoryError: of the CPU's memory, and of libraries.
+# Messages of errors that are not a torch.OutOfMemoryError: of the CPU's memory, and of libraries.
 MESSAGES = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 

@@ -180,7 +180,7 @@ def choose_device(settings: schema.Hardware) -> DeviceChoice:
 
 
 def _device_mismatches(settings: schema.Hardware, available: bool, use_gpu: bool) -> list[Mismatch]:
-    """What of ``device``, ``gpu_ids`` and ``devices`` this machine does not have."""
+    """Device settings that this machine cannot satisfy."""
     mismatches = []
     if settings.device is schema.Device.cuda and not available:
         mismatches.append(NO_GPU)
@@ -201,7 +201,7 @@ def _device_mismatches(settings: schema.Hardware, available: bool, use_gpu: bool
 def _choose_precision(
     precision: schema.Precision, use_gpu: bool, bf16: bool
 ) -> tuple[schema.Precision, list[Mismatch]]:
-    """The number format, and what of it this machine does not have."""
+    """The number format to use, and why it is not the one in the settings."""
     if precision is schema.Precision.auto:
         return (schema.Precision.bf16 if bf16 else schema.Precision.fp32), []
     if precision is schema.Precision.fp16 and not use_gpu:
@@ -214,17 +214,17 @@ def _choose_precision(
 NO_GPU = Mismatch(
     "hardware.device=cuda, but torch finds no GPU",
     "set hardware.device=cpu, or hardware.strict=false to fall back to it",
-    "going on with the CPU in fp32",
+    "using the CPU in fp32",
 )
 NO_FP16 = Mismatch(
     "hardware.precision=fp16 needs a GPU",
     "set it to bf16 or fp32",
-    "going on with fp32",
+    "using fp32",
 )
 NO_BF16 = Mismatch(
-    "hardware.precision=bf16, which this GPU does not have",
+    "hardware.precision=bf16 is not supported by this GPU",
     "set it to fp16 or fp32",
-    "going on with fp32",
+    "using fp32",
 )
 
 
@@ -234,7 +234,7 @@ def too_few_gpus(wanted: int, count: int) -> Mismatch:
     return Mismatch(
         f"hardware.devices={wanted}, but torch finds {found}",
         f"set it to {count}, or set hardware.device=cpu or hardware.strict=false",
-        f"going on with {max(count, 1)} process{'es' * (count > 1)}",
+        f"using {max(count, 1)} process{'es' * (count > 1)}",
     )
 
 
@@ -243,16 +243,16 @@ def unused_gpu_ids(ids: list[int]) -> Mismatch:
     return Mismatch(
         f"hardware.gpu_ids={ids}, but no GPU is used",
         "leave it out",
-        "going on without",
+        "ignoring it",
     )
 
 
 def small_gpu(wanted: float, sharded: bool) -> Mismatch:
     """The GPU has less memory than the profile is made for."""
-    fallback = "with the micro-batch as it is" if sharded else "with hardware.micro_batch=auto"
+    fallback = "the micro-batch as it is" if sharded else "hardware.micro_batch=auto"
     return Mismatch(
         f"this profile is for a GPU of {wanted:g} GB, and {torch.cuda.get_device_name()} has "
         f"{gigabytes():.0f}",
         "choose another hardware=, or set hardware.strict=false",
-        f"going on {fallback}",
+        f"using {fallback}",
     )

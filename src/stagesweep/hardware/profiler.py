@@ -145,9 +145,8 @@ class TraceSummary:
         lines = [
             f"# Where the time of `{name}` goes",
             "",
-            f"{self.steps} steps after {WARMUP} that warmed up, "
-            f"{1e3 * self.seconds / self.steps:.2f} ms each; being traced, they are slower than "
-            "others.",
+            f"{self.steps} steps after {WARMUP} warm-up steps, "
+            f"{1e3 * self.seconds / self.steps:.2f} ms each. Tracing slows them down.",
             "",
             *bars,
             "",

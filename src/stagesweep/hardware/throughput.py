@@ -9,7 +9,7 @@ import torch
 from stagesweep.base.view import Batch
 from stagesweep.hardware.out_of_memory import peak_mib
 
-# Columns of an epoch that are no result.
+# Columns of an epoch that measure speed.
 SPEED = ("samples_per_second", "step_ms", "data_wait", "peak_mib")
 
 

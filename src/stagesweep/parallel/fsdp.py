@@ -26,7 +26,7 @@ from stagesweep.base.errors import UserError
 from stagesweep.base.files import explained
 from stagesweep.parallel.process_group import ProcessGroup
 
-# Parameters from which a module is a unit: gathered before it computes, and freed after.
+# Minimum parameters of a unit: a module that is gathered before it computes, and freed after.
 UNIT = 1_000_000
 
 # The keys that lead to a tensor in a nested state: ("model", "encoder.weight").
@@ -242,7 +242,7 @@ def read_state(folder: Path, own: Mapping[str, Any], load: Read) -> dict[str, An
 
 
 def cause(error: CheckpointException) -> BaseException:
-    """The error of the first process that failed; torch's own is no `Exception`."""
+    """The error of the first process that failed; torch's own is not an `Exception`."""
     return next(iter(error.failures.values()))[0]
 
 

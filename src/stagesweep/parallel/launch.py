@@ -159,7 +159,7 @@ def _process(
         return None
     except BaseException as error:
         _write_error(folder / str(rank), error)
-        # Without the usual way out, on which a process may wait for a group that is gone.
+        # Skip the normal exit, which may wait for a dead process group.
         logging.shutdown()
         os._exit(1)
 
@@ -225,7 +225,7 @@ def _first_error(folder: Path, failures: Mapping[int, Any]) -> Exception:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             return Lost(
-                f"process {rank} of the run was ended by {name}; the same command goes on from "
-                "the last checkpoint"
+                f"process {rank} of the run was killed by {name}; run the same command to resume "
+                "from the last checkpoint"
             )
     return errors[0] if errors else Lost(f"a process of the run ended with {failures}")

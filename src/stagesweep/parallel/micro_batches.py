@@ -268,10 +268,9 @@ def padded_micro_batches(
     """The `count` micro-batches of a process, and whether each counts.
 
     All processes have equally many, so that every parameter with a gradient has one everywhere.
-    Where its own samples do not suffice, a process repeats the first of `batch`, which counts
-    nothing.
+    Where its own samples do not suffice, a process repeats the first of `batch` with weight zero.
     """
-    pieces = list(split(own, size))
-    yield from ((piece, True) for piece in pieces)
-    for _ in range(count - len(pieces)):
+    micro_batches = list(split(own, size))
+    yield from ((each, True) for each in micro_batches)
+    for _ in range(count - len(micro_batches)):
         yield {name: column[:1] for name, column in batch.items()}, False

@@ -213,6 +213,6 @@ def _peer_errors() -> Iterator[None]:
     except RuntimeError as error:
         said = str(error).splitlines()[0]
         raise Lost(
-            "another process of this run has ended, and says why if it could; the same command "
-            f"goes on from the last checkpoint ({said})"
+            "another process of this run has ended; see its error, then run the same command to "
+            f"resume from the last checkpoint ({said})"
         ) from error

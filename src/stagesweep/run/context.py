@@ -76,9 +76,10 @@ class Context:
         self._weights: Path | None = None
 
     def run_stage(self, name: str, entry: Entry, started: float) -> tuple[str, dict[str, float]]:
-        """Run a stage into its entry of the store. The manifest, written last, makes it count.
+        """Run a stage into its entry of the store.
 
-        Returns the status, ``ran`` or ``resumed``, and the metrics. ``started``: see perf_counter.
+        The manifest is written last and marks the stage as finished. Returns the status, ``ran`` or
+        ``resumed``, and the metrics. ``started`` is a time of perf_counter.
         """
         self._select_stage(name, entry)
         stage = build_stage(name, self.cfg.stage[name])
@@ -240,11 +241,11 @@ class Context:
     ) -> tuple[dict[str, float], str]:
         """Train as `fit` does, and store the result under a fingerprint of its own.
 
-        For a stage of several fits that do not build on each other: one whose ``inputs`` (plain
-        values) are those of an earlier run is not trained again, whatever else of the stage or of
-        those before it has changed. Settings, loss terms, seed, numerics and code are added to
-        them. ``weights`` names the tensors of the model that the fit changes; they are stored, and
-        the model ends with them. Returns the metrics, and ``trained`` or ``reused``.
+        For a stage of several fits that do not build on each other. A fit with equal ``inputs``
+        (plain values) is reused even if other settings change. Its own settings, loss terms, seed,
+        numerics and code are added to the inputs. ``weights`` names the tensors of the model that
+        the fit changes; they are stored, and the model ends with them. Returns the metrics, and
+        ``trained`` or ``reused``.
         """
         assert self._entry is not None
         given = {
@@ -332,7 +333,7 @@ class Context:
 
     def file(self, filename: str, kind: str = "artifacts") -> Path:
         """Path of an artifact that this stage writes itself, because memory has no room for all of
-        it. ``kind`` ``checkpoints`` is for the progress of a stage, from which it goes on.
+        it. ``kind`` ``checkpoints`` is for the progress of a stage, from which it resumes.
         """
         return self._path(kind, filename)
 

@@ -19,7 +19,7 @@ def execute(cfg: DictConfig) -> Objective:
 
     Writes ``result.json`` there, whatever happens. Returns a list of values when
     ``objective.metric`` is a list, None when the run was pruned. Raises UserError for what the
-    user can mend, Interrupted (exit status 130, 138 or 143) after a signal.
+    user can fix, Interrupted (exit status 130, 138 or 143) after a signal.
     """
     settings = hardware_settings(cfg)
     detection.set_visible_gpus(settings)

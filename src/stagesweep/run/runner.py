@@ -70,7 +70,7 @@ class Runner:
         self.stages: list[StageResult] = []
         self.started = perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
-        # Files of an earlier run in this folder: the store has them, and gives them back.
+        # Files of an earlier run in this folder; they are restored from the store.
         if (folder / "result.json").exists():
             for name in ("stages", "tensorboard"):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -166,7 +166,7 @@ class Runner:
             if name not in metrics:
                 have = ", ".join(sorted(metrics))
                 raise UserError(
-                    f"objective.metric={name} is no metric of this run; there are {have}"
+                    f"objective.metric={name} is not a metric of this run; there are {have}"
                 )
         return {name: metrics[name] for name in names}
 

@@ -86,9 +86,7 @@ FILES = ("path", "features", "pretrained")
 
 
 def _with_content(node: Any, required: Collection[str] = ()) -> Any:
-    """A node with the hash of what its files hold in place of their paths. One of ``required`` must
-    be there.
-    """
+    """Replace the paths in a node by content hashes. The files of ``required`` keys must exist."""
     if not isinstance(node, dict):
         return node
     found = dict(node)

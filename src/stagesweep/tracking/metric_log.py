@@ -109,7 +109,7 @@ class NullMetricLog(MetricLog):
 
 
 def progress_bar(stage: str, done: int, visible: bool = True) -> "tqdm[Any]":
-    """A progress bar over the steps of a fit; hidden when stderr is no terminal."""
+    """A progress bar over the steps of a fit; hidden when stderr is not a terminal."""
     return tqdm(
         initial=done, desc=stage, unit="step", disable=None if visible else True, leave=False
     )

@@ -76,7 +76,7 @@ def test_one_past_its_time_is_ended_and_an_interrupted_sweep_goes_on(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "the same command goes on with what is left" in errors.splitlines()[-1]
+    assert "run the same command to resume" in errors.splitlines()[-1]
     assert not [trial for trial in lab.study.trials if trial.state.name == "FAIL"]
     lab.sweep(*given)
     trials = {trial.params["stage.toy.steps"]: trial for trial in lab.study.trials}

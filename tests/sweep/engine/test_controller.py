@@ -70,7 +70,7 @@ def test_a_failure_of_the_environment_ends_the_sweep_and_costs_no_trial(lab: "La
     last = errors.splitlines()[-1]
     assert last.startswith("stagesweep: sweep stopped at #"), errors
     assert "disk full" in last
-    assert last.endswith("the same command goes on with what is left")
+    assert last.endswith("run the same command to resume")
     assert not any(trial.state.is_finished() for trial in lab.study.trials)
     assert len(lab.study.trials) < 12
     (lab.log / "full").unlink()
@@ -143,10 +143,10 @@ def test_changed_code_is_refused_as_well(lab: "Lab") -> None:
     with module.open("a") as file:
         file.write("\nMORE = 1\n")
     _, errors = lab.sweep("stage.toy.x=0,1", status=1)
-    assert "was begun with other settings, code or data: code of toy; put them back" in errors
+    assert "was started with other settings, code or data: code of toy; put them back" in errors
     said, _ = lab.sweep("stage.toy.x=0,1", "sweep.on_change=continue")
     assert "2 of 2 trials finished" in said
-    assert "going on with what has changed: code of toy" in said
+    assert "continuing with changes: code of toy" in said
 
 
 def test_the_name_of_a_sweep_follows_from_its_command(lab: "Lab") -> None:
@@ -193,7 +193,7 @@ def test_a_budget_is_that_of_all_starts_together(lab: "Lab") -> None:
     given = ("stage.toy.x=range(0,5)", "stage.toy.seconds=1", "sweep.slots=1")
     for _ in range(2):
         said, _ = lab.sweep(*given, "search.budget=0.5")
-        assert re.search(r"search.budget=0.5 s is spent \(\d+ s\): no more trials begin", said)
+        assert re.search(r"search.budget=0.5 s is spent \(\d+ s\): no more trials start", said)
         assert "1 of 1 trials finished" in said
         assert len(lab.study.trials) == 1
 
@@ -381,7 +381,7 @@ def test_told_to_stop_it_leaves_what_is_under_way_to_the_next_start(lab: "Lab") 
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert errors.endswith("the same command goes on with what is left\n")
+    assert errors.endswith("run the same command to resume\n")
     assert any(trial.state.name == "RUNNING" for trial in lab.study.trials)
     wait_until(lambda: not lab.processes())
     lab.sweep(*given)

@@ -155,7 +155,7 @@ ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
     "shuffled": (
         {"n": "shuffle(range(1, 4))"},
         {},
-        "n=shuffle(range(1, 4)): leave shuffle(…) out; the order of the points is the sampler's",
+        "n=shuffle(range(1, 4)): leave shuffle(…) out; the sampler orders the points",
     ),
     "glob": (
         {"model": "glob(*)"},
@@ -172,7 +172,7 @@ ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
     "zip: unequal": (
         {"a": "1,2", "b": "1,2,3"},
         {"zipped": [["a", "b"]]},
-        "search.zip: a has 2 values and b 3; keys that move together need equally many",
+        "search.zip: a has 2 values and b 3; keys that move together need lists of equal length",
     ),
     "zip: unknown": (
         {"alpha": "1,2", "b": "1,2"},
@@ -223,7 +223,7 @@ ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
     "when: a circle": (
         TREE,
         {"when": {"a": "b=1", "b": "a=x"}},
-        "search.when: a and b wait for each other; free one of them",
+        "search.when: a and b depend on each other; remove one condition",
     ),
     "when: not a condition": (
         TREE,
@@ -253,7 +253,7 @@ ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
     "ablation: swept": (
         {"kl": "1,2"},
         {"leave_one_out": ["kl=0"]},
-        "search.ablation: kl=0 sets kl, which is swept; do one of the two",
+        "search.ablation: kl=0 sets kl, which is swept; remove one",
     ),
     "ablation: several values": (
         {},

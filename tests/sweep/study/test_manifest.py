@@ -103,7 +103,7 @@ def test_what_changes_no_result_is_no_change(compose: "Compose") -> None:
 def test_the_refusal_says_what_to_do() -> None:
     said = str(manifest.refuse_changed(Path("multirun/x"), ["seed: was 0, is 1"]))
     assert said == (
-        "multirun/x was begun with other settings, code or data: seed: was 0, is 1; put them "
+        "multirun/x was started with other settings, code or data: seed: was 0, is 1; put them "
         "back, name another sweep with search.study=<name>, or set sweep.on_change=continue or "
         "sweep.on_change=new"
     )

@@ -249,7 +249,7 @@ def test_impossible_thresholds_are_refused_or_missing(table, tmp_path, value, cl
     with pytest.raises(
         UserError,
         match=r"is not a possible value \(-20 to 140\): column 'abr_6khz', line 9 of .*mice.csv; "
-        r"mend it, set data.out_of_range=missing, or set data.columns.ranges.thresholds",
+        r"fix it, set data.out_of_range=missing, or set data.columns.ranges.thresholds",
     ):
         Audiogram(str(path), COLUMNS, clip=clip)
     data = Audiogram(str(path), COLUMNS, clip=clip, out_of_range="missing")

@@ -113,7 +113,7 @@ class Controller:
             name = signal.Signals(self.stop_signal).name
             raise Interrupted(
                 self.stop_signal,
-                f"sweep stopped by {name}; the same command goes on with what is left",
+                f"sweep stopped by {name}; run the same command to resume",
             )
         if self.stop_error is not None:
             raise self.stop_error
@@ -159,7 +159,9 @@ class Controller:
             return
         self.study.coordinator.missed_heartbeat.clear()
         for number in set(self.study.taken_over()) & self.trials.keys():
-            log.warning("#%d was taken over by another controller while this one stood", number)
+            log.warning(
+                "#%d was taken over by another controller while this one was suspended", number
+            )
             self.queue = deque(job for job in self.queue if job.number != number)
             self.backend.stop(number)
             del self.trials[number], self.outcomes[number], self.pending[number]
@@ -180,7 +182,7 @@ class Controller:
         over = budget is not None and spent > budget
         if over and not self.out_of_time:
             log.info(
-                "search.budget=%g s is spent (%.0f s): no more trials begin (%d of %d have)",
+                "search.budget=%g s is spent (%.0f s): no more trials start (%d of %d started)",
                 budget,
                 spent,
                 len(self.study.trials()),
@@ -192,7 +194,7 @@ class Controller:
     def start_trial(self, trial: Trial) -> None:
         """Queue the jobs of a trial. A repeated point gets the outcome of the first one instead."""
         if (first := self.study.first(trial)) != trial.number:
-            log.info("#%d is #%d again and is not run", trial.number, first)
+            log.info("#%d repeats #%d and is skipped", trial.number, first)
             if (known := self.study.outcome_of(first)) is not None:
                 self.study.tell(Trial(first, trial.overrides), [known])
             return
@@ -275,9 +277,9 @@ class Controller:
             outcome = replace(outcome, reason=EnvironmentFailure.reason)
         if outcome.reason == EnvironmentFailure.reason:
             # The trial stays a running one in the study, so the next start continues it.
-            line = f"sweep stopped at #{job.subdir}: {outcome.message}"
-            again = "the same command goes on with what is left"
-            self.stop_early(EnvironmentFailure(f"{line}; when that works again, {again}"))
+            line = f"sweep stopped at #{job.subdir}: {outcome.message}; "
+            again = "when that works again, run the same command to resume"
+            self.stop_early(EnvironmentFailure(line + again))
             return
         retries = self.retries.get(job.subdir, 0)
         if outcome.reason in RETRIED and retries < self.settings.max_retries:
@@ -299,7 +301,7 @@ class Controller:
         ended += [Outcome("pruned")] if trial.pruned else []
         violations = constraint_violations(self.study.folder, outcomes, self.settings.constraints)
         if unknown := [name for name, value in violations.items() if math.isnan(value)]:
-            why = f"{unknown[0]}, which search.constraints bounds, is no number"
+            why = f"{unknown[0]}, which search.constraints bounds, is not a number"
             ended += [Outcome("failed", None, NotFinite.reason, why)]
         outcome = self.study.tell(trial, ended, violations, seconds=seconds)
         del self.trials[trial.number], self.pending[trial.number]
@@ -320,8 +322,8 @@ class Controller:
         more = f" (its log: {log_file})" if log_file.exists() else ""
         self.stop_early(
             UserError(
-                f"the first {count} trials failed with the same error{more}: {error}; mend it and "
-                "add search.retry_failed=true, or go on with search.max_failures_in_a_row=0"
+                f"the first {count} trials failed with the same error{more}: {error}; fix it and "
+                "add search.retry_failed=true, or continue with search.max_failures_in_a_row=0"
             )
         )
 
@@ -347,7 +349,7 @@ def handle_signals(controller: Controller) -> Iterator[None]:
 
     def handle(signum: int, _: FrameType | None) -> None:
         if not controller.stop(signum):
-            raise Interrupted(signum, "sweep stopped; the same command goes on with what is left")
+            raise Interrupted(signum, "sweep stopped; run the same command to resume")
 
     before = {each: signal.signal(each, handle) for each in SIGNALS}
     try:

@@ -42,7 +42,7 @@ def open_files() -> set[str]:
     with suppress(OSError):
         for descriptor in Path("/proc/self/fd").iterdir():
             with suppress(OSError):
-                found.add(os.readlink(descriptor))  # noqa: PTH115  a socket is no path
+                found.add(os.readlink(descriptor))  # noqa: PTH115  a socket has no path
     return found
 
 

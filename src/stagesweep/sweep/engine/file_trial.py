@@ -75,7 +75,7 @@ def run_on_cluster(
         current.write(None, 0)  # the job has started
         return run_to_outcome(current, work, number, subdir, overrides)
     except (SystemExit, KeyboardInterrupt):
-        return Outcome("interrupted", None, "killed", "it was told to end")
+        return Outcome("interrupted", None, "killed", "stopped by the controller")
     except OSError as error:
         return failed(error)
     finally:

@@ -93,7 +93,7 @@ def run_in_slot(
         redirect_output(work.folder / subdir / "trial.log")
         outcome = run_to_outcome(current, work, number, subdir, overrides)
     except (SystemExit, KeyboardInterrupt) as error:
-        current.send("finished", "interrupted", None, "killed", "it was told to end")
+        current.send("finished", "interrupted", None, "killed", "stopped by the controller")
         raise SystemExit(getattr(error, "code", 130)) from None
     except OSError as error:
         outcome = failed(error)

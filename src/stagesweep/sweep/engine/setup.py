@@ -89,7 +89,7 @@ def make_pruner(settings: Search, objectives: Sequence[str]) -> BasePruner | Non
     if len(objectives) > 1:
         raise UserError(
             f"a pruner compares trials by one objective, and there are {len(objectives)} "
-            f"({', '.join(objectives)}); leave search/pruner=none, or steer by one of them"
+            f"({', '.join(objectives)}); leave search/pruner=none, or optimise one of them"
         )
     locate_all("search.pruner", settings.pruner)
     made: BasePruner = instantiate(settings.pruner, _execution_whitelist_=("optuna.*",))
@@ -184,7 +184,7 @@ def choose_folder(
         if not changes or on_change == "continue":
             sweeper.study_name = before["study"]
             if changes:
-                log.warning("going on with what has changed: %s", "; ".join(changes))
+                log.warning("continuing with changes: %s", "; ".join(changes))
             break
         if on_change == "refuse":
             raise manifest.refuse_changed(folder, changes)

@@ -98,7 +98,7 @@ class SlotBackend:
 
     @cached_property
     def context(self) -> BaseContext:
-        """How processes are started: forked from the server, or spawned if it has begun CUDA."""
+        """How processes are started: forked from the server; spawned if it initialised CUDA."""
         if not detection.has_gpu_driver():
             return self._forkserver
         package = _call_in_process(self._forkserver, cuda_initialised_by)
@@ -253,7 +253,7 @@ class _JobProcess:
         if oom_kills() > self.oom_kills:
             return Outcome("failed", None, "oom", "killed: this machine ran out of memory")
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return Outcome("failed", None, "killed", f"its process was ended by {how}")
+        return Outcome("failed", None, "killed", f"its process was killed by {how}")
 
 
 def oom_kills() -> int:
@@ -281,7 +281,9 @@ def _call_in_process(context: BaseContext, function: Callable[..., Any], *argume
     try:
         message, returned = receiver.recv()
     except EOFError as error:
-        raise UserError("the process that checks the sweep was ended; start it again") from error
+        raise UserError(
+            "the process that checks the sweep was killed; run the command again"
+        ) from error
     finally:
         process.join()
     if message is not None:

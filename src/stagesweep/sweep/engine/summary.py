@@ -29,7 +29,7 @@ def write_results(study: Study) -> None:
     several = len(sweep.objectives) > 1
     title = "the Pareto front" if several else "the best"
     if not (front := sweep.front):
-        title = "none of them keeps search.constraints"
+        title = "no trial satisfies search.constraints"
     print(f"\n{len(sweep.complete)} of {len(sweep.trials)} trials finished; {title}:\n")
     print(tables.leaderboard(sweep))
     trials = tables.table(sweep)

@@ -229,7 +229,7 @@ class _Section:
         """The importance of each parameter, or why it cannot be computed."""
         count = len(drawable(self.sweep, objective))
         if count < ENOUGH:
-            return f"Too few trials: {count} complete, and below {ENOUGH} importances are chance."
+            return f"Importances need more trials: {count} of at least {ENOUGH} are complete."
         return importances(self.sweep, objective)
 
     def bars(self, shares: dict[str, float], objective: int) -> Markup:

@@ -80,7 +80,7 @@ def _plain(override: Override) -> Parameter:
     """The parameter of one key."""
     line, value = override.input_line, override.value()
     if getattr(value, "shuffle", False):
-        raise UserError(f"{line}: leave shuffle(…) out; the order of the points is the sampler's")
+        raise UserError(f"{line}: leave shuffle(…) out; the sampler orders the points")
     if isinstance(value, IntervalSweep):
         _check_interval(str(line), value)
     elif tags := sorted(getattr(value, "tags", ())):
@@ -162,7 +162,7 @@ def _zip(members: Sequence[Parameter]) -> Parameter:
         if len(a) != len(b):
             raise UserError(
                 f"search.zip: {one.name} has {len(a)} values and {two.name} {len(b)}; "
-                "keys that move together need equally many"
+                "keys that move together need lists of equal length"
             )
     rows = list(zip(*columns, strict=True))
     names = [",".join(row) for row in rows]
@@ -188,7 +188,7 @@ def _ablation(
             if override.is_sweep_override():
                 raise UserError(f"{place}: {override.input_line}: a variant has one value a key")
             if _key(override) in swept:
-                raise UserError(f"{place} sets {_key(override)}, which is swept; do one of the two")
+                raise UserError(f"{place} sets {_key(override)}, which is swept; remove one")
         lines[name] = tuple(own)
     return Parameter((ABLATION,), CategoricalDistribution(list(lines)), lines=lines)
 
@@ -208,7 +208,7 @@ def _conditional(
         ready = (each for each in pending if each.when is None or each.when.key in settled)
         if (each := next(ready, None)) is None:
             names = " and ".join(each.name for each in pending)
-            raise UserError(f"search.when: {names} wait for each other; free one of them")
+            raise UserError(f"search.when: {names} depend on each other; remove one condition")
         pending.remove(each)
         settled |= set(each.keys)
         if each.when is None or each.when.holds(there):

@@ -155,7 +155,7 @@ def storage_errors(storage: str) -> Iterator[None]:
         yield
     except (ArgumentError, NoSuchModuleError) as error:
         raise UserError(
-            "hydra.sweeper.storage is no URL of a database that can be used; write "
+            "hydra.sweeper.storage is not the URL of a usable database; write "
             "postgresql+psycopg://USER@HOST:PORT/DATABASE"
         ) from error
     except (StorageInternalError, SQLAlchemyError) as error:
@@ -166,5 +166,6 @@ def storage_errors(storage: str) -> Iterator[None]:
         line = " ".join(said.split("\n")[0].split())
         line = line.replace(secret, "***") if secret else line
         raise EnvironmentFailure(
-            f"hydra.sweeper.storage={shown}: {line}; the same command goes on when it works again"
+            f"hydra.sweeper.storage={shown}: {line}; when it works again, run the same command to "
+            "resume"
         ) from error

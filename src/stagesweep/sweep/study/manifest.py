@@ -108,7 +108,7 @@ def refuse_changed(folder: Path, lines: list[str]) -> UserError:
     """The error for a sweep whose settings, code or data have changed."""
     said = "; ".join(lines)
     return UserError(
-        f"{folder} was begun with other settings, code or data: {said}; put them back, name "
+        f"{folder} was started with other settings, code or data: {said}; put them back, name "
         "another sweep with search.study=<name>, or set sweep.on_change=continue or "
         "sweep.on_change=new"
     )

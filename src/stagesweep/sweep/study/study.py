@@ -302,7 +302,7 @@ class Study:
     def has_found(self, path: str) -> bool:
         """Whether the sweep found a file, which is missing now.
 
-        It did if the file was there when the sweep began, or if a complete trial was given it.
+        It did if the file was there when the sweep began, or if a complete trial read it.
         A folder stands for its files while it is missing.
         """
         file = Path(path).absolute()

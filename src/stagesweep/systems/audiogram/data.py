@@ -229,7 +229,7 @@ def _in_range(
         key = "thresholds" if name in columns.thresholds and name not in columns.ranges else name
         raise UserError(
             f"{values[row, number]:g} is not a possible value ({low:g} to {high:g}): column "
-            f"{mapping[name]!r}, line {row + 2} of {source}; mend it, set "
+            f"{mapping[name]!r}, line {row + 2} of {source}; fix it, set "
             f"data.out_of_range=missing, or set data.columns.ranges.{key}"
         )
     return values
@@ -247,7 +247,7 @@ def _decibels(
     for row, column in np.argwhere((decibels < LOWEST) | (decibels > HIGHEST))[:1]:
         raise UserError(
             f"{decibels[row, column]:g} dB is outside {LOWEST:g} to {HIGHEST:g}: column "
-            f"{names[column]!r}, line {row + 2} of {source}; mend it, or set data.clip=true"
+            f"{names[column]!r}, line {row + 2} of {source}; fix it, or set data.clip=true"
         )
     return decibels
 
@@ -276,7 +276,7 @@ def _merged(
         for code in np.flatnonzero(differs)[:1]:
             raise UserError(
                 f"{ids.iloc[np.flatnonzero(codes == code)[0]]!r} has several values of {column!r} "
-                f"in {source}, so its rows cannot be merged; mend it, or set data.duplicates=unique"
+                f"in {source}, so its rows cannot be merged; fix it, or set data.duplicates=unique"
             )
     means = [pd.DataFrame(values).groupby(codes).mean() for values in (decibels, metadata)]
     rows = table.groupby(codes).first()
