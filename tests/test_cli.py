@@ -95,7 +95,7 @@ def test_an_error_of_validation_is_one_line_and_leaves_no_stage(
     cold: Command, tmp_path: Path
 ) -> None:
     process = cold("experiment=tiny", "model.latent=wide", "hydra.run.dir=run", status=1)
-    assert_one_line(process, "model.latent=wide: ClusteringVAE wants int")
+    assert_one_line(process, "model.latent=wide: ClusteringVAE expects int")
     assert not (tmp_path / "store").exists()
 
 

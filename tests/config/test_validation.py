@@ -57,7 +57,7 @@ LINES = {
     "hardware.micro_batch=0": "hardware.micro_batch=0: must be at least 1",
     "seed=-1": "seed=-1: must be at least 0",
     # targets
-    "model.latent=wide": "model.latent=wide: ClusteringVAE wants int",
+    "model.latent=wide": "model.latent=wide: ClusteringVAE expects int",
     "+model.latnt=3": "model.latnt: ClusteringVAE takes no such argument; did you mean 'latent'?",
     "loss.kl._target_=stagesweep.loss.kl.KLL": "loss.kl._target_: cannot load "
     "'stagesweep.loss.kl.KLL': no 'KLL' in stagesweep.loss.kl; did you mean 'KL'?",
@@ -173,7 +173,7 @@ def test_a_stage_of_the_users_own_is_bound(
     monkeypatch.setattr(trust, "added", ("stages_of_mine.*",))
     own = "+stage.count={_target_: stages_of_mine.Count, k: 3}"
     validate(tiny(own, "objective.metric=count/any"))
-    with pytest.raises(UserError, match=r"^stage.count.k=x: Count wants int$"):
+    with pytest.raises(UserError, match=r"^stage.count.k=x: Count expects int$"):
         validate(tiny(own, "stage.count.k=x"))
     with pytest.raises(UserError, match=r"^stage.count.k=0: must be at least 1$"):
         validate(tiny(own, "stage.count.k=0"))

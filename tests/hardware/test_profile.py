@@ -63,7 +63,7 @@ def test_what_a_profile_says_is_passed_on() -> None:
         ({"device": Device.cpu, "threads": 3, "workers": 2, "micro_batch": 8},
          "cpu, fp32, threads 3, loader workers 2, at most 8"),
         ({"device": Device.cpu, "threads": 3, "workers": 2, "micro_batch": "auto"},
-         "cpu, fp32, threads 3, loader workers 2, micro-batch found by trying"),
+         "cpu, fp32, threads 3, loader workers 2, micro-batch by a search"),
         pytest.param({"threads": 3, "workers": 2},
          "cpu (torch finds no GPU), fp32, threads 3, loader workers 2, whole batches",
          marks=NO_GPU),

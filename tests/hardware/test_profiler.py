@@ -49,7 +49,7 @@ def test_a_fit_of_few_steps_says_that_it_has_no_trace(
     bench: "Bench", tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int
 ) -> None:
     traced(bench.loop(epochs=1, batch_size=-(-44 // steps)), tmp_path / "profile")
-    assert caplog.messages[-1] == f"fit: no trace, it had {steps} steps and takes {WARMUP + 1}"
+    assert caplog.messages[-1] == f"fit: no trace: it has {steps} steps, a trace needs {WARMUP + 1}"
     assert not (tmp_path / "profile").exists()
 
 

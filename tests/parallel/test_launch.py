@@ -82,7 +82,7 @@ def test_under_torchrun_another_number_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="set CUDA_VISIBLE_DEVICES before it"):
         processes_to_start(Hardware(gpu_ids=[0]))
     sampler = OmegaConf.create({})
-    with pytest.raises(UserError, match="a sweep is not for torchrun"):
+    with pytest.raises(UserError, match="a sweep cannot run under torchrun"):
         StudySweeper(sampler, "", "").sweep([])
 
 

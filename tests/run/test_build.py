@@ -68,11 +68,11 @@ def nothing(**arguments): ...
 @pytest.mark.parametrize(
     ("path", "target", "line"),
     [
-        ("data", "nothing", "gives None, not data with spec and split"),
-        ("data", "Nothing", "gives a Nothing, not data with spec and split"),
-        ("model.encoder", "nothing", "gives None, not a torch module"),
-        ("loss.kl", "Nothing", "gives a Nothing, not a torch module"),
-        ("stage.mine", "nothing", "gives None, not a stage that can be called"),
+        ("data", "nothing", "returns None, not data with spec and split"),
+        ("data", "Nothing", "returns a Nothing, not data with spec and split"),
+        ("model.encoder", "nothing", "returns None, not a torch module"),
+        ("loss.kl", "Nothing", "returns a Nothing, not a torch module"),
+        ("stage.mine", "nothing", "returns None, not a stage that can be called"),
     ],
 )
 def test_a_target_that_gives_something_else_is_one_line(
@@ -99,6 +99,6 @@ def test_fields_of_a_stage_are_checked_too(tmp_path: Path, monkeypatch: pytest.M
         node = OmegaConf.structured(schema.Fit(epochs=2, **values))
         with (
             execution_whitelist(trust.trusted()),
-            pytest.raises(UserError, match=rf"^stage.fit.{key}._target_: .* gives None, not a "),
+            pytest.raises(UserError, match=rf"^stage.fit.{key}._target_: .* returns None, not a "),
         ):
             build_stage("fit", node)

@@ -39,7 +39,7 @@ def test_artifacts_come_back_as_they_were_left(run: Context) -> None:
     assert run.load("plain.json") == {"k": 3}
     assert run.has("plain.json")
     assert not run.has("other.json")
-    with pytest.raises(UserError, match=r"needs 'other.json', which no stage before it left"):
+    with pytest.raises(UserError, match=r"needs 'other.json', which no earlier stage saved"):
         run.load("other.json")
 
 

@@ -133,7 +133,7 @@ REFUSED = {
     ),
     "a test over repeats of which there are none": (
         ("experiment=tiny", "stage.joint.epochs=1,2", "search/pruner=wilcoxon"),
-        "search/pruner=wilcoxon compares the repeats of a point, and each has only one run; set ",
+        "search/pruner=wilcoxon compares the repeats of a point, and each point has only one; set ",
     ),
     "nothing to search": (
         ("experiment=tiny", "search=bayes", "search/space=none"),
@@ -177,11 +177,11 @@ INVALID = {
     ),
     "a pruner that looks at what no fit gives": (
         ("experiment=tiny", "search/pruner=asha", "search.prune_on=joint/val_los"),
-        "search.prune_on=joint/val_los: no fit gives that after each epoch; did you mean 'joint/",
+        "search.prune_on=joint/val_los: no fit reports it after each epoch; did you mean 'joint/",
     ),
     "a pruner that looks at no fit": (
         ("experiment=tiny", "search/pruner=asha", "search.prune_on=evaluate/nmi"),
-        "search.prune_on=evaluate/nmi: no fit gives that after each epoch; there are pretrain/",
+        "search.prune_on=evaluate/nmi: no fit reports it after each epoch; there are pretrain/",
     ),
     "an unknown metric to keep below a bound": (
         ("experiment=tiny", "+search.constraints={evaluate/nmu: 1}"),
@@ -189,7 +189,7 @@ INVALID = {
     ),
     "a pruner that no fit tells anything": (
         ("experiment=tiny", "search/pruner=median"),
-        "search/pruner looks at evaluate/nmi, which no fit gives after each epoch; set search.",
+        "search/pruner watches evaluate/nmi, which no fit reports after each epoch; set search.",
     ),
 }
 
@@ -217,7 +217,7 @@ def test_a_folder_with_results_is_not_written_over(stagesweep: Command, tmp_path
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "study.db").write_text("a study")
     process = stagesweep("-m", *QUICK, "seed=0,1", status=1)
-    assert process.stderr.startswith("stagesweep: sweep holds results already; ")
+    assert process.stderr.startswith("stagesweep: sweep already holds results; ")
     assert (tmp_path / "sweep" / "study.db").read_text() == "a study"
 
 

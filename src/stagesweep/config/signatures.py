@@ -139,7 +139,7 @@ def bind(path: str, node: Node, supplied: Collection[str] = ()) -> None:
     for key, value in node.items():
         if key in parameters and not fits(value, parameters[key].annotation):
             expected = _type_name(parameters[key].annotation)
-            raise UserError(f"{path}.{key}={value}: {name} wants {expected}")
+            raise UserError(f"{path}.{key}={value}: {name} expects {expected}")
     if is_dataclass(target):
         for field in fields(target):
             if field.metadata and field.name in node:

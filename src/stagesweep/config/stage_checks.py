@@ -135,7 +135,7 @@ def metric_names(settings: Any, cfg: DictConfig) -> set[str] | None:
 
 
 def _check_metric(key: str, wanted: str, cfg: DictConfig, stages: Stages) -> None:
-    """Check that a run will have the metric ``<stage>/<name>`` that ``key`` asks for."""
+    """Check that a run will have the metric ``<stage>/<name>`` that ``key`` names."""
     name, _, metric = wanted.partition("/")
     if name not in stages:
         raise UserError(f"{key}: no stage '{name}'; {nearest(name, stages)}")
@@ -161,9 +161,9 @@ def _check_pruning(cfg: DictConfig, stages: Stages) -> None:
         return
     if cfg.search.prune_on is not None:
         hint = nearest(wanted, reported)
-        raise UserError(f"search.prune_on={wanted}: no fit gives that after each epoch; {hint}")
+        raise UserError(f"search.prune_on={wanted}: no fit reports it after each epoch; {hint}")
     losses = [name for name in reported if name.endswith("/val_loss")]
     example = f"set search.prune_on={losses[-1]} search.prune_mode=min" if losses else "add a fit"
     raise UserError(
-        f"search/pruner looks at {wanted}, which no fit gives after each epoch; {example}"
+        f"search/pruner watches {wanted}, which no fit reports after each epoch; {example}"
     )

@@ -79,7 +79,7 @@ def check_schema(node: DictConfig, path: str = "") -> None:
 
 
 def check_sharding(hardware: Any) -> None:
-    """Check that the profile asks of a sharded model only what it supports."""
+    """Check that the profile has no setting that a sharded model does not support."""
     if hardware.parallel is not schema.Parallel.shard:
         return
     if hardware.micro_batch == schema.AUTO:
@@ -89,7 +89,7 @@ def check_sharding(hardware: Any) -> None:
         )
     if hardware.compile:
         raise UserError(
-            "hardware.compile=true does not go with hardware.parallel=shard; set one of them"
+            "hardware.compile=true does not work with hardware.parallel=shard; set only one of them"
         )
 
 

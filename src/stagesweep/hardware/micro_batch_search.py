@@ -1,4 +1,4 @@
-"""Finds the largest micro-batch that fits by trying, and remembers it beside the store."""
+"""Searches for the largest micro-batch that fits, and caches it beside the store."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from stagesweep.store.store import Store
 
 log = logging.getLogger(__name__)
 
-# The largest share of the GPU's memory to use, and the number of samples to begin with.
+# The largest share of the GPU's memory to use, and the number of samples to start with.
 USED, FIRST = 0.9, 8
 
 # Forward and backward of a batch in micro-batches of a size.
@@ -48,20 +48,20 @@ def memory_key(
 
 
 def file_of(key: dict[str, Any]) -> Path:
-    """The file that remembers the micro-batch of a key."""
+    """The file that caches the micro-batch of a key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return Store.default().root / "micro_batches" / f"{digest}.json"
 
 
 def remembered(key: dict[str, Any]) -> int | None:
-    """The micro-batch that was found before; None when there is none, or it cannot be read."""
+    """The cached micro-batch; None when there is none, or it cannot be read."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return int(json.loads(file_of(key).read_text())["micro_batch"])
     return None
 
 
 def remember(key: dict[str, Any], size: int) -> None:
-    """Remember the micro-batch of a key."""
+    """Cache the micro-batch of a key."""
     file = file_of(key)
     with explained(file):
         file.parent.mkdir(parents=True, exist_ok=True)

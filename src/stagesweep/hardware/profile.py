@@ -23,7 +23,7 @@ CORES = torch.get_num_threads()
 class HardwareProfile:
     """A profile with every ``auto`` decided. ``autocast`` is None for fp32.
 
-    ``search_micro_batch``: find the micro-batch of each fit by trying.
+    ``search_micro_batch``: search for the micro-batch of each fit.
     """
 
     device: torch.device
@@ -44,7 +44,7 @@ class HardwareProfile:
     def for_stage(self, stage: str) -> "HardwareProfile":
         """The profile of one stage, ``<experiment>/<stage>``, with its smallest micro-batch bound.
 
-        A micro-batch that is found by trying has no other bound.
+        With ``search_micro_batch`` there is no other bound.
         """
         bounds = [n for pattern, n in self.micro_batches.items() if fnmatch(stage, pattern)]
         if self.search_micro_batch or not bounds:
@@ -131,7 +131,7 @@ def describe(hardware: HardwareProfile, reasons: dict[str, str]) -> str:
         *(["TF32"] if hardware.tf32 else []),
         f"threads {threads}",
         f"loader workers {hardware.workers}",
-        "micro-batch found by trying" if hardware.search_micro_batch else limit,
+        "micro-batch by a search" if hardware.search_micro_batch else limit,
     ]
     return ", ".join(parts)
 

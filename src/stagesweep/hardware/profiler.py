@@ -68,7 +68,7 @@ def tracing(
         throughput.after_step = step
         yield
     if len(ticks) <= WARMUP:
-        log.warning("%s: no trace, it had %d steps and takes %d", name, len(ticks), WARMUP + 1)
+        log.warning("%s: no trace: it has %d steps, a trace needs %d", name, len(ticks), WARMUP + 1)
 
 
 @dataclass

@@ -218,7 +218,7 @@ def read_state(folder: Path, own: Mapping[str, Any], load: Read) -> dict[str, An
     """Read a state from a folder; `load` reads what is not sharded.
 
     Gives this process's part of a tensor that is sharded in its `own` state, and the full tensor of
-    others. Reading errors are the caller's.
+    others. The caller handles reading errors.
     """
     reader = FileSystemReader(folder)
     stored = reader.read_metadata().state_dict_metadata

@@ -23,16 +23,16 @@ def find_micro_batch(
     batch: Batch,
     fsdp: "FSDP | None" = None,
 ) -> int:
-    """The most samples of a stage's batch that fit at once: remembered, or found by trying.
+    """The most samples of a stage's batch that fit at once, from the cache or by a search.
 
     Leaves weights, buffers and random generators as they were. Of several processes each tries by
     itself, and all take the smallest.
     """
     model, group = micro_batches.model, micro_batches.group
     key = memory_key(model, loss.terms, hardware, batch)
-    how, size = "as was found before", group.broadcast(remembered(key))
+    how, size = "from an earlier search", group.broadcast(remembered(key))
     if size is None:
-        how = "found by trying"
+        how = "found by a search"
         single = MicroBatches(model, micro_batches.scaler, hardware, fsdp=fsdp)
         factors = loss.factors(0.0)
         state, buffers = rng_state(), {n: b.clone() for n, b in model.named_buffers()}

@@ -59,7 +59,7 @@ class Loss(Protocol):
 
 
 class MicroBatches:
-    """Computes the gradient of an effective batch, in as many micro-batches as memory asks for.
+    """Computes the gradient of an effective batch, split into micro-batches that fit in memory.
 
     Totals and weights of the terms are added up over micro-batches and processes and divided once.
     The gradient of a term that couples samples is first computed with respect to the outputs it
@@ -195,7 +195,7 @@ class _Accumulation:
             if any(self.group.all_reduce_max(error is not None)):
                 raise error or torch.OutOfMemoryError("of another process")
         finally:
-            error = None  # else the error and this frame would keep each other alive
+            error = None  # otherwise the error and this frame would keep each other alive
         return done
 
     def _first_pass(self, pieces: list[tuple[Batch, bool]]) -> tuple[Tensor, Outputs]:

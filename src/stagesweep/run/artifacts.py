@@ -1,4 +1,4 @@
-"""Files that stages leave for later stages: arrays, JSON and tables, never a pickle."""
+"""Files that stages save for later stages: arrays, JSON and tables, never a pickle."""
 
 import json
 from pathlib import Path

@@ -46,7 +46,7 @@ def check_built(path: str, node: Any, made: Any) -> None:
     if not right:
         kind = type(made).__name__
         found = "None" if made is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-        raise UserError(f"{path}._target_: '{name}' gives {found}, not {wanted}")
+        raise UserError(f"{path}._target_: '{name}' returns {found}, not {wanted}")
 
 
 def build_stage(name: str, node: DictConfig) -> Any:
@@ -90,7 +90,7 @@ def init_from(model: nn.Module, path: Path, log: logging.Logger, part: str | Non
     """
     state = part_weights(checkpoint.load(path)["model"], part)
     if part is not None and not state:
-        log.warning("init_from: %s has nothing of model.%s, left as initialised", path, part)
+        log.warning("init_from: %s has no weights of model.%s, left as initialised", path, part)
         return
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}

@@ -294,7 +294,7 @@ class Context:
         atomic_text(target, "".join(f"{line}\n" for line in [*kept, *own]))
 
     def follow(self, task: FitTask) -> None:
-        """Take part in a fit that the main process has handed out."""
+        """Take part in a fit that the main process has sent."""
         self.profile = self.run_profile.for_stage(task.stage)
         self._loop(task, NullMetricLog(task.name)).run()
 
@@ -343,7 +343,7 @@ class Context:
         if path is None:
             done = ", ".join(stage.name for stage in self.stages) or "none"
             raise UserError(
-                f"stage {self.stage} needs '{filename}', which no stage before it left "
+                f"stage {self.stage} needs '{filename}', which no earlier stage saved "
                 f"(stages so far: {done})"
             )
         return path

@@ -1,4 +1,4 @@
-"""A fit as the main process hands it out to the other processes of its run."""
+"""The task of a fit, which the main process sends to the other processes of its run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ def plan(cfg: DictConfig, hardware: Hardware) -> Plan:
     """
     resolved: DictConfig | None = None
     keys: dict[str, str] | None = None
-    with suppress(Exception):  # of any error, validation has the better message
+    with suppress(Exception):  # whatever the error, validation has the better message
         resolved = validate_structure(cfg)
         keys = fingerprints(cfg, hardware)
         if cfg.resume is not Resume.never and all_stored(keys, list(objectives(cfg.objective))):

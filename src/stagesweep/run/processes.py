@@ -1,7 +1,7 @@
 """A run in several processes: the main process leads it, the others take part in its fits.
 
 The main process is the run: it alone executes the stages and writes. The other processes wait
-until it hands out a fit. Imports torch only inside the functions.
+until it sends a fit. Imports torch only inside the functions.
 """
 
 import logging
@@ -40,7 +40,7 @@ def lead(work: bytes) -> Objective:
 
 
 def follow() -> None:
-    """Take part in the fits that the main process hands out, until it dismisses this one."""
+    """Take part in the fits that the main process sends, until it sends no more."""
     register.register()
     logging.disable()  # the main process logs
     from stagesweep.parallel.process_group import init_process_group

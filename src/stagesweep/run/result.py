@@ -1,4 +1,4 @@
-"""The result of a run: what each stage gave, and ``result.json``. Imports no torch."""
+"""The result of a run: the metrics of each stage, and ``result.json``. Imports no torch."""
 
 import json
 import math

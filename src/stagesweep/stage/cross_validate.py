@@ -44,7 +44,7 @@ class CrossValidate(schema.CrossValidate):
     def __call__(self, run: "Context") -> dict[str, float]:
         """Return ``<score>`` of the model with ``_low`` and ``_high``, and ``<method>_<score>``."""
         if self.fit is None:
-            raise UserError(f"stage.{run.stage}.fit is not set: say how a model is trained")
+            raise UserError(f"stage.{run.stage}.fit is not set; give it the settings of a fit")
         run.select(self.fit.part, self.fit.view)
         first, *others = (run.data.split(split) for split in self.splits)
         pool = first.join(others)
@@ -81,7 +81,7 @@ class CrossValidate(schema.CrossValidate):
         )
         if (groups := len(np.unique(group))) < parts:
             raise UserError(
-                f"stage.{run.stage}: {groups} groups ({by or 'samples'}) make no {parts} parts; "
+                f"stage.{run.stage}: {groups} groups ({by or 'samples'}) for {parts} parts are too few; "
                 f"set stage.{run.stage}.folds to fewer"
             )
         splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=run.seed % 2**32)

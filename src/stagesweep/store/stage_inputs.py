@@ -1,4 +1,4 @@
-"""What each stage is computed from according to its config, and the fingerprints of the stages."""
+"""The inputs of each stage, by its config, and the fingerprints of the stages."""
 
 import hashlib
 from collections.abc import Collection, Mapping

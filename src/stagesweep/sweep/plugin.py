@@ -48,7 +48,9 @@ class StudySweeper(Sweeper):
         from stagesweep.sweep.engine.controller import sweep
 
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise UserError("a sweep is not for torchrun: set hardware.devices, and leave it out")
+            raise UserError(
+                "a sweep cannot run under torchrun: run it without, and set hardware.devices"
+            )
         options.check_optional_groups()
         assert self.config is not None
         assert self.launcher is not None

@@ -122,7 +122,7 @@ def test_posterior_collapse_fails_after_the_files_are_written(make_run: Any) -> 
     run = make_run(scale=0.001)
     with pytest.raises(
         UserError,
-        match=r"it: posterior collapse: 0 latent units carry anything .* fewer than "
+        match=r"it: posterior collapse: 0 latent units are active .* fewer than "
         r"stage.it.min_active_units=2",
     ):
         STAGE(run)

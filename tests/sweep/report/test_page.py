@@ -139,7 +139,7 @@ def test_the_facts_of_a_sweep(make: Make) -> None:
     assert "best evaluate/nmi (largest) 0.9 trial 10" in page.text
     assert "15 12 complete , 1 pruned , 1 failed , 1 running" in page.text
     assert "saved by reuse 11 min 00 s 11 stages taken from the store" in page.text
-    assert "1 under way: the last sign of life was" in page.text
+    assert "1 running; the last update was" in page.text
     head, *rows = page.tables["Leaderboard"]
     first = ["rank", "trial", "state", "evaluate/nmi", "time", "reused", "joint.lr", "part"]
     assert head == first
@@ -248,7 +248,7 @@ def test_repeats_without_an_ablation(make: Make) -> None:
     page = shown(maker.folder)
     assert page.tables["Repeats"][0][0] == "point"
     assert page.tables["Repeats"][1][0] == "lr=0.2"
-    assert "which flatters it" in page.text
+    assert "so they favour it" in page.text
 
 
 def test_seeds_show_how_methods_compare(make: Make) -> None:
@@ -292,7 +292,7 @@ def test_several_sweeps_side_by_side(make: Make) -> None:
 
 def test_a_sweep_that_has_only_begun(make: Make) -> None:
     maker = make()
-    assert "No trial has begun yet." in shown(maker.folder).text
+    assert "No trial has started yet." in shown(maker.folder).text
     maker.trial({"lr": 0.1}, None, "running")
     assert shown(maker.folder).tables["Leaderboard"][1][2] == "running"
 

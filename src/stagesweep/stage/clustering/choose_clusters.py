@@ -94,8 +94,8 @@ def latent_means(run: "Context") -> Points:
     means: Points = run.predict("train", ["mean"])["mean"].astype(np.float64)
     if (active := active_units(means)) < 2:
         raise UserError(
-            f"{run.stage}: posterior collapse: {active} of {means.shape[1]} latent units carry "
-            "anything (variance above 0.01), too few to cluster; lower the weight of the KL term, "
+            f"{run.stage}: posterior collapse: {active} of {means.shape[1]} latent units are "
+            "active (variance above 0.01), too few to cluster; lower the weight of the KL term, "
             "raise its free bits or train longer"
         )
     return means

@@ -198,7 +198,7 @@ class Evaluate(schema.Evaluate):
         active, used = int(metrics["active_units"]), int(metrics["clusters_used"])
         if active < self.min_active_units:
             raise UserError(
-                f"{run.stage}: posterior collapse: {active} latent units carry anything (variance "
+                f"{run.stage}: posterior collapse: {active} latent units are active (variance "
                 f"above 0.01), fewer than stage.{run.stage}.min_active_units="
                 f"{self.min_active_units}; lower the weight of the KL term or raise its free bits"
             )

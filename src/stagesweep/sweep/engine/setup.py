@@ -95,7 +95,7 @@ def make_pruner(settings: Search, objectives: Sequence[str]) -> BasePruner | Non
     made: BasePruner = instantiate(settings.pruner, _execution_whitelist_=("optuna.*",))
     if isinstance(made, WilcoxonPruner) and settings.repeats == 1:
         raise UserError(
-            "search/pruner=wilcoxon compares the repeats of a point, and each has only one run; "
+            "search/pruner=wilcoxon compares the repeats of a point, and each point has only one; "
             "set search.repeats=8, or choose another pruner"
         )
     return made
@@ -157,7 +157,7 @@ def is_unknown_key(config: DictConfig, key: str) -> bool:
 
 
 def check_study_name(name: str) -> None:
-    """Raise UserError if a study's name is not a name: it is a part of the sweep's folder."""
+    """Raise UserError if the name of a study cannot be the name of a folder."""
     if not re.fullmatch(r"\w[\w.-]*", name) or ".." in name:
         raise UserError(
             f"search.study={name} must be a name: letters, digits, '.', '_' and '-'; "
@@ -192,7 +192,7 @@ def choose_folder(
         folder = base.with_name(f"{base.name}_{count}")
     if before is None and folder.exists() and {path.name for path in folder.iterdir()} - {LOCK}:
         raise UserError(
-            f"{folder} holds results already; give this sweep a name of its own with "
+            f"{folder} already holds results; give this sweep another name with "
             "search.study=<name> (finished stages are not trained again)"
         )
     if folder != base:

@@ -36,7 +36,7 @@ BUILT = ("hydra.launcher", "hydra.sweep.subdir", "hydra.sweeper.sampler")
 def share(config: DictConfig, space: Space, launcher: Launcher, done: Collection[str] = ()) -> None:
     """Copy to ``config`` what the controller reads, as the trials of this space have it.
 
-    Parameters in ``done`` have been looked at.
+    Parameters in ``done`` are already checked.
 
     Raises UserError if trials differ in it; the line names two of them and their values.
     """

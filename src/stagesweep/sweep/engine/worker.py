@@ -33,7 +33,7 @@ def run_to_outcome(
 ) -> Outcome:
     """`run_task`, with its result or its error as an outcome.
 
-    Raises only SystemExit and KeyboardInterrupt, which tell this process to end.
+    Raises only SystemExit and KeyboardInterrupt, which end this process.
     """
     try:
         returned = run_task(work, number, subdir, overrides)
