@@ -3,8 +3,8 @@
     make bench            (or: python -m benchmarks.fit_loop --rounds 13)
 
 All three train the same model from the same start with the same loss, clipping and fused AdamW,
-and compute the same validation loss after every epoch. They take turns in one process, so that
-whatever else the machine does falls on all of them; the ratios are medians over the rounds.
+and compute the same validation loss after every epoch. They take turns in one process, so other
+load of the machine affects all of them alike; the ratios are medians over the rounds.
 """
 
 import argparse
@@ -74,13 +74,13 @@ class Case:
     clip: float = 1.0
 
     def model(self, spec: Spec) -> nn.Module:
-        """The same model every time."""
+        """A new model with the same initial weights."""
         torch.manual_seed(0)
         return self.build(spec)
 
 
 class Clock:
-    """When each epoch began, and when all was done."""
+    """Times at which each epoch began, and at which the fit ended."""
 
     now = staticmethod(perf_counter)
 
@@ -88,28 +88,28 @@ class Clock:
         self.times: list[float] = []
 
     def tick(self) -> None:
-        """An epoch begins, or the last one and all its files are done."""
+        """Record the begin of an epoch, or the end of the fit with all its files."""
         self.times.append(self.now())
 
     def seconds_per_epoch(self) -> float:
-        """From the start of the second epoch (the first one warms up) to the end."""
+        """Seconds from the start of the second epoch (the first one warms up) to the end."""
         return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
 
 
 def noise(model: nn.Module, n: int, generator: torch.Generator) -> Batch:
-    """What the VAE draws for a batch; nothing for other models."""
+    """The noise of the VAE for a batch; nothing for other models."""
     sample = getattr(model, "sample_noise", None)
     return sample(n, generator) if sample is not None else {}
 
 
 def mean_loss(terms: Mapping[str, nn.Module], outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-    """The sum of the terms' means, as one writes it by hand."""
+    """The sum of the means of the terms."""
     pairs = [term(outputs, batch) for term in terms.values()]
     return sum((total / weight for total, weight in pairs), start=torch.zeros(()))
 
 
 def bare(case: Case, data: Digits, epochs: int) -> float:
-    """A loop as one writes it by hand: nothing but training and the validation loss."""
+    """A minimal hand-written loop: training and the validation loss only."""
     clock, generator = Clock(), torch.Generator().manual_seed(0)
     train, val = (data.split(name).columns for name in ("train", "val"))
     model = case.model(data.spec)
@@ -154,10 +154,10 @@ def ours(case: Case, data: Digits, epochs: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         board = TensorBoardWriter(Path(folder))
         rows = MetricLog(Path(folder, "metrics.jsonl"), board, "fit")
-        machine = resolve(schema.Hardware(device=schema.Device.cpu))
+        profile = resolve(schema.Hardware(device=schema.Device.cpu))
         views = {name: data.split(name) for name in ("train", "val")}
         loop = Loop(
-            case.model(data.spec), case.terms, settings, views, data.spec, machine, 0,
+            case.model(data.spec), case.terms, settings, views, data.spec, profile, 0,
             Path(folder, "checkpoints"), rows,
         )  # fmt: skip
         loop.run()

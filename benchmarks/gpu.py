@@ -1,12 +1,12 @@
-"""What a GPU gets out of every experiment there is.
+"""Throughput and memory of every experiment on a GPU.
 
     make bench-gpu         (or: python -m benchmarks.gpu --data audiogram=mice.csv)
 
 Three tables: samples a second of the first fit of every experiment in fp32, TF32, bf16, and bf16
-compiled; a GPU that is really out of memory, and what became of the fit; data that lives on the
-GPU against a DataLoader. An experiment that reads a file takes part when `--data` names it, with
-the overrides that the file needs: `--data 'singlecell_full=cells.h5ad data.columns.label=type'`.
-`--device cpu --small` is a smoke run: the same code, seconds, and no figure worth keeping.
+compiled; a fit that runs out of GPU memory, and its result; data on the GPU against a DataLoader.
+An experiment that reads a file is included when `--data` names the file, with the overrides that
+it needs: `--data 'singlecell_full=cells.h5ad data.columns.label=type'`. `--device cpu --small` is a
+smoke run: the same code in seconds, but its figures mean nothing.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from benchmarks.parts import Part, composed, fits, processor
+from benchmarks.fit_stage import FitStage, composed, fits, processor
 from stagesweep.base.terms import per_sample
 from stagesweep.base.view import View
 from stagesweep.config import register, schema
@@ -37,12 +37,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": Precision.bf16, "tf32": True},
     "bf16, compiled": {"precision": Precision.bf16, "tf32": True, "compile": True},
 }
-# How many steps are timed, at least.
+# Minimum number of timed steps.
 STEPS = 200
 
 
 class Bench:
-    """The benchmarks on one device; they print as they go, and `lines` is the page."""
+    """The benchmarks on one device; each prints its lines and adds them to `lines`."""
 
     def __init__(self, device: Device, small: bool, data: dict[str, list[str]]) -> None:
         self.device, self.small, self.data = device, small, data
@@ -52,12 +52,12 @@ class Bench:
         print(line, flush=True)
         self.lines.append(line)
 
-    def machine(self, **given: Any) -> HardwareProfile:
+    def profile(self, **given: Any) -> HardwareProfile:
         defaults = {"device": self.device, "precision": Precision.fp32, "tf32": False}
         return resolve(Hardware(**defaults | {"cudnn_benchmark": True, "workers": 0} | given))
 
     def variants(self) -> dict[str, dict[str, Any]]:
-        """A CPU has no TF32, and compiling takes too long for a smoke run."""
+        """The variants to run: a CPU has no TF32, and compiling takes too long for a smoke run."""
         left_out = ({"TF32"} if self.device is Device.cpu else set()) | (
             {"bf16, compiled"} if self.small else set()
         )
@@ -86,21 +86,21 @@ class Bench:
             self.say(f"| {name}, {stage} | {batch} | {' | '.join(found)} |")
 
     def cell(self, cfg: DictConfig, stage: str, variant: dict[str, Any]) -> str:
-        """A speed, or why there is none."""
+        """The speed of a variant, or its error."""
         try:
-            return f"{self.speed(Part(cfg, stage, self.machine(**variant))):,.0f}"
-        except Exception as error:  # one that fails leaves the others to be measured
+            return f"{self.speed(FitStage(cfg, stage, self.profile(**variant))):,.0f}"
+        except Exception as error:  # the other variants are still measured
             return f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:60]}"
 
-    def speed(self, part: Part, train: View | None = None) -> float:
+    def speed(self, stage: FitStage, train: View | None = None) -> float:
         """Samples a second of training, the median of epochs after the first."""
-        view = part.view("train") if train is None else train
+        view = stage.view("train") if train is None else train
         if self.small and train is None:
-            view = tiled(part, 2 * part.settings.batch_size)
-        each = -(-len(view) // part.settings.batch_size)
+            view = tiled(stage, 2 * stage.settings.batch_size)
+        each = -(-len(view) // stage.settings.batch_size)
         epochs = 2 if self.small else 1 + max(3, -(-STEPS // each))
-        part.settings = brief(part.settings, epochs)
-        with part.loop(view) as loop:
+        stage.settings = brief(stage.settings, epochs)
+        with stage.loop(view) as loop:
             loop.run()
             rows = [row for row in read_rows(loop.rows.path) if row["kind"] == "epoch"]
         return statistics.median(row["samples_per_second"] for row in rows[1:])
@@ -108,21 +108,20 @@ class Bench:
     # ------------------------------------------------------------------ out of memory
 
     def out_of_memory(self) -> bool:
-        """A fit on a device that has too little memory for its batch, against one that has not."""
-        self.say(
-            "\n## Out of memory, for real\n" if self.device is Device.cuda else "\n## Played\n"
-        )
+        """A fit on a device with too little memory for its batch, against one with enough."""
+        real = self.device is Device.cuda
+        self.say("\n## Out of memory\n" if real else "\n## Out of memory, simulated\n")
         losses, peaks, events = [], [], []
         for full in (False, True):
-            part = Part(composed("experiment=digits"), "pretrain", self.machine())
-            alone = {n: w for n, w in part.settings.loss.items() if per_sample(part.terms[n])}
+            stage = FitStage(composed("experiment=digits"), "pretrain", self.profile())
+            alone = {n: w for n, w in stage.settings.loss.items() if per_sample(stage.terms[n])}
             batch = 400 if self.small else 8192
-            part.settings = replace(
-                brief(part.settings, 2), loss=alone, batch_size=batch, augment=None
+            stage.settings = replace(
+                brief(stage.settings, 2), loss=alone, batch_size=batch, augment=None
             )
             with (
-                too_small(part, peaks[0] if full else None, batch),
-                part.loop(tiled(part, batch)) as loop,
+                too_small(stage, peaks[0] if full else None, batch),
+                stage.loop(tiled(stage, batch)) as loop,
             ):
                 losses.append(loop.run()["train_loss"])
                 measured = loop.measured()
@@ -140,26 +139,26 @@ class Bench:
     # ------------------------------------------------------------------ data
 
     def data_paths(self) -> None:
-        """The same fit from data on the device, and read by a DataLoader."""
-        self.say("\n## Where the data is\n")
+        """The same fit with data on the device, and with data that a DataLoader reads."""
+        self.say("\n## Data on the device and from a DataLoader\n")
         self.say("| data | samples a second |")
         self.say("|---|---|")
         workers = (0,) if self.small else (0, 4, 8)
         for number in (None, *workers):
-            part = Part(
-                composed("experiment=digits"), "pretrain", self.machine(workers=number or 0)
+            stage = FitStage(
+                composed("experiment=digits"), "pretrain", self.profile(workers=number or 0)
             )
-            train = part.view("train")
+            train = stage.view("train")
             if number is None:
-                self.say(f"| on the {self.device} | {self.speed(part, train):,.0f} |")
+                self.say(f"| on the {self.device} | {self.speed(stage, train):,.0f} |")
                 continue
             read = LoaderView(Rows({n: c.cpu() for n, c in train.columns.items() if n != "index"}))
-            read.prepare(part.machine.device, number)
-            self.say(f"| DataLoader, {number} workers | {self.speed(part, read):,.0f} |")
+            read.prepare(stage.profile.device, number)
+            self.say(f"| DataLoader, {number} workers | {self.speed(stage, read):,.0f} |")
 
 
 class Rows:
-    """The samples of a table, one by one."""
+    """A data set whose items are single samples of a table."""
 
     def __init__(self, columns: dict[str, Tensor]) -> None:
         self.columns = columns
@@ -172,31 +171,32 @@ class Rows:
 
 
 def brief(settings: schema.Fit, epochs: int) -> schema.Fit:
-    """The settings of a fit that is to be timed: no rule, no checkpoint, one evaluation."""
+    """The settings of a timed fit: no early stopping, no checkpoint, one evaluation."""
     return replace(
         settings, epochs=epochs, eval_every=epochs, early_stop={}, best={}, select="last",
         save_every=epochs, save_seconds=1e9, histogram_every=0,
     )  # fmt: skip
 
 
-def tiled(part: Part, count: int) -> View:
-    """So many samples of the training data, over and over."""
-    train = part.view("train")
-    rows = torch.arange(count, device=part.machine.device) % len(train)
+def tiled(stage: FitStage, count: int) -> View:
+    """`count` samples of the training data, repeated as needed."""
+    train = stage.view("train")
+    rows = torch.arange(count, device=stage.profile.device) % len(train)
     batch = next(iter(train.gather([rows])))
     columns = {name: column for name, column in batch.items() if name != "index"}
     view = View(columns)
-    return view.prepare(part.machine.device, 0)
+    return view.prepare(stage.profile.device, 0)
 
 
 @contextmanager
-def too_small(part: Part, peak: float | None, batch: int) -> Iterator[None]:
-    """A GPU that gives torch 60 % of the memory, in MiB, that a fit has taken; on a CPU, a model
-    that says so. `peak` None: all there is.
+def too_small(stage: FitStage, peak: float | None, batch: int) -> Iterator[None]:
+    """Limit torch to 60 % of a fit's `peak` GPU memory in MiB; on a CPU the model raises the error.
+
+    No limit when `peak` is None.
     """
     if peak is None:
         yield
-    elif part.machine.device.type == "cuda":
+    elif stage.profile.device.type == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(0.6 * peak * 2**20 / total)
@@ -210,12 +210,12 @@ def too_small(part: Part, peak: float | None, batch: int) -> Iterator[None]:
             if len(given[0]["index"]) > 0.6 * batch:
                 raise torch.OutOfMemoryError
 
-        part.model.register_forward_pre_hook(refuse)
+        stage.model.register_forward_pre_hook(refuse)
         yield
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the tables and write them; status 1 without a GPU, or when a full one ends the fit."""
+    """Print and write the tables; status 1 without a GPU, or if the fit runs out of memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="'EXPERIMENT=FILE [OVERRIDE …]'",
-        help="the file that an experiment reads, and what else it needs to read it",
+        help="the file of an experiment, and the overrides that it needs",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/bench_gpu.md"))
     options = parser.parse_args(arguments)

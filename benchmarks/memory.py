@@ -1,12 +1,11 @@
-"""Memory of the activations of one training step: recipes that save it, against the plain one.
+"""Memory of the activations of one training step, for recipes that save memory and the plain one.
 
     python -m benchmarks.memory            (or with --device cuda, --small)
 
 The large model of the audiogram recipe on a simulated cohort, a batch of 512 with augmented copies
 and all loss terms. On the CPU, peak and total are those of torch's memory profiler (every
-allocation and release of a tensor); on a GPU the peak is max_memory_allocated. Both are above what
-the model, its gradients and the batch take before the step. The loss is that of the plain recipe
-where the model is the same.
+allocation and release of a tensor); on a GPU the peak is max_memory_allocated. Memory in use before
+the step (model, gradients, batch) is subtracted. Recipes with the same model have the same loss.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.parts import Part, composed, processor
+from benchmarks.fit_stage import FitStage, composed, processor
 from stagesweep.base.view import Batch
 from stagesweep.config import schema
 from stagesweep.core.loss import WeightedLoss
@@ -30,7 +29,7 @@ from stagesweep.hardware.profile import HardwareProfile, resolve
 from stagesweep.parallel.micro_batches import MicroBatches
 
 PLAIN = "plain"
-# Name, model, and what the profile says.
+# Name, model, and settings of the profile.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     PLAIN: ("vae_large", {}),
     "activations recomputed": ("vae_large", {"activation_checkpointing": True}),
@@ -50,33 +49,33 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 class Step:
     """One step of the joint stage of the simulated audiograms, without the optimizer."""
 
-    def __init__(self, model: str, machine: HardwareProfile, size: int, animals: int) -> None:
+    def __init__(self, model: str, profile: HardwareProfile, size: int, animals: int) -> None:
         cohort = [f"data.animals={animals}", f"data.genes={animals // 10}"]
         cfg = composed("experiment=audiogram_simulated", f"model={model}", *cohort)
-        part = Part(cfg, "joint", machine)
+        stage = FitStage(cfg, "joint", profile)
         scaler = torch.amp.GradScaler(enabled=False)
-        self.loss = WeightedLoss(part.terms, part.settings.loss, machine.device)
-        self.forward = partial(forward, part.model, machine)
-        self.micro_batches = MicroBatches(part.model, scaler, machine)
-        noise = torch.Generator(machine.device).manual_seed(0)
-        batch = to_device(next(part.view("train").batches(size)), machine.device)
-        batch |= part.model.sample_noise(size, noise)  # type: ignore[operator]
-        self.batch: Batch = batch | part.settings.augment(batch, part.data.spec, noise)
+        self.loss = WeightedLoss(stage.terms, stage.settings.loss, profile.device)
+        self.forward = partial(forward, stage.model, profile)
+        self.micro_batches = MicroBatches(stage.model, scaler, profile)
+        noise = torch.Generator(profile.device).manual_seed(0)
+        batch = to_device(next(stage.view("train").batches(size)), profile.device)
+        batch |= stage.model.sample_noise(size, noise)  # type: ignore[operator]
+        self.batch: Batch = batch | stage.settings.augment(batch, stage.data.spec, noise)
         with torch.no_grad():
-            outputs = part.model(self.batch)
+            outputs = stage.model(self.batch)
         for term in self.loss.terms.values():
             if hasattr(term, "refresh"):
                 term.refresh(0, lambda: outputs)
 
     def __call__(self) -> float:
-        """The loss of the batch at the weights as they are; its gradient is in ``.grad``."""
+        """The loss of the batch at the current weights; its gradient is in ``.grad``."""
         factors = self.loss.factors(1e9)
         values = self.micro_batches.backward(self.batch, self.forward, self.loss, factors)
         return float((factors * values[:, 0] / values[:, 1].clamp(min=1e-12)).sum())
 
 
 def peak_on_cpu(step: Callable[[], float]) -> float:
-    """Most bytes held at once by tensors that came and went in a step."""
+    """Peak bytes of the tensors that are allocated within a step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +93,7 @@ def peak_on_cpu(step: Callable[[], float]) -> float:
 
 
 def peak_on_gpu(step: Callable[[], float]) -> float:
-    """Most bytes held at once, beyond those held before."""
+    """Peak bytes of a step, without those in use before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -109,24 +108,24 @@ def measure(name: str, device: schema.Device, size: int, animals: int, rounds: i
     settings = {**profile_says}
     if "micro_batch" in settings:
         settings["micro_batch"] = size // settings["micro_batch"]
-    machine = resolve(
+    profile = resolve(
         schema.Hardware(device=device, precision=schema.Precision.fp32, tf32=False, **settings)
     )
-    step = Step(model, machine, size, animals)
+    step = Step(model, profile, size, animals)
     loss = step()  # gradients are allocated, and kernels chosen
-    peak = (peak_on_gpu if machine.device.type == "cuda" else peak_on_cpu)(step)
+    peak = (peak_on_gpu if profile.device.type == "cuda" else peak_on_cpu)(step)
     seconds = []
     for _ in range(rounds):
         started = perf_counter()
         step()
-        if machine.device.type == "cuda":
+        if profile.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(perf_counter() - started)
     return [peak, loss, min(seconds)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; status 1 when a recipe changes the loss or saves nothing."""
+    """Print the table; status 1 if a recipe changes the loss or saves no memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--small", action="store_true", help="a smoke run: seconds, small batch")
@@ -153,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, (peak, loss, _) in found.items()
         if RECIPES[name][0] == RECIPES[PLAIN][0]
     )
-    print("" if kept else "\nA recipe changes the loss by more than 1e-6, or saves nothing.")
+    print("" if kept else "\nA recipe changes the loss by more than 1e-6, or saves no memory.")
     return 0 if kept else 1
 
 

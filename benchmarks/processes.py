@@ -1,12 +1,12 @@
 """The gradient of a batch over several processes: ours, torch's DistributedDataParallel, and each
-part without a word to the others, which is the bare limit.
+part without communication, which is the lower limit.
 
     python -m benchmarks.processes          (one for each GPU; else --processes 2, on the CPU)
 
 All three have the same model, loss and part of each batch, and take turns in the same processes; a
-turn ends when the last process is done, and ratios are medians of those of a round. What ours does
-besides: it adds up what means are means over, so that parts may differ, notes which parameters have
-a gradient on any process, and agrees on whether all had enough memory.
+turn ends when the last process is done, and ratios are medians over the rounds. Ours also sums the
+weights of the terms, so that parts may differ, notes which parameters have a gradient on any
+process, and checks that all processes had enough memory.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Work = Callable[[], object]
 
 
 class Classifier(nn.Module):
-    """Layers of one width."""
+    """Linear layers of equal width."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -46,12 +46,12 @@ class Classifier(nn.Module):
         self.layers = nn.Sequential(*blocks, nn.Linear(width, CLASSES))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Logarithms of class probabilities (B, 10)."""
+        """Return log-probabilities of the classes (B, 10)."""
         return {"classes": self.layers(batch["x"]).log_softmax(1)}
 
 
 class Trial:
-    """The same model three times, and one batch."""
+    """Three copies of a model, and one batch."""
 
     def __init__(self, name: str, device: torch.device, group: ProcessGroup) -> None:
         width, layers, samples = MODELS[name]
@@ -65,12 +65,12 @@ class Trial:
         own, other, alone = (Classifier(width, layers).to(device) for _ in range(3))
         self.parameters = sum(p.numel() for p in own.parameters())
         self.term = CrossEntropy("label", output="classes")
-        machine = resolve(schema.Hardware(device=schema.Device(device.type)))
+        profile = resolve(schema.Hardware(device=schema.Device(device.type)))
         terms, weights = {"label": self.term}, {"label": schema.Weight()}
-        self.model, self.forward = own, partial(forward, own, machine)
+        self.model, self.forward = own, partial(forward, own, profile)
         self.loss = WeightedLoss(terms, weights, device)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.micro_batches = MicroBatches(own, scaler, machine, group)
+        self.micro_batches = MicroBatches(own, scaler, profile, group)
         parallel = DistributedDataParallel(other, [device] if device.type == "cuda" else None)
         self.work: dict[str, Work] = {
             "torch DDP": lambda: self.by_hand(parallel),
@@ -79,20 +79,20 @@ class Trial:
         }
 
     def ours(self) -> None:
-        """As the fit loop asks for it: of the undivided batch."""
+        """Compute the gradient as the fit loop does, from the undivided batch."""
         self.model.zero_grad()
         factors = self.loss.factors(0.0)
         self.micro_batches.backward(self.batch, self.forward, self.loss, factors)
 
     def by_hand(self, model: nn.Module) -> None:
-        """As one writes it."""
+        """Compute the gradient with a plain forward and backward pass."""
         model.zero_grad()
         total, weight = self.term(model(self.own), self.own)
         (total / weight).backward()
 
 
 def seconds(work: Work, group: ProcessGroup, device: torch.device) -> float:
-    """From when all begin to when all are done."""
+    """Seconds until all processes are done, after all have started."""
     group.all_reduce_max(0)
     started = perf_counter()
     work()
@@ -103,7 +103,7 @@ def seconds(work: Work, group: ProcessGroup, device: torch.device) -> float:
 
 
 def process(rank: int, size: int, port: int, rounds: int, names: list[str]) -> None:
-    """One of them; the main one prints."""
+    """Time the work in one process; the main process prints."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, torch.get_num_threads() // size))
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     gpus = torch.cuda.device_count()
     parser.add_argument("--processes", type=int, default=max(2, gpus))
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--small", action="store_true", help="seconds, and no figure worth keeping")
+    parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
     options = parser.parse_args(arguments)
     device = torch.cuda.get_device_name() if gpus >= options.processes else "CPU (gloo)"
     print(f"{options.processes} processes, {device}, torch {torch.__version__}")

@@ -1,12 +1,12 @@
-"""The GMVAE of gene counts: what exact ZINB costs, how fast it is beside scVI, and in how little
-memory it trains.
+"""The GMVAE of gene counts: the cost of exact ZINB, its speed compared with scVI, and the memory of
+training from a file.
 
     python -m benchmarks.singlecell step      training steps: ZINB, NB and MSE; K decodes
-    python -m benchmarks.singlecell scvi      cells per second beside SCVI (--python: one with it)
+    python -m benchmarks.singlecell scvi      cells per second, and those of SCVI (--python)
     python -m benchmarks.singlecell backed    a file of 200,000 x 4,000, its peak memory
 
-`--small` takes seconds. What is compared takes turns, and ratios are medians of those of a turn,
-so that whatever else the machine does falls on all. Counts are simulated.
+`--small` takes seconds. The variants take turns and ratios are medians over the rounds, so other
+load of the machine affects all of them alike. Counts are simulated.
 """
 
 import argparse
@@ -43,12 +43,12 @@ DEVICE = torch.device("cpu")
 
 
 def cohort(donors: int, cells: int, genes: int) -> Cohort:
-    """About a tenth of its counts are not zero."""
+    """A simulated cohort in which about a tenth of the counts are not zero."""
     return Cohort(donors, cells, genes, TYPES, 3, genes * 0.2, 1.0, 0.5, 0.15, seed=0)
 
 
 def spec(genes: int) -> Spec:
-    """Of the simulated counts."""
+    """The spec of the simulated counts."""
     return Spec({"counts": Features(tuple(map(str, range(genes))))}, labels={"label": TYPES})
 
 
@@ -64,7 +64,7 @@ class Trained:
         self.noise = torch.Generator()
 
     def more(self, genes: int) -> list[nn.Parameter]:
-        """Parameters beside those of the model."""
+        """Parameters in addition to those of the model."""
         return []
 
     def step(self, batch: dict[str, Tensor]) -> None:
@@ -76,22 +76,22 @@ class Trained:
         self.optimizer.step()
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The bound."""
+        """The negative evidence lower bound and the cross-entropy."""
         outputs = self.model(batch)
         pairs = [term(outputs, batch) for term in self.terms]
         return torch.stack([total / weight for total, weight in pairs]).sum()
 
 
 class Decodes(Trained):
-    """Our decoder, once for each component, and ZINB as it is mostly written: theta of a gene."""
+    """Our decoder, called once for each component, and the usual ZINB with theta per gene."""
 
     def more(self, genes: int) -> list[nn.Parameter]:
-        """Zero inflation is behind the decoder's last layer, where Lopez et al. (2018) have it."""
+        """The layer of zero inflation after the last hidden layer, as in Lopez et al. (2018)."""
         self.to_dropout = nn.Linear(self.model.to_scores.in_features, genes)
         return list(self.to_dropout.parameters())
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The bound."""
+        """The negative evidence lower bound."""
         outputs = self.model(batch)
         shares, bound = outputs["assignment"], outputs["divergence"].mean()
         for k, centre in enumerate(self.model.clusters.centres):
@@ -103,15 +103,16 @@ class Decodes(Trained):
 
 
 class Ancestor(Trained):
-    """The decoder and likelihood of GMVAE_ZINB (github.com/wdnlotm/bulk2sc_GMVAE): probability of
-    a zero, mean and theta of each gene, cell and component, each behind a hidden layer of its own.
+    """The decoder and likelihood of GMVAE_ZINB (github.com/wdnlotm/bulk2sc_GMVAE).
 
-    There the decoder is called three times for each component, for one of the three each; here
-    once. There cells are encoded once for each component too; here once in all.
+    Probability of a zero, mean and theta are per gene, cell and component, each with its own hidden
+    layer. The original calls the decoder three times for each component, once for each of these
+    outputs, and encodes the cells once for each component. Here the decoder is called once for each
+    component, and cells are encoded once.
     """
 
     def more(self, genes: int) -> list[nn.Parameter]:
-        """Of the same widths as our decoder."""
+        """Layers as wide as those of our decoder."""
         wide, narrow = 512, 256
         self.shared = nn.Sequential(nn.Linear(self.model.latent, narrow), nn.ReLU())
         self.heads = nn.ModuleList(
@@ -121,7 +122,7 @@ class Ancestor(Trained):
         return [*self.shared.parameters(), *self.heads.parameters()]
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The bound; a weight of cells and components is laid out for every gene there."""
+        """The negative evidence lower bound, weights expanded over genes as there."""
         outputs = self.model(batch)
         decoded = []
         for centre in self.model.clusters.centres:
@@ -134,7 +135,7 @@ class Ancestor(Trained):
 
 
 def usual(scores: Tensor, log_theta: Tensor, pi: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """ZINB in logits: every logarithm of every gene of every cell, (B, g)."""
+    """ZINB in logits, computed for every gene of every cell: (B, g)."""
     x, theta = batch["counts"], log_theta.exp()
     mean = batch["library"] * scores.softmax(1)
     log_sum = (theta + mean).log()
@@ -145,8 +146,9 @@ def usual(scores: Tensor, log_theta: Tensor, pi: Tensor, batch: dict[str, Tensor
 
 
 def stacked(decoded: list[tuple[Tensor, Tensor, Tensor]], x: Tensor, eps: float = 1e-10) -> Tensor:
-    """ZINB in probabilities, of each component: both cases of every gene of every cell, stacked
-    (B, g, k), before one of them is chosen.
+    """ZINB in probabilities for each component: (B, g, k).
+
+    Both cases, zero and not, are computed for every gene of every cell before one is selected.
     """
     none = [
         -torch.log(zero + (1 - zero) * torch.pow(theta / (mean + theta + eps), theta) + eps)
@@ -168,7 +170,7 @@ def stacked(decoded: list[tuple[Tensor, Tensor, Tensor]], x: Tensor, eps: float 
 def turns(
     steps: dict[str, Callable[[], object]], rounds: int, against: str
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds of each, and the median of its ratio to `against` within a round."""
+    """Median seconds of each step, and the median ratio to `against` over the rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
@@ -226,7 +228,7 @@ print(scvi.__version__, (time.perf_counter() - started) / int(sys.argv[3]))
 
 
 def scvi(options: argparse.Namespace) -> None:
-    """An epoch of each, in batches of 512: two hidden layers of 256, latent 64, ZINB."""
+    """Time an epoch of GMVAE and SCVI: batches of 512, two layers of 256, latent 64, ZINB."""
     cells, genes = (2000, 500) if options.small else (20_000, 2000)
     rounds, epochs = (1, 1) if options.small else (min(3, options.rounds), 2)
     drawn = cohort(10, cells // 10, genes).table()
@@ -257,7 +259,7 @@ def epoch(trained: Trained, view: CellView) -> float:
 
 
 def backed(options: argparse.Namespace) -> None:
-    """Train on a file with the real command, an epoch, and watch its memory."""
+    """Train for an epoch on a file with the real command, and measure its memory."""
     donors, cells, genes = (20, 100, 300) if options.small else (options.donors, 2000, 4000)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path, drawn = f"{folder}/cells.h5ad", cohort(donors, cells, genes)
@@ -277,7 +279,7 @@ def backed(options: argparse.Namespace) -> None:
 
 
 def write(path: str, genes: Sequence[str], chunks: Any) -> None:
-    """An .h5ad file in CSR, a piece at a time, so that the whole is never in memory."""
+    """Write an .h5ad file in CSR chunk by chunk, so that it is never in memory as a whole."""
     import anndata
     import h5py
 
@@ -313,7 +315,7 @@ def write(path: str, genes: Sequence[str], chunks: Any) -> None:
 
 
 def main() -> None:
-    """Run one of them, or all."""
+    """Run one benchmark, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     benchmarks = {"step": step, "scvi": scvi, "backed": backed}
     parser.add_argument("name", choices=[*benchmarks, "all"], nargs="?", default="all")
@@ -321,8 +323,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="a Python that has scvi-tools")
-    parser.add_argument("--donors", type=int, default=100, help="of 2,000 cells, in the large file")
-    parser.add_argument("--folder", help="where the large file is written for a while")
+    parser.add_argument(
+        "--donors", type=int, default=100, help="donors in the large file, of 2,000 cells each"
+    )
+    parser.add_argument("--folder", help="folder of the large temporary file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")

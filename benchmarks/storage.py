@@ -1,4 +1,4 @@
-"""What the storage of a study costs a trial: ours, and those that Optuna offers.
+"""Cost of a study's storage for each trial: ours, and those of Optuna.
 
     python -m benchmarks.storage [--small]
 
@@ -27,7 +27,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
-from benchmarks.sweep.lab import machine
+from benchmarks.sweep.lab import describe_machine
 from stagesweep.sweep.study.storage import SingleWriterStorage
 
 OVERRIDES = ["stage.joint.optimizer.lr=0.001", "model.width=64", "loss=elbo"]
@@ -134,7 +134,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a smoke run")
     small = parser.parse_args().small
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    print(machine())
+    print(describe_machine())
     for size in (20,) if small else (200, 2000):
         measure(size, rounds=1 if small else 5, count=2 if small else 5)
     return 0

@@ -1,4 +1,4 @@
-"""The sweep engine by the real command, beside what it replaces. One file a benchmark.
+"""Benchmarks of the sweep engine with the real command, compared with what it replaces.
 
 python -m benchmarks.sweep <name> [--small]
 """

@@ -7,7 +7,7 @@ from benchmarks.sweep.lab import NAMES
 
 
 def main() -> int:
-    """Run the benchmark that is named; its exit status is 1 when what it checks does not hold."""
+    """Run the named benchmark; exit status 1 if one of its checks fails."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in NAMES:
         print(f"usage: python -m benchmarks.sweep {{{','.join(NAMES)}}} [--small]", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Successive halving (ASHA) on digits: how near it comes to the best, in which share of epochs.
+"""Successive halving (ASHA) on digits: the loss in quality, and the share of epochs that it trains.
 
 For each of several seeds of the sampler, the same random points of pretraining (learning rate, the
 weights of two terms) twice: every trial to its end, and with `search/pruner=asha`, which looks at
@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.sweep.lab import lab, machine, options, verdict
+from benchmarks.sweep.lab import describe_machine, lab, options, verdict
 
 METRIC = "pretrain/val_reconstruction"
 SPACE = (
@@ -22,7 +22,7 @@ SPACE = (
     "stage.pretrain.loss.contrastive.weight=tag(log, interval(3.0, 60.0))",
     f"objective.metric={METRIC}",
     "objective.mode=min",
-    # Only the fit: what comes after it is the same work for every trial that is left.
+    # Only the fit: the stages after it cost the same for every remaining trial.
     *(f"~stage.{name}" for name in ("choose_clusters", "init_clusters", "baselines", "joint")),
     *(f"~stage.{name}" for name in ("evaluate", "figures")),
 )
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         "sweep.slots=2",
     )
     asha = (*ASHA, f"search.pruner.min_resource={given.least}")
-    print(machine())
+    print(describe_machine())
     print(f"{given.trials} trials of {given.epochs} epochs, objective {METRIC}")
     print(
         f"{'seed':>4}{'best':>10}{'by asha':>10}{'worse by':>10}{'epochs':>9}"
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def trained(sweep: Path) -> int:
-    """The epochs that the trials of a sweep trained."""
+    """Number of epochs that the trials of a sweep trained."""
     rows = (
         json.loads(line)
         for file in sweep.glob("*/stages/*/metrics.jsonl")

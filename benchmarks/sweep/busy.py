@@ -7,7 +7,7 @@ stock sweeper on joblib, in batches of two: each batch waits for its longer tria
 import random
 from collections.abc import Sequence
 
-from benchmarks.sweep.lab import STOCK, lab, machine, options, verdict
+from benchmarks.sweep.lab import STOCK, describe_machine, lab, options, verdict
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,10 +18,10 @@ def main(argv: Sequence[str]) -> int:
     stock = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2")
     ways = {
         "ours": ("search=grid", space, "sweep.slots=2"),
-        # Its grid is visited in random order: the same lengths, other neighbours.
+        # It visits its grid in random order: the same lengths, but in other batches.
         "joblib": ("search=grid", space, *STOCK, *stock, f"hydra.sweeper.n_trials={given.trials}"),
     }
-    print(machine())
+    print(describe_machine())
     print(
         f"{given.trials} trials of {min(lengths)} to {max(lengths)} s, {sum(lengths):.0f} s in all"
     )
@@ -52,9 +52,9 @@ def mixed(count: int, shortest: float, seed: int) -> list[float]:
 
 
 def busy(calls: Sequence[tuple[float, float]], slots: int) -> float:
-    """The share of slots' time, from the first begin to the last one, in which a trial runs.
+    """Share of the slots' time, from the first begin to the last, in which a trial runs.
 
-    A trial counts from the begin to the end of its stage: what starts and ends it is lost time.
+    A trial counts from the begin to the end of its stage; its start-up and its end are lost time.
     """
     first, last = min(began for began, _ in calls), max(began for began, _ in calls)
     worked = sum(min(ended, last) - began for began, ended in calls)

@@ -1,14 +1,14 @@
 """Proposals that repeat an earlier one, on 8 slots: `search=bayes`, and TPE as the plugin has it.
 
-The space is small and discrete (5 x 5 x 5 points), where a model of the objective soon points at
-the same best place again, and does so for every free slot at once.
+The space is small and discrete (5 x 5 x 5 points). There a model of the objective soon proposes the
+same best point again, for every free slot at once.
 """
 
 from collections.abc import Sequence
 
 import yaml
 
-from benchmarks.sweep.lab import STOCK, Lab, lab, machine, options, verdict
+from benchmarks.sweep.lab import STOCK, Lab, describe_machine, lab, options, verdict
 
 SPACE = (
     "search=bayes",
@@ -17,7 +17,7 @@ SPACE = (
     "stage.toy.y=choice(0,1,2,3,4)",
     "stage.toy.z=choice(0,1,2,3,4)",
 )
-# What the plugin sets when nothing is said; one after another, but proposed together.
+# The plugin's defaults; trials run one after another, but are proposed together.
 STOCK_TPE = (
     *STOCK,
     "hydra/launcher=basic",
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         "ours": (f"search.n_trials={n}", f"sweep.slots={slots}"),
         "stock TPE": (*STOCK_TPE, f"hydra.sweeper.n_trials={n}", f"hydra.sweeper.n_jobs={slots}"),
     }
-    print(machine())
+    print(describe_machine())
     print(f"{n} proposals from 125 points, {slots} at once")
     print(f"{'':12}{'seed':>6}{'repeated':>10}{'run again':>11}{'best':>8}{'wall':>10}")
     worst = {"proposed": 0, "run": 0}
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def proposed(here: Lab) -> list[tuple[int, int, int]]:
-    """The points in the order of the trials."""
+    """The points of the trials, in order."""
     if (here.folder / "sweep" / "study.db").exists():
         names = ("stage.toy.x", "stage.toy.y", "stage.toy.z")
         trials = here.study.trials
@@ -77,6 +77,6 @@ def proposed(here: Lab) -> list[tuple[int, int, int]]:
 
 
 def score(point: tuple[int, int, int]) -> float:
-    """What the toy gives."""
+    """The score of the toy stage."""
     x, y, z = point
     return x + y / 10 + z / 100

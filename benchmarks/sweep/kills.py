@@ -1,8 +1,8 @@
 """SIGKILL at random moments of a sweep with a pruner: of a trial, the fork server, the controller.
 
-The moments are spread over the sweep: each comes when so many trials are done, and a random time
-later. A controller that was killed is started again by the same command. Whatever has been told
-finished must stay as it is; in the end every point is finished once, as in an undisturbed sweep.
+The moments are spread over the sweep: each is a random time after a number of trials have finished.
+A controller that was killed is started again with the same command. Finished results must stay
+unchanged; in the end every point is finished once, as in an undisturbed sweep.
 """
 
 import os
@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweep.lab import Lab, lab, machine, options, verdict
+from benchmarks.sweep.lab import Lab, describe_machine, lab, options, verdict
 
 FINISHED = ("COMPLETE", "PRUNED", "FAIL")
 VICTIMS = ("trial", "server", "controller")
@@ -24,7 +24,7 @@ Finished = dict[int, tuple[str, float | None]]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Kill, print a line for each, and say what held."""
+    """Kill processes, print a line for each, and print which checks hold."""
     given = options(__doc__, argv, kills=(30, 3), trials=(24, 4), seed=(0, 0))
     chance = random.Random(given.seed)
     values = chance.sample(range(given.trials), given.trials)
@@ -36,45 +36,47 @@ def main(argv: Sequence[str]) -> int:
         "search.max_retries=100",
         "sweep.slots=2",
     )
-    print(machine())
+    print(describe_machine())
     with lab() as here:
-        watch = Watch(here)
+        monitor = SweepMonitor(here)
         process = here.start(*overrides)
         killed = dict.fromkeys(VICTIMS, 0)
         for n in range(given.kills):
             due = int(n / given.kills * 0.9 * given.trials)
-            process = until(lambda due=due: len(watch.finished()) >= due, process, here, overrides)
+            process = until(
+                lambda due=due: len(monitor.finished()) >= due, process, here, overrides
+            )
             time.sleep(chance.uniform(0, 2))
-            process, kind = kill_one(chance, watch, process, here, overrides)
+            process, kind = kill_one(chance, monitor, process, here, overrides)
             if kind is None:
                 continue
             killed[kind] += 1
             if kind == "controller":
                 process.wait()
                 process = here.start(*overrides)
-            print(f"{n + 1:3}. {kind:10} {len(watch.finished()):3} trials finished", flush=True)
+            print(f"{n + 1:3}. {kind:10} {len(monitor.finished()):3} trials finished", flush=True)
         ended = process.wait()
         if ended != 0:
             ended = here.start(*overrides).wait()
         time.sleep(0.5)
         until_gone = time.monotonic() + 30
-        while watch.all() and time.monotonic() < until_gone:
+        while monitor.all() and time.monotonic() < until_gone:
             time.sleep(0.1)
         trials = here.study.trials
         done = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]
         points = sorted(t.params["stage.toy.x"] for t in trials)
-        watch.finished()
+        monitor.finished()
         print(f"{sum(killed.values())} kills: {killed}; the toy ended {len(here.calls)} times")
         status = verdict(
             (ended == 0, f"the last command ended with status {ended}"),
             (len(done) == len(trials) == given.trials, f"{len(done)} of {len(trials)} finished"),
-            (not watch.faults, f"no finished result changed or lost {watch.faults or ''}"),
+            (not monitor.faults, f"no finished result changed or lost {monitor.faults or ''}"),
             (
                 len({t.number for t in trials}) == len(trials)
                 and all(t.value in (None, t.params["stage.toy.x"]) for t in trials),
                 "every number is one trial, with the value of its own point",
             ),
-            (not watch.all(), f"no orphan process {watch.all() or ''}"),
+            (not monitor.all(), f"no orphan process {monitor.all() or ''}"),
         )
     with lab() as here:
         quiet = [o for o in overrides if not o.startswith("stage.toy.seconds")]
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
 def kill_one(
     chance: random.Random,
-    watch: "Watch",
+    monitor: "SweepMonitor",
     process: "subprocess.Popen[bytes]",
     here: Lab,
     overrides: Sequence[str],
@@ -96,7 +98,7 @@ def kill_one(
         if process.poll() is not None:
             process = here.start(*overrides)
         kind = chance.choice(VICTIMS)
-        pid = chance.choice(watch.processes(process.pid)[kind] or [None])
+        pid = chance.choice(monitor.processes(process.pid)[kind] or [None])
         time.sleep(0.01)
     try:
         os.kill(pid, signal.SIGKILL)
@@ -111,7 +113,7 @@ def until(
     here: Lab,
     overrides: Sequence[str],
 ) -> "subprocess.Popen[bytes]":
-    """Wait; start the command again when it has ended. Returns the one that runs."""
+    """Wait for the condition; restart the command if it ends. Returns the running command."""
     deadline = time.monotonic() + 300
     while not condition():
         if time.monotonic() > deadline:
@@ -122,8 +124,8 @@ def until(
     return process
 
 
-class Watch:
-    """What can be seen of a sweep from outside: its study and its processes."""
+class SweepMonitor:
+    """Reads the study of a sweep and finds its processes."""
 
     def __init__(self, here: Lab) -> None:
         self.store = str(here.folder / "store")
@@ -132,7 +134,7 @@ class Watch:
         self.faults: list[Any] = []
 
     def finished(self) -> Finished:
-        """State and value of each trial that has ended; what contradicts an earlier look."""
+        """State and value of each finished trial; records results that have changed."""
         query = "select number, state, value from trials left join trial_values using (trial_id)"
         try:
             with closing(sqlite3.connect(f"file:{self.file}?mode=ro", uri=True)) as database:
@@ -152,7 +154,7 @@ class Watch:
         return [int(entry.name) for entry in entries if self.store in environment(entry)]
 
     def processes(self, controller: int) -> dict[str, list[int]]:
-        """Those that may be killed, by what they are."""
+        """The processes that may be killed, by kind."""
         parents = {pid: parent(pid) for pid in self.all()}
         servers = [
             pid for pid in parents if parents[pid] == controller and "forkserver" in command(pid)
@@ -162,7 +164,7 @@ class Watch:
 
 
 def environment(process: Path) -> str:
-    """The environment of a process that lives."""
+    """The environment of a running process; empty for one that has ended."""
     try:
         state = (process / "stat").read_text().rpartition(")")[2].split()[0]
         return "" if state == "Z" else (process / "environ").read_text(errors="replace")

@@ -1,4 +1,4 @@
-"""What the benchmarks of the sweep engine share: a folder, a toy experiment, a clock."""
+"""Shared parts of the sweep benchmarks: a folder, a toy experiment, and measured commands."""
 
 import argparse
 import ctypes
@@ -20,14 +20,14 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("overhead", "kills", "busy", "duplicates", "reuse", "asha")
-# Trials by the sweeper that Hydra users have so far; its study is in memory.
+# Hydra's own Optuna sweeper; its study is in memory.
 STOCK = ("hydra/sweeper=optuna", "hydra.sweeper.direction=maximize")
 PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a command took, with all processes that it started, and what it printed."""
+    """Time used by a command and all processes that it started, and its output."""
 
     wall: float
     cpu: float
@@ -36,7 +36,7 @@ class Spent:
 
 
 class Lab:
-    """A folder to sweep in, with the digits experiment cut down to one toy stage."""
+    """A folder for sweeps, with the digits experiment reduced to one toy stage."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "log"
@@ -52,7 +52,7 @@ class Lab:
         }
 
     def command(self, *overrides: str, program: Sequence[str] = ("-m", "stagesweep")) -> list[str]:
-        """The command of a sweep of the toy (or of another experiment that is named)."""
+        """The command of a sweep of the toy experiment, or of the one in `overrides`."""
         return [
             sys.executable,
             *program,
@@ -64,7 +64,7 @@ class Lab:
         ]
 
     def start(self, *overrides: str) -> "subprocess.Popen[bytes]":
-        """Start a sweep that says nothing, and go on."""
+        """Start a sweep in the background, without its output."""
         return subprocess.Popen(
             self.command(*overrides),
             cwd=self.folder,
@@ -75,8 +75,8 @@ class Lab:
         )
 
     def sweep(self, *overrides: str, program: Sequence[str] = ("-m", "stagesweep")) -> Spent:
-        """Run a sweep to its end, and to that of every process it started."""
-        # The processes of a fork server belong to no parent that waits for them, but to us.
+        """Run a sweep until all processes that it started have ended."""
+        # Become the parent of the fork server's processes, which nothing else waits for.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         output = self.folder / "output.txt"
         began, cpu, status = time.perf_counter(), 0.0, 0
@@ -109,13 +109,13 @@ class Lab:
 
     @property
     def calls(self) -> list[tuple[float, float, str]]:
-        """When each call of the toy began and ended, and in which folder."""
+        """Begin and end of each call of the toy stage, and its folder."""
         found = (file.read_text().split(maxsplit=2) for file in sorted(self.log.iterdir()))
         return sorted((float(a), float(b), folder) for a, b, folder in found)
 
 
 def experiment(log: Path) -> str:
-    """The digits experiment with all its settings but its stages, and the toy in their place."""
+    """The digits experiment with the toy stage in place of its stages."""
     given: dict[str, Any] = yaml.safe_load((ROOT / "conf/experiment/digits.yaml").read_text())
     given["defaults"] = [
         each for each in given["defaults"] if not any("/stage@" in str(key) for key in each)
@@ -128,7 +128,7 @@ def experiment(log: Path) -> str:
 
 @contextmanager
 def lab() -> Iterator[Lab]:
-    """A lab in a folder of its own, which is removed."""
+    """A lab in a temporary folder."""
     folder = Path(tempfile.mkdtemp(prefix="stagesweep-bench-"))
     try:
         yield Lab(folder)
@@ -137,7 +137,7 @@ def lab() -> Iterator[Lab]:
 
 
 def options(description: str, argv: Sequence[str], **sizes: tuple[int, int]) -> Any:
-    """The sizes of a benchmark: name=(default, with --small); each can be set."""
+    """The size options of a benchmark: name=(default, value with --small)."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--small", action="store_true", help="a smoke run")
     for name, (default, small) in sizes.items():
@@ -149,8 +149,8 @@ def options(description: str, argv: Sequence[str], **sizes: tuple[int, int]) -> 
     return found
 
 
-def machine() -> str:
-    """The machine, and what else it does: 1-minute load at the start."""
+def describe_machine() -> str:
+    """The processor, its load over the last minute, and the versions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
@@ -162,7 +162,7 @@ def machine() -> str:
 
 
 def verdict(*claims: tuple[bool, str]) -> int:
-    """Print what was to be shown, and whether it was; the exit status."""
+    """Print each claim and whether it holds; returns the exit status."""
     for holds, text in claims:
         print(f"{'ok  ' if holds else 'FAIL'} {text}")
     return 0 if all(holds for holds, _ in claims) else 1

@@ -1,8 +1,8 @@
-"""What a trial costs that does nothing: ours, and the stock sweeper with basic and with joblib.
+"""Overhead of an empty trial: ours, and the stock sweeper with its basic launcher and with joblib.
 
-Every trial composes the config of digits (without its stages), validates it, and walks one stage
-that gives a number. Ours: two slots, a process for each trial. Basic: all trials in one process,
-one after the other. Joblib: batches of two in two processes that live on.
+Every trial composes the config of digits (without its stages), validates it, and runs one stage
+that returns a number. Ours: two slots, a process for each trial. Basic: all trials in one process,
+one after the other. Joblib: batches of two in two processes that are reused.
 
 The CPU time of the controller is that of its own process, by ``getrusage``: of its loop, from the
 first proposal to the last end, and of the rest (imports, composing, checks; tables and report).
@@ -12,9 +12,9 @@ import json
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.sweep.lab import STOCK, lab, machine, options, verdict
+from benchmarks.sweep.lab import STOCK, describe_machine, lab, options, verdict
 
-# The real command, with a look at the clock of its process before and after the loop.
+# The real command, which records its CPU time before and after the loop.
 TIMED = """
 import json, sys
 from pathlib import Path
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         "joblib": (*stock, "hydra.sweeper.n_jobs=2", "hydra/launcher=joblib"),
     }
     ways["joblib"] += ("hydra.launcher.n_jobs=2",)
-    print(machine())
+    print(describe_machine())
     print(f"{n} trials, {given.rounds} rounds in turns, medians")
     wall: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}

@@ -1,8 +1,7 @@
-"""A sweep of the joint stage: pretraining once for all trials, and once for each without reuse.
+"""A sweep of the joint stage, with reuse (pretraining runs once) and without (once for each trial).
 
-The stages before the joint one take P seconds, it and those after it F. K trials that share the
-first take P + K F one after another, where each by itself takes P + F: K (P + F) / (P + K F).
-Both sweeps run on one slot, so that nothing but reuse makes the difference.
+The stages before the joint one take P seconds, the others F. K trials one after another take
+P + K F with reuse and K (P + F) without. Both sweeps run on one slot, so only reuse differs.
 """
 
 import json
@@ -10,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweep.lab import lab, machine, options, verdict
+from benchmarks.sweep.lab import describe_machine, lab, options, verdict
 
-# The stages before the one that is swept. No figures: UMAP would be most of the rest.
+# The stages before the swept one. No figures, because UMAP would take most of the time.
 SHARED = ("pretrain", "choose_clusters", "init_clusters", "baselines")
 
 
@@ -30,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         "sweep.slots=1",
         *(("~stage.baselines", "~stage.choose_clusters") if given.small else ()),
     )
-    print(machine())
+    print(describe_machine())
     print(f"{k} trials of digits, {given.epochs} + {given.joint} epochs, one slot")
     with lab() as here:
         once = here.sweep(*overrides)

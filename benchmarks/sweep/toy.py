@@ -1,4 +1,4 @@
-"""A stage that sleeps and gives a number, to measure what is around it."""
+"""A stage that sleeps and returns a number, to measure the overhead around it."""
 
 import os
 import time
@@ -12,9 +12,9 @@ from stagesweep.base.errors import Pruned
 
 @dataclass
 class Toy:
-    """Gives a score, ``x`` above all, after ``seconds`` of sleep; tells the sweep ``steps`` times.
+    """Returns a score, mainly ``x``, after ``seconds`` of sleep; reports ``steps`` values.
 
-    Each call leaves a file in the folder ``log`` that says when it began and ended.
+    Each call writes a file in the folder ``log`` with its begin and end.
     """
 
     log: str
@@ -37,6 +37,6 @@ class Toy:
                 raise Pruned(f"pruned at {step}")
         if not self.steps:
             time.sleep(self.seconds)
-        # An attempt more after each kill, in a process of its own.
+        # Each attempt after a kill runs in its own process.
         Path(self.log, f"{os.getpid()}_{began}").write_text(f"{began} {time.time()} {run.folder}")
         return {"score": score}

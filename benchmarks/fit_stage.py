@@ -1,4 +1,4 @@
-"""A fit stage of an experiment, built as a run does, to be measured by itself."""
+"""A fit stage of an experiment, built as a run does, to be measured on its own."""
 
 import tempfile
 from collections.abc import Iterator
@@ -32,18 +32,18 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def fits(cfg: DictConfig) -> list[str]:
-    """The names of its stages that train."""
+    """The names of the stages that train."""
     kinds = {str(name): OmegaConf.get_type(node) for name, node in cfg.stage.items()}
     return [
         name for name, kind in kinds.items() if kind is not None and issubclass(kind, schema.Fit)
     ]
 
 
-class Part:
-    """The data, model, loss terms and settings of one fit stage; of stages before it, nothing."""
+class FitStage:
+    """The data, model, loss terms and settings of one fit stage, without the stages before it."""
 
-    def __init__(self, cfg: DictConfig, stage: str, machine: HardwareProfile) -> None:
-        self.stage, self.machine = stage, machine
+    def __init__(self, cfg: DictConfig, stage: str, profile: HardwareProfile) -> None:
+        self.stage, self.profile = stage, profile
         seed_everything(0)
         with execution_whitelist(trust.trusted()):
             self.data: Any = build("data", cfg.data)
@@ -53,38 +53,38 @@ class Part:
             model: Any = build("model", node, spec=self.data.spec)
             terms = {t: build(f"loss.{t}", cfg.loss[t]) for t in self.settings.loss}
         if hasattr(model, "checkpointed"):
-            model.checkpointed = machine.activation_checkpointing
-        self.model: nn.Module = model.to(machine.device)
-        self.terms = {name: term.to(machine.device) for name, term in terms.items()}
+            model.checkpointed = profile.activation_checkpointing
+        self.model: nn.Module = model.to(profile.device)
+        self.terms = {name: term.to(profile.device) for name, term in terms.items()}
 
     def view(self, split: str) -> View:
-        """A split, where the machine wants it."""
+        """A split, ready for the device of the profile."""
         found: View = self.data.split(split)
-        return found.prepare(self.machine.device, self.machine.workers, self.machine.pin_memory)
+        return found.prepare(self.profile.device, self.profile.workers, self.profile.pin_memory)
 
     @contextmanager
     def loop(self, train: View | None = None) -> Iterator[Loop]:
-        """The fit, in a folder that is thrown away; on other training data if `train` is given."""
+        """The fit, in a temporary folder; on other training data if `train` is given."""
         with tempfile.TemporaryDirectory() as folder:
-            board = TensorBoardWriter(Path(folder))
-            rows = MetricLog(Path(folder, "metrics.jsonl"), board, self.stage)
+            writer = TensorBoardWriter(Path(folder))
+            rows = MetricLog(Path(folder, "metrics.jsonl"), writer, self.stage)
             yield Loop(
                 model=self.model,
                 terms=self.terms,
                 settings=self.settings,
                 views={"train": train or self.view("train"), "val": self.view("val")},
                 spec=self.data.spec,
-                hardware=self.machine,
+                hardware=self.profile,
                 seed=0,
                 folder=Path(folder, "checkpoints"),
                 rows=rows,
             )
             rows.close()
-            board.close()
+            writer.close()
 
 
 def processor(device: torch.device) -> str:
-    """The name of what computes."""
+    """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
