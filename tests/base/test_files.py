@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagesweep.base.errors import UserError
-from stagesweep.base.files import atomic_text, atomic_write, explain, is_temporary, link
+from stagesweep.base.files import atomic_text, atomic_write, file_error, is_temporary, link
 from stagesweep.store.store import Store
 
 
@@ -151,7 +151,7 @@ def test_every_refusal_is_one_line_with_path_and_remedy(
     tmp_path: Path, number: int, start: str
 ) -> None:
     path = tmp_path / "f"
-    text = str(explain(OSError(number, os.strerror(number)), path))
+    text = str(file_error(OSError(number, os.strerror(number)), path))
     assert text.startswith(f"{start}{path}")
     assert "; " in text
     assert "\n" not in text

@@ -97,8 +97,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.is_file()}
 
 
-def board(folder: Path) -> dict[str, Any]:
-    """Scalars, and the pieces of the table of hyperparameters, as TensorBoard reads them."""
+def tensorboard(folder: Path) -> dict[str, Any]:
+    """Scalars, and the records of the table of hyperparameters, as TensorBoard reads them."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     found: dict[str, Any] = {
@@ -135,7 +135,7 @@ def test_tensorboard_shows_the_same_scalars_and_hyperparameters(
     start: Start, finished: Path
 ) -> None:
     start(finished, *QUICK, "hydra.run.dir=shown")
-    ran, shown = board(finished / "run"), board(finished / "shown")
+    ran, shown = tensorboard(finished / "run"), tensorboard(finished / "shown")
     assert shown == ran
     assert {"evaluate/nmi", "joint/train_loss"} <= shown.keys()
     chosen = shown["_hparams_/session_start_info"].session_start_info.hparams

@@ -20,14 +20,14 @@ from stagesweep.tracking.tensorboard import TensorBoardWriter
 def run(compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The context of a run of digits, within its first stage."""
     monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
-    board = TensorBoardWriter(tmp_path / "run" / "tensorboard")
-    made = Context(compose("experiment=digits"), tmp_path / "run", [], board)
+    writer = TensorBoardWriter(tmp_path / "run" / "tensorboard")
+    context = Context(compose("experiment=digits"), tmp_path / "run", [], writer)
     entry = Store.default().entry("0" * 32)
-    made._entry, made.stage = entry, "pretrain"
+    context._entry, context.stage = entry, "pretrain"
     entry.begin(fresh=False)
     with execution_whitelist(trust.trusted()):
-        yield made
-    board.close()
+        yield context
+    writer.close()
 
 
 def test_artifacts_come_back_as_they_were_left(run: Context) -> None:

@@ -89,9 +89,9 @@ def make_run(tmp_path: Path) -> Iterator[MakeRun]:
                 },
             }
         )
-        board = TensorBoardWriter(tmp_path / "run" / "tensorboard")
-        boards.callback(board.close)
-        run = Context(cfg, tmp_path / "run", [], board)
+        writer = TensorBoardWriter(tmp_path / "run" / "tensorboard")
+        writers.callback(writer.close)
+        run = Context(cfg, tmp_path / "run", [], writer)
         run.data = Blobs(**blobs)
         run.model = Mirror(blob_centres(run.data) * scale, scale)
         run.stage, run.seed = "it", 2**40
@@ -99,7 +99,7 @@ def make_run(tmp_path: Path) -> Iterator[MakeRun]:
         run._entry.begin(fresh=True)
         return run
 
-    with execution_whitelist(trust.trusted()), ExitStack() as boards:
+    with execution_whitelist(trust.trusted()), ExitStack() as writers:
         yield make
 
 

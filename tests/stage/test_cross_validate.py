@@ -88,7 +88,7 @@ def test_too_few_groups_are_a_clear_error(watched: tuple[Context, list[Any]]) ->
     stage = CrossValidate(
         fit=schema.Fit(epochs=1), group="sick", metrics={"m": Classification("sick")}
     )
-    with pytest.raises(UserError, match=r"2 groups \(sick\) for 5 parts are too few"):
+    with pytest.raises(UserError, match=r"5 parts need more groups \(sick\) than 2"):
         stage(watched[0])
     stage = CrossValidate(fit=schema.Fit(epochs=1), group="sik", metrics={})
     with pytest.raises(UserError, match="no column 'sik'; there are blob"):

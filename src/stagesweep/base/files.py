@@ -37,7 +37,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if refusal is None:
             raise
         _remove(temporary)  # first, so that the free space named is the space that will be free
-        raise explain(refusal, path) from error
+        raise file_error(refusal, path) from error
     finally:
         _remove(temporary)
 
@@ -72,7 +72,7 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(_SUFFIX)
 
 
-def explain(error: OSError, path: Path) -> UserError:
+def file_error(error: OSError, path: Path) -> UserError:
     """Turn an error of the file system at ``path`` into one line with the remedy."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
@@ -97,11 +97,11 @@ def explain(error: OSError, path: Path) -> UserError:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Raise an OSError of the block as the UserError of :func:`explain`."""
+    """Raise an OSError of the block as the UserError of :func:`file_error`."""
     try:
         yield
     except OSError as error:
-        raise explain(error, path) from error
+        raise file_error(error, path) from error
 
 
 def _temporary(path: Path) -> Path:

@@ -51,7 +51,7 @@ def explain(error: BaseException) -> str | None:
                 place = re.match(r"In '(.+)': ", str(error))
                 return (f"{place[1]}.yaml: " if place else "") + _key_error(key, link)
             case OSError(filename=str(path)):
-                return str(files.explain(link, Path(path)))
+                return str(files.file_error(link, Path(path)))
     if _raised_in(error) == "hydra.core.plugins":
         return (
             f"{_one_line(str(error)) or 'wrong kind of plugin'}; choose hydra/launcher=<name> and "

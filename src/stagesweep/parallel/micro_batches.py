@@ -157,8 +157,8 @@ class _Accumulation:
         if len(batch["index"]) == self.samples:
             own = {name: column[part] for name, column in batch.items()}
         count = -(-self.group.largest_part(self.samples) // self.size)
-        pieces = list(padded_micro_batches(own, batch, self.size, count))
-        values, seen = self._together(lambda: self._first_pass(pieces))
+        micro_batches = list(padded_micro_batches(own, batch, self.size, count))
+        values, seen = self._together(lambda: self._first_pass(micro_batches))
         values = self.group.all_reduce(values)
         weights = values[:, 1]
         cached: dict[str, tuple[Tensor, ...]] = {}
@@ -175,7 +175,7 @@ class _Accumulation:
                 if output.grad is not None
             }
             values = torch.cat([values, torch.stack(whole, 1).detach()])
-        self._together(lambda: self._second_pass(pieces, weights, cached))
+        self._together(lambda: self._second_pass(micro_batches, weights, cached))
         if self.exchange is not None:
             self.exchange.wait()
         return values
@@ -198,42 +198,42 @@ class _Accumulation:
             error = None  # otherwise the error and this frame would keep each other alive
         return done
 
-    def _first_pass(self, pieces: list[tuple[Batch, bool]]) -> tuple[Tensor, Outputs]:
+    def _first_pass(self, micro_batches: list[tuple[Batch, bool]]) -> tuple[Tensor, Outputs]:
         """(total, weight) of separable terms, and the outputs that whole-batch terms read."""
         sums = []
         coupled = self.loss.whole_batch.values()
         seen: dict[str, list[Tensor]] = {n: [] for t in coupled for n in whole_batch_outputs(t)}
-        for piece, counts in pieces:
+        for micro_batch, counts in micro_batches:
             self.states.append(torch_state())
-            with torch.set_grad_enabled(len(pieces) == 1):
-                outputs = self.forward(piece)
+            with torch.set_grad_enabled(len(micro_batches) == 1):
+                outputs = self.forward(micro_batch)
             with torch.no_grad():
-                pair = self.loss.sums(self.loss.separable, outputs, piece)
+                pair = self.loss.sums(self.loss.separable, outputs, micro_batch)
                 sums.append(counts * torch.stack(pair, 1))
             for name, parts in seen.items():
-                parts.append(outputs[name].detach()[: counts * len(piece["index"])])
-            self.outputs = outputs if len(pieces) == 1 else None
+                parts.append(outputs[name].detach()[: counts * len(micro_batch["index"])])
+            self.outputs = outputs if len(micro_batches) == 1 else None
             del outputs  # before the next micro-batch needs the memory
         return torch.stack(sums).sum(0), {name: torch.cat(parts) for name, parts in seen.items()}
 
     def _second_pass(
         self,
-        pieces: list[tuple[Batch, bool]],
+        micro_batches: list[tuple[Batch, bool]],
         weights: Tensor,
         cached: Mapping[str, tuple[Tensor, ...]],
     ) -> None:
         """Add the gradient of each micro-batch; `cached` is that of the whole-batch terms."""
         with nullcontext() if self.exchange is None else self.exchange.accumulate():
-            for number, (piece, counts) in enumerate(pieces):
+            for number, (micro_batch, counts) in enumerate(micro_batches):
                 if self.exchange is not None:
-                    self.exchange.set_is_last_backward(number + 1 == len(pieces))
+                    self.exchange.set_is_last_backward(number + 1 == len(micro_batches))
                 own = {name: parts[number] for name, parts in cached.items()} if counts else {}
-                self._add_gradient(number, piece, counts, weights, own, cached)
+                self._add_gradient(number, micro_batch, counts, weights, own, cached)
 
     def _add_gradient(
         self,
         number: int,
-        piece: Batch,
+        micro_batch: Batch,
         counts: bool,
         weights: Tensor,
         gradients: Mapping[str, Tensor],
@@ -246,8 +246,8 @@ class _Accumulation:
         outputs, self.outputs = self.outputs, None
         if outputs is None:
             set_torch_state(self.states[number])
-            outputs = self.forward(piece)
-        totals, _ = self.loss.sums(self.loss.separable, outputs, piece)
+            outputs = self.forward(micro_batch)
+        totals, _ = self.loss.sums(self.loss.separable, outputs, micro_batch)
         losses = [self.loss.combine(totals, weights, self.factors)]
         if counts:
             losses += [(outputs[name] * part).sum() for name, part in gradients.items()]

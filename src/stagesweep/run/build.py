@@ -26,26 +26,29 @@ def build(path: str, node: Any, **arguments: Any) -> Any:
     """
     plain = OmegaConf.to_container(node, resolve=True)
     locate_all(path, plain)
-    made = instantiate(plain, **arguments, _convert_="all")
-    check_built(path, plain, made)
-    return made
+    built = instantiate(plain, **arguments, _convert_="all")
+    check_built(path, plain, built)
+    return built
 
 
-def check_built(path: str, node: Any, made: Any) -> None:
+def check_built(path: str, node: Any, built: Any) -> None:
     """Check that what a target returned is what its key expects; UserError if it is not."""
     key = path.partition(".")[0]
     name = node.get("_target_", "") if isinstance(node, Mapping) else ""
     if key == "data":
-        right, wanted = hasattr(made, "spec") and hasattr(made, "split"), "data with spec and split"
+        right, wanted = (
+            hasattr(built, "spec") and hasattr(built, "split"),
+            "data with spec and split",
+        )
     elif key in ("model", "loss"):
-        right, wanted = isinstance(made, nn.Module), "a torch module"
+        right, wanted = isinstance(built, nn.Module), "a torch module"
     else:
-        right, wanted = callable(made), f"a {path.rpartition('.')[2]} that can be called"
+        right, wanted = callable(built), f"a {path.rpartition('.')[2]} that can be called"
         if key == "stage" and path.count(".") == 1:
             wanted = "a stage that can be called"
     if not right:
-        kind = type(made).__name__
-        found = "None" if made is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+        kind = type(built).__name__
+        found = "None" if built is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
         raise UserError(f"{path}._target_: '{name}' returns {found}, not {wanted}")
 
 
@@ -66,12 +69,12 @@ def _build_targets(path: str, settings: schema.Stage) -> None:
         if isinstance(value, schema.Stage):
             _build_targets(place, value)
         elif field.name in TARGET_FIELDS and value:
-            made = instantiate(value, _convert_="all")
-            setattr(settings, field.name, made)
+            built = instantiate(value, _convert_="all")
+            setattr(settings, field.name, built)
             if field.name in ("sampler", "augment"):
-                check_built(place, value, made)
-            elif isinstance(made, Mapping):
-                for name, each in made.items():
+                check_built(place, value, built)
+            elif isinstance(built, Mapping):
+                for name, each in built.items():
                     if each is None or isinstance(each, str | int | float | list | dict):
                         check_built(f"{place}.{name}", value[name], None)
 

@@ -55,9 +55,9 @@ class Context:
         cfg: DictConfig,
         folder: Path = Path(),
         stages: Sequence[StageResult] = (),
-        board: TensorBoardWriter | None = None,
+        writer: TensorBoardWriter | None = None,
     ) -> None:
-        self.cfg, self.folder, self.stages, self.board = cfg, folder, stages, board
+        self.cfg, self.folder, self.stages, self.writer = cfg, folder, stages, writer
         self.log = log
         # The profile of the run, and that of the current stage, which may bound its micro-batch.
         self.run_profile = self.profile = resolve(nodes.hardware_settings(cfg))
@@ -196,7 +196,7 @@ class Context:
         that name.
         """
         assert self._entry is not None
-        assert self.board is not None
+        assert self.writer is not None
         if views is None and self.data_name is not None:  # artifacts that only this process has
             views = {split: self.data.split(split) for split in ("train", "val")}
         folder = self._entry.path / "checkpoints"
@@ -215,7 +215,7 @@ class Context:
             spec=self.data.spec,
             views=views,
         )
-        rows = MetricLog(self._entry.path / "metrics.jsonl", self.board, name)
+        rows = MetricLog(self._entry.path / "metrics.jsonl", self.writer, name)
         try:
             current_group().send_task(task)
             loop = self._loop(task, rows)

@@ -55,7 +55,7 @@ def run_stages(cfg: DictConfig, fingerprints: dict[str, str]) -> Objective:
         runner.write_result(status, explain(error) or str(error) or type(error).__name__)
         raise
     finally:
-        runner.board.close()
+        runner.writer.close()
 
 
 class Runner:
@@ -76,7 +76,7 @@ class Runner:
                 shutil.rmtree(folder / name, ignore_errors=True)
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         atomic_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        self.board = TensorBoardWriter(folder / "tensorboard")
+        self.writer = TensorBoardWriter(folder / "tensorboard")
 
     @cached_property
     def context(self) -> "Context":
@@ -84,7 +84,7 @@ class Runner:
         from stagesweep.run.context import Context
         from stagesweep.run.model_checks import check_fits
 
-        context = Context(self.cfg, self.folder, self.stages, self.board)
+        context = Context(self.cfg, self.folder, self.stages, self.writer)
         check_fits(context)
         return context
 
@@ -139,7 +139,7 @@ class Runner:
         with (self.folder / "metrics.jsonl").open("a") as stream:
             stream.write(source.read_text())
         for row in read_rows(source) if to_tensorboard else ():
-            self.board.row(row)
+            self.writer.row(row)
 
     # ------------------------------------------------------------- the result
 
@@ -149,7 +149,7 @@ class Runner:
         self.write_result("complete")
         metrics = {name: number for name, number in self.metrics().items() if math.isfinite(number)}
         chosen = dict(text.lstrip("+~").partition("=")[::2] for text in self.overrides)
-        write_hyperparameters(self.board, chosen, metrics)
+        write_hyperparameters(self.writer, chosen, metrics)
         line = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
         log.info("%s; results in %s", line, self.folder)
         multiple = not isinstance(self.cfg.objective.metric, str)

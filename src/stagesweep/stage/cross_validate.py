@@ -81,8 +81,8 @@ class CrossValidate(schema.CrossValidate):
         )
         if (groups := len(np.unique(group))) < parts:
             raise UserError(
-                f"stage.{run.stage}: {groups} groups ({by or 'samples'}) for {parts} parts are too few; "
-                f"set stage.{run.stage}.folds to fewer"
+                f"stage.{run.stage}: {parts} parts need more groups ({by or 'samples'}) than "
+                f"{groups}; set stage.{run.stage}.folds to fewer"
             )
         splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=run.seed % 2**32)
         with warnings.catch_warnings():

@@ -39,7 +39,7 @@ from typing import Any
 from filelock import FileLock, SoftFileLease, Timeout
 
 from stagesweep.base.errors import UserError
-from stagesweep.base.files import atomic_text, explain, explained, is_temporary, link
+from stagesweep.base.files import atomic_text, explained, file_error, is_temporary, link
 
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
@@ -176,7 +176,7 @@ class Entry:
                     stack.enter_context(lock.acquire(poll_interval=_POLL))
                 except OSError as error:
                     if error.errno != errno.ENOSYS:  # no kernel locks here: the lease has to do
-                        raise explain(error, self.path) from error
+                        raise file_error(error, self.path) from error
             stack.callback(self._tidy, lease)
             yield
 

@@ -91,7 +91,7 @@ class Controller:
         self.repeats_in_turn = study.pruner is not None and settings.repeats > 1
         self.prune_by_repeats = self.repeats_in_turn and backend.prune_on is None
         self.retries: dict[str, int] = {}
-        self.clock = SweepTimer(study.optuna)
+        self.timer = SweepTimer(study.optuna)
         self.out_of_time = False
         self.stop_signal: int | None = None
         # Why the sweep ends early, other than by a signal.
@@ -136,7 +136,7 @@ class Controller:
                 self.fill_backend()
                 if not self.trials and not self.waits_for_others():
                     return
-                self.clock.tick()
+                self.timer.tick()
                 for event in self.backend.wait(
                     self.study.coordinator.poll_interval or RECORD_INTERVAL
                 ):
@@ -145,7 +145,7 @@ class Controller:
                 if self.stopping and not self.backend.busy:
                     return
         finally:
-            self.clock.tick(last=True)
+            self.timer.tick(last=True)
 
     def waits_for_others(self) -> bool:
         """Whether another controller runs trials, which this one takes over if that one dies."""
@@ -178,7 +178,7 @@ class Controller:
 
     def is_budget_spent(self) -> bool:
         """Whether ``search.budget`` is spent, so that no more trials start."""
-        budget, spent = self.settings.budget, self.clock.elapsed
+        budget, spent = self.settings.budget, self.timer.elapsed
         over = budget is not None and spent > budget
         if over and not self.out_of_time:
             log.info(

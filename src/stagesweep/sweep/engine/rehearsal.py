@@ -22,13 +22,13 @@ def rehearse() -> None:
     """
     with initialize_config_dir(str(register.folder())):
         given = ["experiment=digits", "hardware=cpu", "seed=0", "stage.joint.optimizer.lr=1e-3"]
-        made = compose("config", overrides=given, return_hydra_config=True)
-    with open_dict(made):
-        made.hydra.runtime.output_dir = "."
-        HydraConfig.instance().set_config(made)
-        OmegaConf.to_container(made.hydra.job_logging, resolve=True)
-        del made["hydra"]
-    validation.validate(made)
-    stage_inputs.fingerprints(made, numerics(hardware_settings(made)))
+        cfg = compose("config", overrides=given, return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = "."
+        HydraConfig.instance().set_config(cfg)
+        OmegaConf.to_container(cfg.hydra.job_logging, resolve=True)
+        del cfg["hydra"]
+    validation.validate(cfg)
+    stage_inputs.fingerprints(cfg, numerics(hardware_settings(cfg)))
     HydraConfig.instance().cfg = None
     OverridesParser.create().parse_overrides([f"a.b_1={value}" for value in VALUES])

@@ -92,13 +92,13 @@ def make_pruner(settings: Search, objectives: Sequence[str]) -> BasePruner | Non
             f"({', '.join(objectives)}); leave search/pruner=none, or optimise one of them"
         )
     locate_all("search.pruner", settings.pruner)
-    made: BasePruner = instantiate(settings.pruner, _execution_whitelist_=("optuna.*",))
-    if isinstance(made, WilcoxonPruner) and settings.repeats == 1:
+    pruner: BasePruner = instantiate(settings.pruner, _execution_whitelist_=("optuna.*",))
+    if isinstance(pruner, WilcoxonPruner) and settings.repeats == 1:
         raise UserError(
             "search/pruner=wilcoxon compares the repeats of a point, and each point has only one; "
             "set search.repeats=8, or choose another pruner"
         )
-    return made
+    return pruner
 
 
 def pruning_metric(pruner: BasePruner | None, settings: Search, objective: str) -> str | None:

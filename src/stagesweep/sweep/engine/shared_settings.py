@@ -114,8 +114,8 @@ def is_read(key: str, groups: set[str]) -> bool:
 def compose(launcher: Launcher, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Compose the config of a trial."""
     context: Any = getattr(launcher, "hydra_context", None)
-    made: DictConfig = context.config_loader.load_sweep_config(config, list(overrides))
-    return made
+    composed: DictConfig = context.config_loader.load_sweep_config(config, list(overrides))
+    return composed
 
 
 def settings(config: DictConfig) -> dict[str, Any]:

@@ -57,12 +57,12 @@ class SamplerFactory:
         given: dict[str, Any] = {}
         if (seed := self.config.get("seed")) is not None:
             given["seed"] = (int(seed) + 1_000_003 * number) % 2**32
-        made: BaseSampler = instantiate(
+        sampler: BaseSampler = instantiate(
             self.config,
             **given,
             _execution_whitelist_=("hydra_plugins.hydra_optuna_sweeper.*", "optuna.*"),
         )
-        return made
+        return sampler
 
     def draw_new(
         self,

@@ -40,7 +40,7 @@ def batch(n: int = 10) -> Batch:
     }
 
 
-def made(**settings: Any) -> GMVAE4P:
+def make_model(**settings: Any) -> GMVAE4P:
     torch.manual_seed(0)
     model = GMVAE4P(SPEC, hidden=(16, 8), width=6, **settings).eval()
     model.adapt(View(batch()))
@@ -48,7 +48,7 @@ def made(**settings: Any) -> GMVAE4P:
 
 
 def test_scales_and_genes_come_from_the_training_data() -> None:
-    model, seen = made(genes=5), batch()
+    model, seen = make_model(genes=5), batch()
     assert model.chosen.tolist() == seen["expression"].std(0).topk(5).indices.sort().values.tolist()
     outputs = model(seen)
     mask = outputs["states/observed"].bool()
@@ -61,7 +61,7 @@ def test_scales_and_genes_come_from_the_training_data() -> None:
 
 
 def test_fusion_weights_are_inverse_variances_and_proportions_add_up() -> None:
-    model, seen = made(attention=False), batch()
+    model, seen = make_model(attention=False), batch()
     outputs = model(seen)
     precision = []
     for name in ("proportions", "states", "communication"):
@@ -75,13 +75,13 @@ def test_fusion_weights_are_inverse_variances_and_proportions_add_up() -> None:
     wanted = torch.stack(precision, 1)
     torch.testing.assert_close(outputs["weights"], wanted / wanted.sum(1, keepdim=True))
     torch.testing.assert_close(outputs["proportions"].sum(1), torch.ones(10))
-    equal = made(uncertainty=False)(seen)["weights"]
+    equal = make_model(uncertainty=False)(seen)["weights"]
     torch.testing.assert_close(equal, torch.full((10, 3), 1 / 3))
 
 
 def test_targets_are_not_inputs() -> None:
     """The prediction depends on expression only, not on true proportions or types."""
-    model, seen = made(), batch()
+    model, seen = make_model(), batch()
     blind = {"expression": seen["expression"]}
     torch.testing.assert_close(model(blind)["assignment"], model(seen)["assignment"])
 
@@ -90,5 +90,5 @@ def test_targets_are_not_inputs() -> None:
     "setting", [{"standardise": False}, {"attention": False}, {"modalities": ["proportions"]}]
 )
 def test_every_ablation_changes_the_prediction(setting: dict[str, Any]) -> None:
-    full, without = made()(batch()), made(**setting)(batch())
+    full, without = make_model()(batch()), make_model(**setting)(batch())
     assert not torch.allclose(full["assignment"], without["assignment"])

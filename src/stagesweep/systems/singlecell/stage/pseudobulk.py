@@ -56,9 +56,9 @@ class Pseudobulk:
                 f"{missing.pop()}; name its column: data.columns"
             )
         random = np.random.default_rng(run.seed)
-        made = {split: self.mix(run, split, len(names), random) for split in SPLITS}
+        mixtures = {split: self.mix(run, split, len(names), random) for split in SPLITS}
         genes = run.data.spec.features["counts"].names
-        width = made["train"]["states"].shape[2]
+        width = mixtures["train"]["states"].shape[2]
         pairs = tuple(f"{a} + {b}" for a, b in combinations(names, 2))
         states = tuple(f"{name} {number}" for name in names for number in range(width))
         features = {
@@ -70,8 +70,8 @@ class Pseudobulk:
         }
         labels = {"condition": run.data.spec.labels["condition"]}
         known = {"condition": label_names(run.data, "condition")}
-        run.save_data("pseudobulk", DerivedData(Spec(features, labels=labels), made, known))
-        return {f"{split}_pseudobulks": float(len(own["donor"])) for split, own in made.items()}
+        run.save_data("pseudobulk", DerivedData(Spec(features, labels=labels), mixtures, known))
+        return {f"{split}_pseudobulks": float(len(own["donor"])) for split, own in mixtures.items()}
 
     def mix(self, run: "Context", split: str, types: int, random: np.random.Generator) -> Columns:
         """Return the columns of the pseudobulks of a split."""

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagesweep.base.errors import UserError
-from stagesweep.base.files import explain
+from stagesweep.base.files import file_error
 from stagesweep.store.fingerprint import source_hash
 from stagesweep.store.store import Store
 from stagesweep.systems.speech.data import audio
@@ -216,4 +216,4 @@ def _write(path: Path, frames: Frames) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise explain(error, path) from error
+        raise file_error(error, path) from error
