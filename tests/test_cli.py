@@ -35,7 +35,7 @@ finally:
         ("stage.joint.epoch=3",),
     ],
 )
-def test_what_is_asked_at_a_prompt_imports_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+def test_help_and_completion_import_no_torch(tmp_path: Path, arguments: list[str]) -> None:
     process = subprocess.run(
         [sys.executable, "-c", WATCHED, *arguments],
         cwd=tmp_path,
@@ -83,7 +83,7 @@ def assert_one_line(process: "subprocess.CompletedProcess[str]", start: str) -> 
     assert lines[0].startswith(f"stagesweep: {start}")
 
 
-def test_an_error_of_composition_is_one_line_and_leaves_nothing(
+def test_an_error_of_composition_is_one_line_and_writes_nothing(
     cold: Command, tmp_path: Path
 ) -> None:
     process = cold("experiment=tiny", "stage.joint.epoch=3", status=1)
@@ -91,7 +91,7 @@ def test_an_error_of_composition_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_of_validation_is_one_line_and_leaves_no_stage(
+def test_an_error_of_validation_is_one_line_and_runs_no_stage(
     cold: Command, tmp_path: Path
 ) -> None:
     process = cold("experiment=tiny", "model.latent=wide", "hydra.run.dir=run", status=1)
@@ -99,12 +99,12 @@ def test_an_error_of_validation_is_one_line_and_leaves_no_stage(
     assert not (tmp_path / "store").exists()
 
 
-def test_a_traceback_comes_when_asked_for(cold: Command) -> None:
+def test_hydra_full_error_shows_the_traceback(cold: Command) -> None:
     process = cold("experiment=tiny", "stage.joint.epoch=3", status=1, HYDRA_FULL_ERROR="1")
     assert "Traceback" in process.stderr
 
 
-def test_flags_that_exclude_each_other_are_one_line(cold: Command) -> None:
+def test_conflicting_flags_are_one_line(cold: Command) -> None:
     process = cold("--cfg", "job", "--info", "all", status=1)
     assert_one_line(process, "Only one of --run, --multirun, --cfg, --info")
 

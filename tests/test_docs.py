@@ -113,12 +113,12 @@ def batches() -> list[Any]:
 # ------------------------------------------------------------------------------ commands
 
 
-def test_every_command_is_one_that_is_checked() -> None:
+def test_every_documented_command_is_checked() -> None:
     known = {"stagesweep", "stagesweep-report", "stagesweep-store", "make", *FOREIGN}
     assert [words for _, words in COMMANDS if words[0] not in known] == []
 
 
-def test_what_sweeps_says_so() -> None:
+def test_commands_that_sweep_have_the_multirun_flag() -> None:
     for _, words in of("stagesweep"):
         flags, overrides = parse(words)
         assert flags.multirun or not any(o.is_sweep_override() for o in overrides), words
@@ -166,17 +166,17 @@ def point(override: Override) -> str:
     return f"{override.key_or_group}={last}"
 
 
-def test_the_commands_of_the_store_are_understood() -> None:
+def test_store_commands_are_parsed() -> None:
     for _, words in of("stagesweep-store"):
         assert command._parser().parse_args(words).run
 
 
-def test_the_commands_of_the_report_are_understood() -> None:
+def test_report_commands_are_parsed() -> None:
     for _, words in of("stagesweep-report"):
         assert _parser().parse_args(words).folders
 
 
-def test_every_make_target_that_is_named_is_there() -> None:
+def test_every_documented_make_target_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
     named = {words[1] for _, words in COMMANDS if words[0] == "make"}
     named |= {name for page in PAGES for name in re.findall(r"`make (\w+)`", text(page))}
@@ -265,7 +265,7 @@ def test_the_examples_of_contributing_pass_all_tests(contributed: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_that_is_shown_is_python(page: str) -> None:
+def test_python_blocks_are_valid(page: str) -> None:
     for body in blocks(page, "python"):
         assert ast.parse(body).body
 
@@ -293,7 +293,7 @@ def tree(heading: str) -> dict[str, list[str]]:
     return found
 
 
-def test_the_readmes_tree_is_that_of_the_disk() -> None:
+def test_the_tree_in_the_readme_matches_the_disk() -> None:
     drawn = tree("## Repository")
     assert [name for name in drawn if not (ROOT / name).exists()] == []
     top = {name.partition("/")[0] + "/" * ("/" in name) for name in drawn}
@@ -333,7 +333,7 @@ def test_the_map_names_every_package() -> None:
     assert [name for name in drawn if not (SOURCE / name).exists()] == []
 
 
-def test_the_map_has_the_order_of_the_import_rules() -> None:
+def test_the_map_follows_the_order_of_the_import_rules() -> None:
     rules = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"]
     layers = {rule["id"]: rule["layers"] for rule in rules if rule["type"] == "layers"}
     names = [name.removesuffix(".py").strip("/") for name in drawn_map()]
@@ -355,7 +355,7 @@ def defined(file: Path) -> set[str]:
     return found
 
 
-def test_files_and_functions_that_the_architecture_names_are_there() -> None:
+def test_files_and_functions_named_by_the_architecture_exist() -> None:
     quoted = re.findall(r"`([^`]+)`", BLOCK.sub("", ARCHITECTURE))
     files = [each for each in quoted if re.fullmatch(r"[\w/]+\.py(: [\w.]+)?", each)]
     folders = [each for each in quoted if each.startswith("conf/")]
@@ -371,7 +371,7 @@ def test_files_and_functions_that_the_architecture_names_are_there() -> None:
 
 
 @pytest.mark.parametrize("heading", ["The way of a run", "The way of a trial"])
-def test_a_way_has_at_most_twelve_steps_with_file_and_function(heading: str) -> None:
+def test_each_walkthrough_has_at_most_twelve_steps_with_file_and_function(heading: str) -> None:
     body = ARCHITECTURE.partition(f"\n### {heading}\n")[2].partition("\n#")[0]
     steps = re.split(r"^\d+\. ", body, flags=re.MULTILINE)[1:]
     assert 6 <= len(steps) <= 12
@@ -387,7 +387,7 @@ def anchors(page: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page: str) -> None:
+def test_every_link_has_a_target(page: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text(page))):
         if link.startswith(("http:", "https:", "mailto:")):
             continue
@@ -437,6 +437,6 @@ def test_every_key_of_a_schema_is_explained(key: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_prose_stays_within_its_margin(page: str) -> None:
+def test_prose_lines_are_at_most_100_columns(page: str) -> None:
     prose = BLOCK.sub("", text(page)).splitlines()
     assert [line for line in prose if len(line) > 100 and not line.startswith("|")] == []

@@ -114,7 +114,7 @@ def test_a_forbidden_import_breaks_its_rule(checkout: Path, case: str) -> None:
         assert (package if name == "__init__" else name) in said
 
 
-def test_a_package_in_no_layer_is_found(checkout: Path) -> None:
+def test_a_package_outside_the_layers_is_reported(checkout: Path) -> None:
     for folder in ("attic", "sweep/attic"):
         package = checkout / "src/stagesweep" / folder
         package.mkdir()
@@ -191,7 +191,7 @@ def foreign(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
-def test_private_names_of_other_packages_are_touched_in_one_file() -> None:
+def test_private_names_of_other_packages_are_used_in_one_file() -> None:
     found = [
         f"{short(file)}:{line}: {name}"
         for file, tree in trees().items()
@@ -216,7 +216,7 @@ def test_private_names_of_other_packages_are_touched_in_one_file() -> None:
         "def _load_from_state_dict(self): ...",
     ],
 )
-def test_a_private_name_is_found(line: str) -> None:
+def test_private_names_are_detected(line: str) -> None:
     assert list(foreign(ast.parse(line)))
 
 
@@ -225,7 +225,7 @@ def test_a_private_name_is_found(line: str) -> None:
     ["from stagesweep.store.command import _parser", "self._parser = 1; other._parser",
      "point._replace(x=1)", "os._exit(0)", "node._target_", "type(x).__name__"],
 )  # fmt: skip
-def test_other_names_are_not(line: str) -> None:
+def test_other_names_are_not_reported(line: str) -> None:
     assert not list(foreign(ast.parse(line)))
 
 
@@ -247,11 +247,11 @@ def functions(tree: ast.Module) -> dict[str, int]:
     return found
 
 
-def test_the_core_is_thin() -> None:
+def test_the_core_has_at_most_1300_lines() -> None:
     assert sum(map(lines, (PACKAGE / "core").rglob("*.py"))) <= 1300
 
 
-def test_the_loop_is_read_in_one_sitting() -> None:
+def test_the_fit_loop_has_at_most_60_lines() -> None:
     """The loop over epochs is the only `while` of its file."""
     file = PACKAGE / "core" / "fit.py"
     assert lines(file) <= 300
@@ -261,7 +261,7 @@ def test_the_loop_is_read_in_one_sitting() -> None:
     assert loop.end_lineno - loop.lineno < 60
 
 
-def test_a_function_fits_on_a_screen() -> None:
+def test_functions_have_at_most_60_lines() -> None:
     long = {
         f"{short(file)}: {name}": length
         for file, tree in trees().items()
@@ -275,7 +275,7 @@ def test_a_function_fits_on_a_screen() -> None:
 
 
 @pytest.mark.parametrize("package", [short(package) for package in PACKAGES])
-def test_a_package_says_what_belongs_in_it(package: str) -> None:
+def test_every_package_has_a_docstring(package: str) -> None:
     """In two to four sentences: what, what it may import, which file to read first."""
     said = ast.get_docstring(trees()[SRC / package / "__init__.py"]) or ""
     assert 2 <= len(re.findall(r"[.!?](?=\s|$)", said)) <= 4, said

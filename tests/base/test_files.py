@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_the_stage_unfinished(small_disk: Path) -> None:
     assert names(entry.path) == ["begun.json", "checkpoint.pt"]
 
 
-def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+def test_other_errors_are_unchanged(tmp_path: Path) -> None:
     def read_first(stream: BinaryIO) -> None:
         try:
             (tmp_path / "missing").open()
@@ -206,7 +206,7 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
 
 @settings(max_examples=30)
 @given(content=st.binary(max_size=2000), parts=st.integers(1, 5))
-def test_what_is_written_is_what_is_read(
+def test_bytes_are_read_as_written(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, parts: int
 ) -> None:
     path = tmp_path_factory.mktemp("d") / "f"

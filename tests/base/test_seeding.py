@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize("used", [0, 1, 3])
-def test_a_state_goes_through_a_file_without_code(tmp_path: Path, used: int) -> None:
+def test_a_state_is_saved_with_weights_only(tmp_path: Path, used: int) -> None:
     seed_everything(4)
     for _ in range(used):  # np and random keep the second number of each pair of normals
         draws()
@@ -91,7 +91,7 @@ def test_torch_alone() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_too() -> None:
+def test_the_state_of_the_gpu_is_restored() -> None:
     torch.rand(1, device="cuda")
     state = rng_state()
     first = torch.rand(4, device="cuda")

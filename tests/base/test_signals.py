@@ -23,7 +23,7 @@ def stopped(work: Work) -> Interrupted:
 
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
-def test_at_once_where_there_is_nothing_to_save(signum: signal.Signals, code: int) -> None:
+def test_a_signal_outside_a_deferred_block_stops_at_once(signum: signal.Signals, code: int) -> None:
     done = []
 
     def work() -> None:
@@ -37,7 +37,7 @@ def test_at_once_where_there_is_nothing_to_save(signum: signal.Signals, code: in
 
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS)
-def test_held_back_until_asked(signum: signal.Signals, code: int) -> None:
+def test_a_deferred_signal_is_pending(signum: signal.Signals, code: int) -> None:
     done = []
 
     def work() -> None:
@@ -53,7 +53,7 @@ def test_held_back_until_asked(signum: signal.Signals, code: int) -> None:
     assert done == ["step", "save"]
 
 
-def test_one_that_comes_too_late_for_a_step_is_raised_at_the_end() -> None:
+def test_a_deferred_signal_is_raised_at_the_end_of_the_block() -> None:
     done = []
 
     def work() -> None:
@@ -66,7 +66,7 @@ def test_one_that_comes_too_late_for_a_step_is_raised_at_the_end() -> None:
     assert done == ["the last save"]
 
 
-def test_a_second_one_does_not_wait() -> None:
+def test_a_second_signal_stops_at_once() -> None:
     done = []
 
     def work() -> None:
@@ -80,7 +80,7 @@ def test_a_second_one_does_not_wait() -> None:
     assert done == ["first"]
 
 
-def test_an_error_inside_is_not_covered_up() -> None:
+def test_an_error_in_the_block_is_not_hidden_by_a_signal() -> None:
     def work() -> None:
         with handled(), deferred():
             signal.raise_signal(signal.SIGTERM)
@@ -90,7 +90,7 @@ def test_an_error_inside_is_not_covered_up() -> None:
         work()
 
 
-def test_afterwards_all_is_as_before() -> None:
+def test_handlers_are_restored() -> None:
     def held_back() -> None:
         with deferred():
             signal.raise_signal(signal.SIGTERM)

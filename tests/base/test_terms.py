@@ -39,7 +39,7 @@ def test_only_plain_terms_are_evaluated() -> None:
     assert metric_names({"b": Coupled}) == ["train_loss", "train_b", "lr"]
 
 
-def test_metrics_that_a_term_does_not_list_are_unknown() -> None:
+def test_unlisted_metrics_of_a_term_are_unknown() -> None:
     terms = {"a": Plain, "c": Unlisted}
     assert refresh_metrics(terms) is None
     assert metric_names(terms) is None

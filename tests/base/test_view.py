@@ -19,7 +19,7 @@ def test_batches_are_the_split_in_order() -> None:
     assert torch.equal(torch.cat([batch["x"] for batch in batches]), view()["x"])
 
 
-def test_an_order_has_every_row_once_and_can_be_started_later() -> None:
+def test_an_order_has_every_row_once_and_can_start_in_the_middle() -> None:
     order = list(view().order(2, torch.Generator().manual_seed(0)))
     assert sorted(torch.cat(order).tolist()) == list(range(5))
     found = [batch["index"].tolist() for batch in view().gather(order, start=1)]

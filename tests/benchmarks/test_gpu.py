@@ -36,7 +36,7 @@ def test_a_smoke_run_of_the_gpu_benchmark_fills_its_tables(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
-def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.gpu import main
 
     assert main([]) == 1
@@ -45,7 +45,7 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]
     )
 
 
-def test_recipes_save_memory_and_leave_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_save_memory_and_do_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import memory
 
     recipes = ("plain", "activations recomputed")

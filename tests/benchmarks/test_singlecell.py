@@ -12,7 +12,9 @@ from stagesweep.systems.singlecell.likelihood import negative_binomial_nll
 ROOT = Path(__file__).parents[2]
 
 
-def test_both_usual_formulas_are_the_same_likelihood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_reference_formulas_equal_the_exact_likelihood(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.singlecell import stacked, usual
 

@@ -72,7 +72,7 @@ def test_an_experiment_may_have_no_space_but_a_named_one_exists(
         options.check_optional_groups()
 
 
-def test_a_fault_in_yaml_names_the_file(compose: Compose, tmp_path: Path) -> None:
+def test_an_error_in_a_yaml_file_names_the_file(compose: Compose, tmp_path: Path) -> None:
     (tmp_path / "hardware").mkdir()
     (tmp_path / "hardware" / "mine.yaml").write_text("defaults: [base_hardware]\nthreads: many\n")
     with pytest.raises(Exception) as caught:  # noqa: PT011
@@ -91,14 +91,14 @@ def divide(by: int) -> float:
     return 1 / by
 
 
-def test_a_constructors_own_line_is_kept() -> None:
+def test_a_user_error_of_a_constructor_is_kept() -> None:
     node = OmegaConf.create({"data": {"_target_": f"{__name__}.fail", "message": "no column x"}})
     with pytest.raises(UserError) as caught:
         instantiate(node.data, _execution_whitelist_=f"{__name__}.*")
     assert explain(caught.value) == "no column x"
 
 
-def test_a_constructors_fault_names_the_node() -> None:
+def test_another_error_of_a_constructor_names_the_node() -> None:
     node = OmegaConf.create({"data": {"_target_": f"{__name__}.divide", "by": 0}})
     with pytest.raises(ZeroDivisionError) as caught:
         instantiate(node.data, _execution_whitelist_=f"{__name__}.*")
@@ -107,22 +107,22 @@ def test_a_constructors_fault_names_the_node() -> None:
     )
 
 
-def test_files_are_explained() -> None:
+def test_file_errors_have_a_message() -> None:
     assert explain(PermissionError(13, "Permission denied", "/x/y")) is not None
     assert explain(FileNotFoundError(2, "No such file", "/x/y")) is not None
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), KeyError("k")])
-def test_a_fault_of_the_program_is_not_explained_away(error: Exception) -> None:
+def test_a_bug_has_no_one_line_message(error: Exception) -> None:
     assert explain(error) is None
 
 
 @given(st.lists(st.text(min_size=1), min_size=1, unique=True), st.data())
-def test_the_nearest_of_names_is_one_of_them(names: list[str], data: st.DataObject) -> None:
+def test_the_nearest_name_is_a_known_one(names: list[str], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(names))
     assert nearest(name, names) == f"did you mean '{name}'?"
 
 
-def test_without_a_near_name_all_are_listed() -> None:
+def test_without_a_close_name_all_names_are_listed() -> None:
     assert nearest("zzz", ["a", "b"]) == "there are a, b"
     assert nearest("zzz", []) == "there are none"

@@ -22,7 +22,7 @@ def composed_name(*overrides: str) -> str:
             HydraConfig.instance().cfg = None
 
 
-def test_the_name_of_a_study_stays_what_it_was() -> None:
+def test_the_name_of_a_study_does_not_change() -> None:
     given = ("experiment=digits", "search=bayes", "search.n_trials=12", "stage.figures.umap=false")
     assert composed_name(*given) == "bayes_c6cd7eac"
 

@@ -58,7 +58,7 @@ def node(**values: Any) -> dict[str, Any]:
                       "kind, widths"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(values: dict[str, Any], line: str) -> None:
+def test_wrong_arguments_are_named(values: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as caught:
         bind("model", node(**values), supplied=["spec"])
     assert str(caught.value) == line
@@ -80,13 +80,13 @@ def test_a_missing_argument_is_named() -> None:
         {"_convert_": "all"},
     ],
 )
-def test_what_fits_passes(values: dict[str, Any]) -> None:
+def test_valid_arguments_pass(values: dict[str, Any]) -> None:
     given = node(**values)
     bind("model", given, supplied=["spec"])  # raises at the first fault
     assert given == node(**values), "it only looks"
 
 
-def test_what_is_open_passes() -> None:
+def test_interpolated_and_missing_values_pass() -> None:
     for node in (
         {"_target_": "lab.anything", "x": 1},
         {"_target_": "lab.Model", "_partial_": True},
@@ -110,13 +110,13 @@ def test_what_is_open_passes() -> None:
         (3, "x._target_ must be the dotted name of a class or function"),
     ],
 )  # fmt: skip
-def test_a_target_that_cannot_be_had_is_named(target: Any, line: str) -> None:
+def test_an_invalid_target_is_named(target: Any, line: str) -> None:
     with pytest.raises(UserError) as caught:
         locate("x", target)
     assert str(caught.value) == line
 
 
-def test_every_node_is_found_however_deep() -> None:
+def test_nested_nodes_are_found() -> None:
     inner = {"_target_": "b"}
     tree = {"model": {"_target_": "a", "parts": [inner, {"deep": inner}]}, "seed": 3}
     assert [path for path, _ in target_nodes(tree)] == [

@@ -11,7 +11,7 @@ from stagesweep.config.validation import validate
 Compose = Callable[..., DictConfig]
 
 
-def test_a_stage_names_its_part_and_a_model_has_it(compose: Compose) -> None:
+def test_a_stage_must_name_an_existing_part_of_the_model(compose: Compose) -> None:
     with pytest.raises(UserError, match=r"stage.score.part=cell: no such part of the model.*cells"):
         validate(compose("experiment=singlecell", "stage.score.part=cell"))
     with pytest.raises(UserError, match=r"stage.score.part: the model has parts.*patients"):

@@ -45,7 +45,7 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize("target", HARMFUL)
-def test_no_key_takes_what_reads_writes_or_compiles(target: str) -> None:
+def test_callables_that_read_write_or_compile_are_refused(target: str) -> None:
     for key in KEYS:
         if (key, target) == ("hydra.sweeper.sampler", "optuna.samplers.TPESampler"):
             continue
@@ -60,7 +60,7 @@ def test_a_key_takes_the_classes_of_its_kind(key: str, target: str) -> None:
     assert callable(locate(key, target))
 
 
-def test_what_is_nested_is_checked_too() -> None:
+def test_nested_targets_are_checked() -> None:
     nested = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.load", "f": "x"}]}
     with pytest.raises(UserError) as caught:
         locate_all("model", nested)

@@ -108,21 +108,21 @@ LINES = {
 
 
 @pytest.mark.parametrize("override", LINES)
-def test_what_is_wrong_is_named_with_the_remedy(tiny: Compose, override: str) -> None:
+def test_errors_name_the_key_and_the_remedy(tiny: Compose, override: str) -> None:
     with pytest.raises(UserError) as caught:
         validate(tiny(override))
     assert str(caught.value).startswith(LINES[override])
     assert "\n" not in str(caught.value)
 
 
-def test_the_range_of_k_is_in_order(compose: Compose) -> None:
+def test_a_reversed_range_of_k_is_refused(compose: Compose) -> None:
     cfg = compose("experiment=tiny", "+stage@stage.k=choose_clusters", "stage.k.k_range=[9,3]")
     with pytest.raises(UserError) as caught:
         validate(cfg)
     assert str(caught.value) == "stage.k.k_range=[9,3]: the smaller number comes first"
 
 
-def test_a_checkpoint_stands_for_the_stages_before(tiny: Compose, tmp_path: Path) -> None:
+def test_init_from_replaces_earlier_stages(tiny: Compose, tmp_path: Path) -> None:
     weights = tmp_path / "weights.pt"
     weights.touch()
     cfg = tiny("~stage.pretrain", f"init_from={weights}")
@@ -130,7 +130,7 @@ def test_a_checkpoint_stands_for_the_stages_before(tiny: Compose, tmp_path: Path
     assert "pretrain" not in cfg.stage
 
 
-def test_a_term_that_does_not_act_needs_nothing(tiny: Compose) -> None:
+def test_a_term_of_weight_zero_has_no_requirements(tiny: Compose) -> None:
     off = "stage.joint.loss.clustering.weight=0"
     for given in (
         ("~stage.init_clusters", off),
@@ -142,24 +142,26 @@ def test_a_term_that_does_not_act_needs_nothing(tiny: Compose) -> None:
 
 
 @pytest.mark.parametrize("key", ["micro_batch=auto", "compile=true"])
-def test_a_divided_model_cannot_do_all(tiny: Compose, key: str) -> None:
+def test_settings_that_a_sharded_model_does_not_support_are_refused(
+    tiny: Compose, key: str
+) -> None:
     with pytest.raises(UserError, match=f"^hardware.{key} .*hardware.parallel=shard.*; set"):
         validate(tiny("hardware.parallel=shard", f"hardware.{key}"))
 
 
-def test_a_run_has_a_stage(tiny: Compose) -> None:
+def test_a_run_without_stages_is_refused(tiny: Compose) -> None:
     names = ("pretrain", "init_clusters", "joint", "evaluate")
     with pytest.raises(UserError, match=r"^a run needs at least one stage; "):
         validate(tiny(*(f"~stage.{name}" for name in names)))
 
 
-def test_the_config_is_left_as_it_is(tiny: Compose) -> None:
+def test_validation_does_not_change_the_config(tiny: Compose) -> None:
     cfg = tiny("model.latent=${model.clusters}")
     validate(cfg)
     assert cfg._get_node("model")._get_node("latent")._value() == "${model.clusters}"
 
 
-def test_a_stage_of_the_users_own_is_bound(
+def test_a_custom_stage_is_bound(
     tiny: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "stages_of_mine.py").write_text(

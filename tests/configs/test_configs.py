@@ -97,7 +97,7 @@ def test_every_experiment_composes_and_validates(
 
 
 @pytest.mark.parametrize("name", options("experiment"))
-def test_every_experiment_says_how_it_is_run(name: str) -> None:
+def test_every_experiment_header_has_command_time_and_result(name: str) -> None:
     """The header has the command, how long it takes on which machine, and what to expect."""
     lines = (CONF / f"{name}.yaml").read_text().splitlines()
     header = "\n".join(line for line in lines if line.startswith("#"))
@@ -188,7 +188,7 @@ def test_every_pruner_is_made_and_lists_every_parameter(compose: Compose, name: 
 
 
 @pytest.mark.parametrize("experiment", sorted(set(of_search("ablation")) - {"none"}))
-def test_every_variant_of_an_ablation_is_a_run(
+def test_every_variant_of_an_ablation_composes(
     compose: Compose, tmp_path: Path, experiment: str
 ) -> None:
     cfg = compose(f"experiment={experiment}", "search=ablation")
@@ -202,9 +202,7 @@ def test_every_variant_of_an_ablation_is_a_run(
 
 
 @pytest.mark.parametrize("space", sorted(set(SPACES) - {"none"}))
-def test_every_space_is_of_keys_that_there_are(
-    compose: Compose, tmp_path: Path, space: str
-) -> None:
+def test_every_key_of_a_search_space_exists(compose: Compose, tmp_path: Path, space: str) -> None:
     """A space is named after its experiment, perhaps with a suffix: ``digits_grid``."""
     experiment = max((e for e in EXPERIMENTS if f"{space}_".startswith(f"{e}_")), key=len)
     cfg = given(compose(f"experiment={experiment}", f"search/space={space}"), tmp_path)
@@ -263,7 +261,7 @@ def test_an_experiment_mixes_no_two_systems(compose: Compose, tmp_path: Path, na
     assert len({system(target) for target in found} - {None}) <= 1, sorted(found)
 
 
-def test_a_target_elsewhere_is_refused() -> None:
+def test_a_target_in_another_package_is_refused() -> None:
     assert system("stagesweep.loss.kl.KL") is system("torch.optim.SGD") is None
     assert system(f"stagesweep.systems.{SYSTEMS[0]}.data.Some") == SYSTEMS[0]
     for target in ("stagesweep.core.fit.Loop", "stagesweep.systems.none.X", "loss.kl.KL"):
@@ -283,7 +281,7 @@ def test_a_component_lists_every_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", options("stage", "hardware"))
-def test_what_has_a_schema_extends_it(name: str) -> None:
+def test_a_yaml_with_a_schema_extends_it(name: str) -> None:
     """Every profile, and the stages whose class inherits one."""
     target = read(name).get("_target_")
     has = target is None or issubclass(locate(name, target), schema.Stage)  # type: ignore[arg-type]
@@ -294,7 +292,7 @@ CARDS = [name.partition("/")[2] for name in options("hardware") if name.endswith
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_several_of_a_card_are_that_card_and_a_number(card: str) -> None:
+def test_profiles_of_several_gpus_extend_that_of_one(card: str) -> None:
     def composed(name: str) -> dict[str, Any]:
         with initialize_config_dir(str(CONF)):
             found: dict[str, Any] = OmegaConf.to_object(hydra_compose(f"hardware/{name}"))  # type: ignore[assignment]
@@ -331,7 +329,7 @@ FOR_OTHERS = {"stagesweep.data.loader"}
 
 
 @pytest.mark.parametrize("package", [*SHARED, *(f"systems.{name}" for name in SYSTEMS)])
-def test_every_module_is_reached_from_a_yaml(package: str) -> None:
+def test_every_module_is_used_by_a_yaml_or_the_framework(package: str) -> None:
     """Each module is the `_target_` of a YAML, or is imported by one, or by the framework."""
     every = {target.rpartition(".")[0] for name in options() for target in targets(read(name))}
     reached = sources([*sorted(every), "stagesweep.run.context", "stagesweep.sweep.report"])
@@ -358,14 +356,14 @@ PUBLIC_KEYS = [
 ]
 
 
-def test_the_keys_that_people_rely_on_are_there(compose: Compose) -> None:
+def test_public_keys_exist(compose: Compose) -> None:
     cfg = compose("experiment=tiny")
     for key in PUBLIC_KEYS:
         parent, _, name = key.rpartition(".")
         assert name in (OmegaConf.select(cfg, parent) if parent else cfg), key
 
 
-def test_the_other_names_that_people_rely_on(compose: Compose) -> None:
+def test_public_names_exist(compose: Compose) -> None:
     assert {"search/grid", "search/random", "search/bayes", "search/ablation"} <= set(options())
     assert {"experiment/digits", "experiment/audiogram"} <= set(options())
     assert {"hardware/auto", "hardware/cpu"} <= set(options())

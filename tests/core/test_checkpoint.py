@@ -106,7 +106,7 @@ class TestFile:
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(st.binary(max_size=200), st.floats(0, 1))
-    def test_any_damage_is_one_line(self, tmp_path: Path, junk: bytes, at: float) -> None:
+    def test_a_damaged_checkpoint_is_one_line(self, tmp_path: Path, junk: bytes, at: float) -> None:
         path = tmp_path / "a.pt"
         save(path, state(1.0))
         content = bytearray(path.read_bytes())
@@ -134,17 +134,17 @@ class TestFolder:
         assert value(load(tmp_path / "last.pt")) == 100
 
     @pytest.mark.parametrize("keep", [1, 2, 3, 9])
-    def test_only_so_many_are_kept(self, tmp_path: Path, keep: int) -> None:
+    def test_only_the_newest_checkpoints_are_kept(self, tmp_path: Path, keep: int) -> None:
         self.fill(tmp_path, *range(10, 60, 10), keep=keep)
         kept = [f"step_{n:09d}.pt" for n in range(10, 60, 10)][-keep:]
         assert files(tmp_path) == ["last.pt", *kept]
 
-    def test_other_checkpoints_stay(self, tmp_path: Path) -> None:
+    def test_other_checkpoints_are_not_removed(self, tmp_path: Path) -> None:
         save(tmp_path / "best_val_loss.pt", state(0))
         self.fill(tmp_path, 1, 2, keep=1)
         assert files(tmp_path) == ["best_val_loss.pt", "last.pt", "step_000000002.pt"]
 
-    def test_a_broken_one_is_named_and_the_one_before_is_read(
+    def test_a_broken_checkpoint_is_named_and_the_previous_one_is_read(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         self.fill(tmp_path, 1, 2, 3)
@@ -159,14 +159,14 @@ class TestFolder:
         assert said[1].endswith("; falling back to step_000000001.pt")
         assert len(said) == 2
 
-    def test_a_broken_one_is_gone_after_the_next(self, tmp_path: Path) -> None:
+    def test_a_broken_checkpoint_is_removed_by_the_next_save(self, tmp_path: Path) -> None:
         self.fill(tmp_path, 10, 20, 30)
         truncate(tmp_path / "step_000000030.pt")
         self.fill(tmp_path, 25, keep=2)
         assert files(tmp_path) == ["last.pt", "step_000000020.pt", "step_000000025.pt"]
         assert value(load_newest(tmp_path)) == 25
 
-    def test_none_can_be_read(self, tmp_path: Path) -> None:
+    def test_an_error_names_the_oldest_if_none_can_be_read(self, tmp_path: Path) -> None:
         self.fill(tmp_path, 1, 2)
         for path in tmp_path.iterdir():
             path.write_text("text")
@@ -178,7 +178,7 @@ class TestFolder:
 
 
 class TestFullDisk:
-    def test_it_is_named_and_the_old_checkpoint_stays(self, small_disk: Path) -> None:
+    def test_a_failed_save_keeps_the_old_checkpoint(self, small_disk: Path) -> None:
         save_numbered(small_disk, 1, state(1, size=80_000), keep=2)
         with pytest.raises(UserError) as caught:
             save_numbered(small_disk, 2, state(2, size=240_000), keep=2)

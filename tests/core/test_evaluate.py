@@ -13,14 +13,14 @@ CONSTANT = Schedule(decay=Decay.constant)
 
 
 class TestEvaluation:
-    def test_every_so_many_epochs_and_at_the_end(self, bench: "Bench") -> None:
+    def test_evaluation_runs_every_n_epochs_and_at_the_end(self, bench: "Bench") -> None:
         loop = bench.loop(epochs=7, eval_every=3)
         loop.run()
         assert ["val_loss" in row for row in rows(loop, "epoch")] == [
             False, False, True, False, False, True, True,
         ]  # fmt: skip
 
-    def test_it_is_the_mean_over_the_split_without_noise(self, bench: "Bench") -> None:
+    def test_a_term_is_the_mean_over_the_split_without_noise(self, bench: "Bench") -> None:
         loop = bench.loop(loss={"error": Weight(), "masked": Weight()}, epochs=1)
         row = loop.run()
         batch = next(loop.val.batches(1000))

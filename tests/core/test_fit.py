@@ -48,7 +48,7 @@ CONSTANT = Schedule(decay=Decay.constant)
 
 
 class TestTraining:
-    def test_it_is_the_loop_one_writes_by_hand(
+    def test_a_fit_equals_a_hand_written_loop(
         self, bench: "Bench", tiny: Make, make_batch: Columns
     ) -> None:
         schedule = Schedule(warmup=1.0, min_lr=0.001)
@@ -124,7 +124,7 @@ class TestTraining:
         assert bf16["val_loss"] != fp32["val_loss"]
         assert bf16["val_loss"] == pytest.approx(fp32["val_loss"], rel=0.02)
 
-    def test_compiled_it_learns_the_same(
+    def test_a_compiled_fit_has_the_same_loss_curve(
         self, bench: "Bench", monkeypatch: pytest.MonkeyPatch
     ) -> None:
         compile_ = torch.compile  # without a C++ compiler: capture and run
@@ -135,7 +135,7 @@ class TestTraining:
         assert found["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)
         assert not any("_orig_mod" in name for name in compiled.model.state_dict())
 
-    def test_through_the_loader_it_learns_the_same(
+    def test_a_fit_from_a_loader_has_the_same_loss_curve(
         self, bench: "Bench", make_batch: Columns
     ) -> None:
         batch = make_batch()
@@ -158,7 +158,7 @@ class TestTraining:
         loader.run()
         assert same(weights(memory.model), weights(loader.model))
 
-    def test_frozen_parts_stay_and_groups_have_their_rates(
+    def test_frozen_parameters_do_not_change_and_groups_have_their_rates(
         self, bench: "Bench", tiny: Make
     ) -> None:
         settings = schema.Optimizer(lr=0.01, groups={"decoder.*": schema.Group(lr=0.02)})
@@ -184,7 +184,7 @@ class TestTraining:
         assert row["train_loss"] == pytest.approx(row["train_error"] + 2 * row["train_masked"])
         assert row["val_loss"] == pytest.approx(row["val_error"] + 2 * row["val_masked"])
 
-    def test_a_whole_batch_term_alone(self, bench: "Bench") -> None:
+    def test_a_fit_with_a_whole_batch_term_only(self, bench: "Bench") -> None:
         for micro_batch in (None, 4):
             loop = bench.loop(
                 name=f"{micro_batch}",
@@ -218,7 +218,7 @@ class TestStopping:
         )
         return int(loop.run()["epochs"])
 
-    def test_after_so_many_evaluations_without_improvement(
+    def test_stops_after_patience_evaluations(
         self, bench: "Bench", caplog: pytest.LogCaptureFixture
     ) -> None:
         assert self.run(bench, [5, 3, 4, 2, 2, 3, 1, 0], patience=2) == 6
@@ -226,25 +226,25 @@ class TestStopping:
             "fit: stopped, val_score has not improved for 2 evaluations (best 2)"
         )
 
-    def test_small_steps_do_not_count(self, bench: "Bench") -> None:
+    def test_improvements_below_min_delta_do_not_count(self, bench: "Bench") -> None:
         assert self.run(bench, [5, 4.9, 4.8, 4.7, 1, 0], patience=3, min_delta=0.5) == 4
 
-    def test_upwards(self, bench: "Bench") -> None:
+    def test_a_metric_to_maximise(self, bench: "Bench") -> None:
         assert self.run(bench, [1, 2, 3, 3, 9], patience=1, mode=Mode.max) == 4
 
-    def test_nan_is_no_improvement(self, bench: "Bench") -> None:
+    def test_nan_is_not_an_improvement(self, bench: "Bench") -> None:
         assert self.run(bench, [math.nan, math.nan, math.nan, 1], patience=3) == 3
 
-    def test_as_soon_as_the_target_is_met(
+    def test_stops_when_the_target_is_reached(
         self, bench: "Bench", caplog: pytest.LogCaptureFixture
     ) -> None:
         assert self.run(bench, [5, 4, 3, 2, 1], target=3) == 3
         assert caplog.records[-1].message == "fit: stopped, val_score reached 3"
 
-    def test_target_upwards(self, bench: "Bench") -> None:
+    def test_the_target_of_a_metric_to_maximise(self, bench: "Bench") -> None:
         assert self.run(bench, [0.1, 0.6, 0.5], target=0.55, mode=Mode.max) == 2
 
-    def test_evaluations_count_not_epochs(self, bench: "Bench") -> None:
+    def test_patience_counts_evaluations(self, bench: "Bench") -> None:
         loop = bench.loop(
             epochs=20,
             eval_every=2,
@@ -253,7 +253,7 @@ class TestStopping:
         )
         assert loop.run()["epochs"] == 6
 
-    def test_what_a_term_measures_can_stop(self, bench: "Bench") -> None:
+    def test_a_metric_of_a_term_can_stop_a_fit(self, bench: "Bench") -> None:
         loop = bench.loop(
             epochs=9,
             loss={"error": Weight(), "anchored": Weight()},
@@ -261,7 +261,7 @@ class TestStopping:
         )
         assert loop.run()["epochs"] == 1
 
-    def test_the_rule_of_a_term_that_is_turned_off_rests(self, bench: "Bench") -> None:
+    def test_the_rule_of_a_disabled_term_is_ignored(self, bench: "Bench") -> None:
         loop = bench.loop(
             epochs=3,
             loss={"error": Weight(), "anchored": Weight(0.0)},
@@ -271,7 +271,7 @@ class TestStopping:
 
 
 class TestPlateau:
-    def test_the_rate_falls_when_the_metric_stands(self, bench: "Bench") -> None:
+    def test_the_learning_rate_falls_on_a_plateau(self, bench: "Bench") -> None:
         schedule = Schedule(decay=Decay.plateau, metric="val_score", factor=0.5, patience=2)
         loop = bench.loop(
             epochs=9,
@@ -283,7 +283,7 @@ class TestPlateau:
         expected = [0.08] * 4 + [0.04] * 2 + [0.02] * 3
         assert curve(loop, "lr") == pytest.approx(expected)
 
-    def test_a_metric_that_is_not_there(self, bench: "Bench") -> None:
+    def test_an_unknown_metric(self, bench: "Bench") -> None:
         schedule = Schedule(decay=Decay.plateau, metric="val_scroe")
         with pytest.raises(UserError) as caught:
             bench.loop(schedule=schedule).run()
@@ -318,7 +318,7 @@ NEVER: list[tuple[str, dict[str, Any]]] = [
 
 class TestNames:
     @pytest.mark.parametrize("settings", FITS.values(), ids=FITS)
-    def test_the_numbers_of_a_fit_are_those_declared(
+    def test_the_metrics_of_a_fit_are_those_declared(
         self, bench: "Bench", make_term: Callable[[str], nn.Module], settings: dict[str, Any]
     ) -> None:
         terms = {name: make_term(name) for name in settings["loss"]}
@@ -327,7 +327,7 @@ class TestNames:
         classes = {name: type(term) for name, term in terms.items()}
         assert set(loop.run()) == stage.metric_names(terms) == stage.metric_names(classes)
 
-    def test_it_is_open_what_a_refresh_or_a_metric_of_ones_own_adds(self) -> None:
+    def test_metric_names_are_unknown_with_a_refresh_or_custom_metrics(self) -> None:
         class Refreshed:
             def refresh(self, epoch: int, predict: Any) -> dict[str, float]:
                 raise NotImplementedError
@@ -337,7 +337,7 @@ class TestNames:
         assert Fit(epochs=1, loss=loss, metrics={"mine": None}).metric_names({"it": None}) is None
 
     @pytest.mark.parametrize(("key", "settings"), NEVER)
-    def test_what_is_never_there_is_said_before_the_first_epoch(
+    def test_an_unknown_metric_is_reported_before_the_first_epoch(
         self, bench: "Bench", key: str, settings: dict[str, Any]
     ) -> None:
         loss = {"error": Weight(), "spread": Weight(), "anchored": Weight()}
@@ -350,7 +350,7 @@ class TestNames:
         )
         assert loop.state.step == 0
 
-    def test_a_misspelled_one_beside_custom_metrics_is_said_at_the_first_evaluation(
+    def test_a_misspelled_custom_metric_is_reported_at_the_first_evaluation(
         self, bench: "Bench"
     ) -> None:
         loop = bench.loop(
@@ -363,7 +363,7 @@ class TestNames:
 
 
 class TestEMA:
-    def test_it_is_the_running_average_of_the_weights(self, bench: "Bench") -> None:
+    def test_ema_is_the_running_average_of_the_weights(self, bench: "Bench") -> None:
         loop = bench.loop(ema=0.9, epochs=2)
         average: dict[str, Tensor] = {}
         end_step = loop.end_step
@@ -381,7 +381,7 @@ class TestEMA:
         for value, (_, expected) in zip(evaluated, sorted(average.items()), strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
-    def test_it_is_what_is_evaluated_and_kept_as_best(self, bench: "Bench") -> None:
+    def test_ema_weights_are_evaluated_and_kept_as_best(self, bench: "Bench") -> None:
         loop = bench.loop(ema=0.99, epochs=2, best={"val_loss": Mode.min})
         row = loop.run()
         batch = next(loop.val.batches(1000))
@@ -418,14 +418,14 @@ class TestLogs:
         assert set(tags["histograms"]) == names | {f"{name}.grad" for name in names}
         assert [e.step for e in events.Histograms("fit/decoder.bias.grad")] == [10, 20]
 
-    def test_a_resumed_fit_has_its_whole_curve_there(self, bench: "Bench") -> None:
+    def test_a_resumed_fit_has_its_whole_curve_in_tensorboard(self, bench: "Bench") -> None:
         with pytest.raises(Interrupted), signals.handled():
             bench.loop(epochs=4, augment=At(13, do=terminate)).run()
         bench.loop(epochs=4, augment=At()).run()
         events = self.events(bench)
         assert [e.step for e in events.Scalars("fit/val_loss")] == [5, 10, 15, 20]
 
-    def test_the_norm_is_that_before_clipping(self, bench: "Bench") -> None:
+    def test_the_logged_norm_is_before_clipping(self, bench: "Bench") -> None:
         norms = []
         for name, clip in (("free", None), ("clipped", 1e-3)):
             loop = bench.loop(name=name, clip_norm=clip, epochs=1, log_every=1)
@@ -434,7 +434,7 @@ class TestLogs:
         assert norms[0] == pytest.approx(norms[1])
         assert norms[0] > 1e-2
 
-    def test_the_bar_is_silent_when_nobody_looks(
+    def test_the_progress_bar_is_hidden_without_a_terminal(
         self, bench: "Bench", capsys: pytest.CaptureFixture[str]
     ) -> None:
         bench.loop().run()
@@ -508,7 +508,7 @@ class TestGPU:
         assert loop.scaler.is_enabled() == (precision == "fp16")
         assert loop.measured()["speed"]["peak_mib"] > 0
 
-    def test_an_overflow_of_fp16_skips_the_step_and_goes_on(self, bench: "Bench") -> None:
+    def test_an_overflow_in_fp16_skips_the_step(self, bench: "Bench") -> None:
         hardware = {"device": schema.Device.cuda, "precision": Precision.fp16}
         loop = bench.loop(hardware=hardware, epochs=4, log_every=1)
         loop.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
@@ -518,7 +518,9 @@ class TestGPU:
         assert loop.scaler.get_scale() < 2.0**40
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-    def test_resumed_it_goes_on_close_by(self, bench: "Bench", tiny: Make, precision: str) -> None:
+    def test_a_resumed_fit_on_a_gpu_stays_close(
+        self, bench: "Bench", tiny: Make, precision: str
+    ) -> None:
         everything = Everything(bench, tiny)
         hardware = {"device": schema.Device.cuda, "precision": Precision(precision)}
         expected = everything.loop("whole", hardware=hardware).run()
@@ -528,7 +530,7 @@ class TestGPU:
         assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
 
 
-def test_what_is_logged_when_it_goes_well_is_short(
+def test_the_log_of_a_successful_fit_is_short(
     bench: "Bench", caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.loop().run()

@@ -35,7 +35,7 @@ CONSTANT = Schedule(decay=Decay.constant)
 
 
 class TestBest:
-    def test_several_at_once_and_the_chosen_one_is_left(self, bench: "Bench") -> None:
+    def test_several_best_checkpoints_and_the_selected_weights(self, bench: "Bench") -> None:
         history: list[dict[str, Tensor]] = []
         low, high = Scripted("low", [3, 1, 2, 4]), Scripted("high", [1, 2, 9, 4])
         loop = bench.loop(
@@ -58,7 +58,7 @@ class TestBest:
         assert same(weights(loop.model), history[2])
 
     @pytest.mark.parametrize("ema", [None, 0.5])
-    def test_the_numbers_are_those_of_the_weights_that_are_left(
+    def test_metrics_are_those_of_the_selected_weights(
         self, bench: "Bench", ema: float | None
     ) -> None:
         loop = bench.loop(
@@ -77,7 +77,7 @@ class TestBest:
         third = rows(loop, "epoch")[2]
         assert result == {name: third[name] for name in result if name != "epochs"} | {"epochs": 5}
 
-    def test_what_was_measured_only_later_is_no_number_of_theirs(self, bench: "Bench") -> None:
+    def test_metrics_first_measured_later_are_nan(self, bench: "Bench") -> None:
         class Late(nn.Module):
             def refresh(self, epoch: int, predict: Any) -> dict[str, float]:
                 return {"late": float(epoch)} if epoch > 1 else {}
@@ -97,21 +97,21 @@ class TestBest:
             )
             assert loop.run()["late"] == pytest.approx(late, nan_ok=True)
 
-    def test_one_that_never_was_a_number(self, bench: "Bench") -> None:
+    def test_a_metric_that_was_never_finite(self, bench: "Bench") -> None:
         score = Scripted("score", [math.nan] * 3)
         loop = bench.loop(metrics={"s": score}, best={"val_score": Mode.max}, select="val_score")
         with pytest.raises(UserError) as caught:
             loop.run()
         assert str(caught.value) == "stage.fit.select=val_score: the metric was never finite"
 
-    def test_last_is_the_last(self, bench: "Bench") -> None:
+    def test_select_last_keeps_the_last_weights(self, bench: "Bench") -> None:
         loop = bench.loop(best={"val_loss": Mode.max})
         loop.run()
         last = checkpoint.load(loop.checkpoints.folder / "last.pt")
         assert same(weights(loop.model), last["model"])
         assert last["values"]["epoch"] == 3
 
-    def test_a_metric_that_is_not_there(self, bench: "Bench") -> None:
+    def test_an_unknown_metric(self, bench: "Bench") -> None:
         with pytest.raises(UserError) as caught:
             bench.loop(best={"val_acc": Mode.max}).run()
         assert str(caught.value) == (
@@ -130,19 +130,19 @@ class TestCheckpoints:
         ("every", "keep", "expected"),
         [(1, 1, [35]), (1, 3, [25, 30, 35]), (2, 9, [10, 20, 30, 35]), (9, 9, [35])],
     )
-    def test_every_so_many_epochs_and_only_the_last_are_kept(
+    def test_checkpoints_every_n_epochs_and_only_the_last_are_kept(
         self, bench: "Bench", every: int, keep: int, expected: list[int]
     ) -> None:
         loop = bench.loop(epochs=7, save_every=every, keep_last=keep)
         loop.run()
         assert self.saved(loop) == expected
 
-    def test_not_again_within_so_many_seconds(self, bench: "Bench") -> None:
+    def test_no_checkpoint_within_save_seconds(self, bench: "Bench") -> None:
         loop = bench.loop(epochs=7, keep_last=9, save_seconds=1000)
         loop.run()
         assert self.saved(loop) == [35]
 
-    def test_numbers_of_numpy_go_through_a_checkpoint(self, bench: "Bench") -> None:
+    def test_numpy_numbers_are_saved_in_a_checkpoint(self, bench: "Bench") -> None:
         def metric(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             return {"spread": arrays["mean"].std(), "rank": np.float64(2)}
 
@@ -159,7 +159,7 @@ class TestCheckpoints:
         assert same(weights(first.model), weights(again.model))
         assert len(rows(again, "epoch")) == 4
 
-    def test_a_truncated_one_falls_back_to_the_one_before(
+    def test_a_truncated_checkpoint_falls_back_to_the_previous_one(
         self, bench: "Bench", tiny: Make, caplog: pytest.LogCaptureFixture
     ) -> None:
         whole = bench.loop(name="whole", model=tiny(), epochs=4)
@@ -230,7 +230,7 @@ class TestResuming:
         return outcome
 
     @pytest.mark.parametrize("pieces", PIECES, ids=str)
-    def test_told_to_stop_at_any_step_it_ends_with_the_same_bits(
+    def test_a_fit_stopped_at_any_step_ends_with_the_same_bits(
         self, everything: Everything, undisturbed: list[Any], pieces: tuple[int, ...]
     ) -> None:
         assert identical(self.in_pieces(everything, pieces), undisturbed)
@@ -244,7 +244,7 @@ class TestResuming:
         ],
         ids=["micro-batches", "sampler", "early best"],
     )
-    def test_also_with_other_settings(
+    def test_a_stopped_fit_with_other_settings_ends_with_the_same_bits(
         self, everything: Everything, settings: dict[str, Any]
     ) -> None:
         loop = everything.loop("undisturbed", **settings)
@@ -252,7 +252,7 @@ class TestResuming:
         assert identical(self.in_pieces(everything, (6, 1, 8), **settings), expected)
 
     @pytest.mark.parametrize("pieces", PIECES, ids=str)
-    def test_killed_at_any_step_it_ends_with_the_same_bits(
+    def test_a_fit_killed_at_any_step_ends_with_the_same_bits(
         self, everything: Everything, undisturbed: list[Any], pieces: tuple[int, ...]
     ) -> None:
         for number, steps in enumerate(pieces):
@@ -281,7 +281,7 @@ class TestResuming:
         again = everything.loop("late", At(1, do=lambda: pytest.fail("trained again")))
         assert identical(everything.outcome(again, again.run()), undisturbed)
 
-    def test_what_was_interrupted_is_said(
+    def test_a_resumed_fit_logs_epoch_and_step(
         self, everything: Everything, caplog: pytest.LogCaptureFixture
     ) -> None:
         with pytest.raises(Interrupted) as caught, signals.handled():

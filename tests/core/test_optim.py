@@ -38,7 +38,7 @@ class TestFreeze:
         freeze(model, ["*"], [])
         assert trained(model) == set(dict(model.named_parameters()))
 
-    def test_globs_say_what_is_trained_and_what_is_not(self, tiny: Make) -> None:
+    def test_globs_select_trained_and_frozen_parameters(self, tiny: Make) -> None:
         model = tiny()
         freeze(model, ["encoder.*", "decoder.*"], ["*.bias"])
         assert trained(model) == {"encoder.0.weight", "decoder.weight"}
@@ -62,7 +62,7 @@ class TestFreeze:
             f"{key}: 'haed.*' matches no parameter; the model's parts are decoder, encoder, latent"
         )
 
-    def test_nothing_left(self, tiny: Make) -> None:
+    def test_no_parameter_left_to_train(self, tiny: Make) -> None:
         with pytest.raises(UserError, match=r"^no parameter is left to train: 'freeze' matches"):
             freeze(tiny(), ["encoder.*"], ["*"])
 
@@ -91,7 +91,7 @@ class TestTrainMode:
         model({"x": torch.randn(20, 6) + 5})
         assert model.get_buffer("norm.num_batches_tracked") == 1
 
-    def test_a_module_that_is_trained_in_part_is_in_training(self, tiny: Make) -> None:
+    def test_a_partly_trained_module_is_in_training_mode(self, tiny: Make) -> None:
         model = tiny(norm=True)
         freeze(model, ["*"], ["norm.bias"])
         train_mode(model, frozen_modules(model))
@@ -105,7 +105,7 @@ class TestOptimizer:
         optimizer = build_optimizer(model, schema.Optimizer())
         assert groups(model, optimizer) == {"default": trained(model)}
 
-    def test_groups_have_rates_of_their_own_and_the_last_glob_decides(self, tiny: Make) -> None:
+    def test_the_last_matching_glob_decides_the_group(self, tiny: Make) -> None:
         model = tiny()
         settings = schema.Optimizer(
             lr=1e-3,
@@ -220,7 +220,7 @@ class TestLearningRate:
         schedule = schema.Schedule(warmup=2, min_lr=0.01)
         assert self.ours(schedule) == pytest.approx(expected, abs=1e-9)
 
-    def test_plateau_is_constant_until_it_is_told(self) -> None:
+    def test_plateau_is_constant_until_it_is_reduced(self) -> None:
         assert set(self.ours(schema.Schedule(decay=schema.Decay.plateau))) == {0.3}
 
     rates = st.floats(1e-6, 10)
@@ -234,7 +234,7 @@ class TestLearningRate:
         st.floats(0, 1),
         st.sampled_from(schema.Decay),
     )
-    def test_it_stays_between_zero_and_the_base(
+    def test_the_rate_stays_between_zero_and_the_base(
         self, base: float, at: float, epochs: int, warmup: float, floor: float, decay: schema.Decay
     ) -> None:
         settings = schema.Schedule(decay=decay, warmup=warmup, min_lr=floor)
@@ -249,7 +249,7 @@ class TestLearningRate:
         assert end == pytest.approx(min(floor, base), rel=1e-9, abs=1e-12)
 
     @given(rates, epochs, st.floats(0, 0.9), st.lists(st.floats(0, 1), min_size=2, max_size=2))
-    def test_it_rises_and_then_falls(
+    def test_the_rate_rises_and_then_falls(
         self, base: float, epochs: int, warmup: float, at: list[float]
     ) -> None:
         settings = schema.Schedule(warmup=warmup * epochs, min_lr=0)

@@ -37,7 +37,7 @@ def test_predict_leaves_the_model_in_its_mode(bench: "Bench") -> None:
         assert loop.model.training is training
 
 
-def test_predict_lists_what_there_is(bench: "Bench") -> None:
+def test_an_unknown_name_lists_all_names(bench: "Bench") -> None:
     loop = bench.loop()
     with pytest.raises(UserError) as caught:
         predict(loop.model, loop.val, ["latent"], loop.hardware)

@@ -17,7 +17,7 @@ CONSTANT = Schedule(decay=Decay.constant)
 
 class TestNaN:
     @pytest.mark.parametrize(("log_every", "at"), [(1, 3), (50, 3), (50, 7), (4, 10)])
-    def test_it_names_the_term_the_epoch_and_the_step(
+    def test_the_error_names_term_epoch_and_step(
         self, bench: "Bench", log_every: int, at: int
     ) -> None:
         class Bad(nn.Module):
@@ -43,7 +43,7 @@ class TestNaN:
             "stage.fit.optimizer.lr, set stage.fit.clip_norm or use hardware.precision=fp32"
         )
 
-    def test_a_gradient_that_is_not_a_number_is_found_where_it_arises(self, bench: "Bench") -> None:
+    def test_a_nan_gradient_is_found_at_its_step(self, bench: "Bench") -> None:
         class Root(nn.Module):
             def forward(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
                 zero = outputs["x"].square().sum() * 0

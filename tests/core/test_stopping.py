@@ -38,7 +38,7 @@ def watch() -> MetricTracker:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 11))
-def test_its_state_goes_on_where_it_was(values: list[float], cut: int) -> None:
+def test_the_state_is_restored(values: list[float], cut: int) -> None:
     def feed(one: MetricTracker, part: list[float]) -> list[object]:
         rows = [{"val_loss": value} for value in part]
         return [(one.update(row), one.should_stop(row), one.lr_scale) for row in rows]
@@ -50,7 +50,7 @@ def test_its_state_goes_on_where_it_was(values: list[float], cut: int) -> None:
     assert found + feed(second, values[cut:]) == expected
 
 
-def test_a_metric_that_never_comes_is_named() -> None:
+def test_a_missing_metric_is_named() -> None:
     with pytest.raises(
         UserError, match=r"stage\.joint\.best: no metric 'val_loss'; there are loss"
     ):

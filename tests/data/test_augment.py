@@ -29,13 +29,13 @@ def digits() -> Batch:
     return {"image": Digits().split("train")["image"][:200]}
 
 
-def test_nothing_asked_for_nothing_changed(images: Batch) -> None:
+def test_without_settings_images_are_unchanged(images: Batch) -> None:
     positive = AugmentImages(**STILL)(images, IMAGES, generator())
     assert positive.keys() == {"positive/image"}
     torch.testing.assert_close(positive["positive/image"], images["image"])
 
 
-def test_shift_moves_the_centre_of_mass_by_at_most_so_many_pixels(images: Batch) -> None:
+def test_shift_moves_the_centre_of_mass_by_at_most_its_bound(images: Batch) -> None:
     positive = AugmentImages(**STILL | {"shift": 1.0})(images, IMAGES, generator())
     before = images["image"].view(-1, 7, 9)
     after = positive["positive/image"].view(-1, 7, 9)
@@ -85,7 +85,7 @@ def test_each_setting_changes_each_image_in_its_own_way(digits: Batch, setting: 
     assert len(copies.unique(dim=0)) == 5
 
 
-def test_stroke_keeps_the_range_and_what_is_empty(digits: Batch) -> None:
+def test_stroke_keeps_the_range_and_empty_pixels(digits: Batch) -> None:
     positive = AugmentImages(**STILL | {"stroke": 1.0})(digits, Digits().spec, generator())
     image = positive["positive/image"]
     assert 0 <= image.min() <= image.max() <= 1

@@ -102,7 +102,7 @@ def test_columns_are_known_without_reading_and_samplers_see_them() -> None:
     assert loader.samples.read == batch["index"].tolist()
 
 
-def test_a_split_without_columns_has_rows_all_the_same() -> None:
+def test_a_split_without_columns_has_rows() -> None:
     (batch,) = LoaderView(Samples()).batches(100)
     assert batch["index"].tolist() == list(range(N))
     torch.testing.assert_close(batch["pixels"], PIXELS)
@@ -137,7 +137,7 @@ def test_the_death_of_a_worker_is_one_line() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", [RuntimeError, FileNotFoundError, EOFError, KeyError])
-def test_a_mistake_in_the_data_set_keeps_its_own_error(workers: int, kind: type[Exception]) -> None:
+def test_a_bug_in_the_data_set_keeps_its_error(workers: int, kind: type[Exception]) -> None:
     loader = LoaderView(Faulty(kind("a mistake in the data set"))).prepare(CPU, workers)
     with pytest.raises(kind, match="a mistake in the data set"):
         list(loader.batches(4))

@@ -40,7 +40,7 @@ def test_the_separator_is_recognised(table, tmp_path, separator, bom):
     assert read_table(path).equals(table)
 
 
-def test_a_separator_in_quotes_or_in_text_is_no_separator(tmp_path):
+def test_separators_in_quotes_or_in_text_are_ignored(tmp_path):
     path = tmp_path / "mice.csv"
     path.write_text('animal,"a;b;c;d",litter\nx;y;z,1,2\nu;v,3,4\n')
     assert list(read_table(path)) == ["animal", "a;b;c;d", "litter"]
@@ -88,7 +88,7 @@ def test_decimal_commas_are_numbers(tmp_path, separator, decimal):
         ("a;b\n1;7\n", ",", r"data.decimal=',' must be auto, point or comma"),
     ],
 )
-def test_a_decimal_mark_that_is_not_clear_names_the_key(tmp_path, text, decimal, message):
+def test_an_ambiguous_decimal_mark_names_the_key(tmp_path, text, decimal, message):
     path = tmp_path / "mice.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=message):

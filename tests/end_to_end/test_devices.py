@@ -140,12 +140,12 @@ def test_only_one_of_them_writes(digits: Path) -> None:
     assert (digits / "two" / "run.log").read_text().count("hardware: cpu") == 1
 
 
-def test_what_two_have_finished_one_reuses(run: Run, digits: Path) -> None:
+def test_one_process_reuses_the_stages_of_two(run: Run, digits: Path) -> None:
     run(digits, *DIGITS, "hydra.run.dir=again", store="of_two")
     assert statuses(digits / "again") == ["reused"] * 3
 
 
-def test_two_processes_learn_from_what_a_stage_has_made(run: Run, tmp_path: Path) -> None:
+def test_two_processes_train_on_derived_data(run: Run, tmp_path: Path) -> None:
     run(tmp_path, *CELLS, "hydra.run.dir=one", store="of_one")
     run(tmp_path, *CELLS, "hydra.run.dir=two", "hardware.devices=2", store="of_two")
     assert_same_numbers(tmp_path / "two", tmp_path / "one")
@@ -205,7 +205,7 @@ def worker(node: Node) -> int:
     return int(children[-1])
 
 
-def test_two_nodes_end_with_one_of_theirs_and_go_on_from_there(
+def test_two_nodes_end_when_a_process_is_killed_and_resume(
     ears: Path, start_nodes: StartNodes, tmp_path: Path
 ) -> None:
     def trained() -> int:

@@ -61,7 +61,7 @@ COMPOSITION = {
 
 
 @pytest.mark.parametrize("case", COMPOSITION)
-def test_a_bad_config_is_refused_before_anything_is_made(
+def test_a_bad_config_is_refused_before_anything_is_written(
     command: Command, case: str, tmp_path: Path
 ) -> None:
     override, *parts = COMPOSITION[case]
@@ -109,7 +109,7 @@ def test_a_missing_table_is_named(command: Command, tmp_path: Path) -> None:
     assert_one_line(finished, "nowhere.csv")
 
 
-def test_a_mandatory_path_is_asked_for(command: Command, tmp_path: Path) -> None:
+def test_a_missing_mandatory_path_is_named(command: Command, tmp_path: Path) -> None:
     assert_one_line(command(tmp_path, "experiment=audiogram"), "data.path")
 
 
@@ -151,7 +151,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_said_and_nothing_is_half_written(
+def test_a_full_disk_is_one_line_and_nothing_is_half_written(
     command: Command, tmp_path: Path, tiny_disk: Path
 ) -> None:
     finished = command(tmp_path, *TRAINING, STAGESWEEP_STORE=str(tiny_disk))

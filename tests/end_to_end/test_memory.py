@@ -21,7 +21,7 @@ class Small(ClusteringVAE):
 """
 
 
-def test_it_is_done_in_parts_and_measured_and_written_down(
+def test_out_of_memory_halves_the_batch_and_is_recorded(
     stagesweep: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "small.py").write_text(SMALL)

@@ -82,7 +82,7 @@ def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_given_twice_every_stage_is_reused_and_leaves_the_same_files(
+def test_a_repeated_command_reuses_every_stage_and_writes_the_same_files(
     start: Start, undisturbed: Path
 ) -> None:
     process = start(undisturbed, undisturbed / "store", *QUICK, "hydra.run.dir=again")
@@ -98,9 +98,7 @@ def test_given_twice_every_stage_is_reused_and_leaves_the_same_files(
     assert list((again / "tensorboard").glob("events*"))
 
 
-def test_what_only_the_joint_stage_reads_leaves_the_stages_before_it_reused(
-    start: Start, undisturbed: Path
-) -> None:
+def test_a_change_of_the_joint_stage_reuses_earlier_stages(start: Start, undisturbed: Path) -> None:
     overrides = (*QUICK, "stage.joint.optimizer.lr=2e-4", "hydra.run.dir=changed")
     process = start(undisturbed, undisturbed / "store", *overrides)
     _, errors = process.communicate(timeout=300)
@@ -112,7 +110,7 @@ def test_what_only_the_joint_stage_reads_leaves_the_stages_before_it_reused(
     assert set(after) == {"ran"}
 
 
-def test_resume_never_trains_again_to_the_same_numbers(start: Start, undisturbed: Path) -> None:
+def test_resume_never_retrains_to_the_same_numbers(start: Start, undisturbed: Path) -> None:
     overrides = (*QUICK, "resume=never", "hydra.run.dir=never")
     store = undisturbed / "store_never"
     for _ in range(2):
@@ -125,7 +123,7 @@ def test_resume_never_trains_again_to_the_same_numbers(start: Start, undisturbed
 
 
 @pytest.mark.parametrize("attempt", range(2))
-def test_killed_in_the_joint_stage_it_ends_with_the_same_bits(
+def test_a_run_killed_in_the_joint_stage_ends_with_the_same_bits(
     start: Start, undisturbed: Path, tmp_path: Path, attempt: int
 ) -> None:
     store = tmp_path / "store"
@@ -144,7 +142,7 @@ def test_killed_in_the_joint_stage_it_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_told_to_stop_it_saves_and_the_same_command_goes_on(
+def test_a_stopped_run_saves_and_the_same_command_resumes(
     start: Start, undisturbed: Path, tmp_path: Path, signum: int, code: int
 ) -> None:
     store = tmp_path / "store"
@@ -163,7 +161,7 @@ def test_told_to_stop_it_saves_and_the_same_command_goes_on(
     assert result(tmp_path / "run")["metrics"] == result(undisturbed / "run")["metrics"]
 
 
-def test_two_at_once_train_every_stage_once(
+def test_two_concurrent_runs_train_every_stage_once(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -178,7 +176,7 @@ def test_two_at_once_train_every_stage_once(
     assert [result(tmp_path / f"run{n}")["metrics"] for n in (1, 2)] == [expected, expected]
 
 
-def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(
+def test_a_truncated_checkpoint_is_named_and_the_previous_one_is_used(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"

@@ -119,7 +119,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_given_twice_it_imports_nothing_heavy_and_leaves_the_same(finished: Path) -> None:
+def test_a_repeated_command_imports_nothing_heavy_and_writes_the_same(finished: Path) -> None:
     process = start_cold(finished, *QUICK, "hydra.run.dir=again")
     assert imported(process) == set()
     run, again = finished / "run", finished / "again"
@@ -176,7 +176,7 @@ def stored(finished: Path, compose: Any, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 @pytest.mark.parametrize("override", ["seed=0", "hardware.workers=2", "stage.joint.save_every=7"])
-def test_what_changes_no_result_needs_no_validation(
+def test_overrides_that_change_no_result_need_no_validation(
     stored: Callable[[str], bool], override: str
 ) -> None:
     assert stored(override)
@@ -214,7 +214,7 @@ def test_anything_else_is_validated_in_full(stored: Callable[[str], bool], overr
         ("+model.latnt=3", "model.latnt: ClusteringVAE takes no such argument; did you mean"),
     ],
 )
-def test_a_fault_among_stored_stages_is_said_as_ever(
+def test_an_error_among_stored_stages_is_reported(
     start: Start, finished: Path, override: str, said: str
 ) -> None:
     process = start(finished, *QUICK, override, "hydra.run.dir=bad", status=1)

@@ -32,7 +32,9 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_run_and_what_a_change_of_its_end_reuses(stagesweep: Command, tmp_path: Path) -> None:
+def test_a_run_and_the_stages_that_a_change_at_its_end_reuses(
+    stagesweep: Command, tmp_path: Path
+) -> None:
     stagesweep(*SMALL, "hydra.run.dir=first")
     first = result(tmp_path / "first")
     metrics = first["metrics"]
@@ -57,7 +59,9 @@ def test_a_run_and_what_a_change_of_its_end_reuses(stagesweep: Command, tmp_path
     }  # fmt: skip
 
 
-def test_patients_and_what_another_classifier_reuses(stagesweep: Command, tmp_path: Path) -> None:
+def test_patients_and_the_stages_that_another_classifier_reuses(
+    stagesweep: Command, tmp_path: Path
+) -> None:
     small = [
         *(each for each in SMALL if not each.startswith("experiment")),
         "experiment=singlecell",

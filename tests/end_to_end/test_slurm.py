@@ -87,7 +87,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ],
     ids=["run", "preempted", "sweep"],
 )
-def test_a_job_saves_is_put_back_and_goes_on(
+def test_a_job_saves_is_requeued_and_resumes(
     tmp_path: Path, undisturbed: dict[str, Any], command: str, signum: int, place: str
 ) -> None:
     cluster = Cluster(tmp_path)

@@ -41,9 +41,7 @@ def _own_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGESWEEP_FEATURES", str(tmp_path / "features"))
 
 
-def test_a_run_its_reuse_and_one_killed_at_random(
-    stagesweep: Command, warm: Any, tmp_path: Path
-) -> None:
+def test_a_run_its_reuse_and_a_killed_run(stagesweep: Command, warm: Any, tmp_path: Path) -> None:
     started = time.monotonic()
     stagesweep(*QUICK, "hydra.run.dir=first")
     took = time.monotonic() - started
@@ -77,7 +75,7 @@ def test_a_run_its_reuse_and_one_killed_at_random(
         ("data.seconds=0.1", "data.seconds=0.1 is too short for data.words_each=1"),
     ],
 )
-def test_what_a_person_can_mend_is_one_line(
+def test_errors_that_a_user_can_fix_are_one_line(
     stagesweep: Command, override: str, message: str
 ) -> None:
     process = stagesweep(*QUICK, override, "stage.base.epochs=1", status=1)

@@ -18,17 +18,17 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "before")
 
 
-def test_what_the_profile_leaves_open_stays() -> None:
+def test_variables_that_the_profile_leaves_open_are_unchanged() -> None:
     set_variables(Hardware())
     assert [os.environ[name] for name in NAMES] == ["before"] * 3
 
 
-def test_what_it_says_is_set() -> None:
+def test_variables_of_the_profile_are_set() -> None:
     set_variables(Hardware(threads=3, allocator="expandable_segments:True"))
     assert [os.environ[name] for name in NAMES] == ["3", *["expandable_segments:True"] * 2]
 
 
-def test_it_is_set_before_torch_starts(needs_torch: Callable[[str], bool]) -> None:
+def test_variables_are_set_before_torch_is_imported(needs_torch: Callable[[str], bool]) -> None:
     assert not needs_torch(
         "from stagesweep import cli\n"
         "from stagesweep.config.schema import Hardware\n"
@@ -36,7 +36,7 @@ def test_it_is_set_before_torch_starts(needs_torch: Callable[[str], bool]) -> No
     )
 
 
-def test_the_command_sets_it_before_it_imports_torch(cold: Command) -> None:
+def test_the_command_sets_variables_before_it_imports_torch(cold: Command) -> None:
     """Half of the threads that torch found when it started are loader processes."""
     fit = ["~stage.init_clusters", "~stage.joint", "~stage.evaluate", "stage.pretrain.epochs=1"]
     said = cold(

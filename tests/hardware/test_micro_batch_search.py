@@ -5,7 +5,7 @@ from stagesweep.hardware import micro_batch_search
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 8, 9, 100, 513])
 @pytest.mark.parametrize("room", [0, 1, 3, 8, 15, 16, 60, 99, 10_000])
-def test_the_largest_that_fits_is_found_in_few_tries(room: int, limit: int) -> None:
+def test_the_largest_size_that_fits_is_found_in_few_steps(room: int, limit: int) -> None:
     tried: list[int] = []
 
     def fits(size: int) -> bool:

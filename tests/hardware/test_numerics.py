@@ -26,12 +26,14 @@ def precision(settings: Hardware) -> Precision:
 
 @pytest.mark.parametrize("wanted", list(Precision))
 @pytest.mark.parametrize("device", list(Device))
-def test_it_is_the_precision_that_the_machine_has(device: Device, wanted: Precision) -> None:
+def test_auto_precision_is_resolved_for_the_machine(device: Device, wanted: Precision) -> None:
     settings = Hardware(device=device, precision=wanted)
     assert outcome(precision, settings) == outcome(lambda s: choose_device(s).precision, settings)
 
 
-def test_a_device_file_has_torch_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_torch_is_imported_only_with_a_device_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(detection, "Path", lambda _: tmp_path)
     assert detection.has_gpu_driver()
@@ -55,7 +57,7 @@ def test_a_cpu_has_no_tf32() -> None:
     assert numerics(wanted) == numerics(Hardware(device=Device.cpu))
 
 
-def test_where_there_is_a_gpu_tf32_is_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_changes_the_numerics_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stagesweep.hardware.numerics.has_gpu_driver", lambda: True)
     monkeypatch.setattr("stagesweep.hardware.profile.has_gpu_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -74,7 +74,7 @@ def small(room: int, **given: Any) -> Small:
     return Small(Net(), room, **given)
 
 
-def test_what_torch_really_says_of_a_full_machine_is_understood() -> None:
+def test_a_real_allocation_error_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert type(caught.value) is RuntimeError
@@ -84,7 +84,7 @@ def test_what_torch_really_says_of_a_full_machine_is_understood() -> None:
 
 
 @pytest.mark.parametrize("error", [cuda_error, cpu_error])
-def test_a_fit_goes_on_in_smaller_parts_to_the_same_numbers(
+def test_a_fit_in_smaller_parts_gives_the_same_numbers(
     bench: "Bench", caplog: pytest.LogCaptureFixture, error: Callable[[], RuntimeError]
 ) -> None:
     loss = {name: schema.Weight() for name in ("error", "masked", "spread")}
@@ -102,7 +102,7 @@ def test_a_fit_goes_on_in_smaller_parts_to_the_same_numbers(
     assert len(said) == 4
 
 
-def test_another_error_is_not_taken_for_one() -> None:
+def test_other_errors_are_not_retried() -> None:
     retry = OutOfMemoryRetry(None, "training", CPU)
     with pytest.raises(RuntimeError, match="shapes"):
         retry.run(lambda _: torch.zeros(2, 3) @ torch.zeros(2, 3) or None, 8)
@@ -119,7 +119,7 @@ def test_another_error_is_not_taken_for_one() -> None:
         ({"activation_checkpointing": True}, "make the model or the samples smaller"),
     ],
 )
-def test_one_sample_without_room_is_an_error_that_says_what_to_set(
+def test_too_little_memory_for_one_sample_is_an_error_with_remedies(
     bench: "Bench", hardware: dict[str, Any], remedies: str
 ) -> None:
     loop = bench.loop(model=small(0), hardware=hardware)
@@ -186,7 +186,7 @@ def no_collection() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("room", "sizes"), [(24, [40, 20]), (13, [40, 20, 10]), (6, [40, 20, 10, 5])]
 )
-def test_a_failed_try_holds_no_memory_in_the_next(
+def test_a_failed_attempt_holds_no_memory_in_the_next(
     bench: "Bench", room: int, sizes: list[int]
 ) -> None:
     loop = bench.loop(model=Counted(room), batch_size=40, epochs=1)
@@ -197,7 +197,7 @@ def test_a_failed_try_holds_no_memory_in_the_next(
 
 
 @pytest.mark.usefixtures("no_collection")
-def test_a_failed_try_of_the_search_holds_no_memory_in_the_next(
+def test_a_failed_attempt_of_the_search_holds_no_memory_in_the_next(
     bench: "Bench", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
@@ -243,7 +243,7 @@ class Wide(nn.Module):
 @GPU
 @pytest.mark.usefixtures("full_gpu")
 @pytest.mark.parametrize("micro_batch", [None, "auto"])
-def test_on_a_gpu_a_real_shortage_is_survived(
+def test_a_fit_survives_out_of_memory_on_a_gpu(
     bench: "Bench", tmp_path: Any, monkeypatch: pytest.MonkeyPatch, micro_batch: str | None
 ) -> None:
     monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))

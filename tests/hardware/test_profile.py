@@ -41,7 +41,7 @@ def test_auto_without_a_gpu_is_the_cpu() -> None:
     assert resolve(Hardware()) == resolve(Hardware(device=Device.cpu))
 
 
-def test_what_a_profile_says_is_passed_on() -> None:
+def test_settings_of_a_profile_are_kept() -> None:
     settings = Hardware(
         device=Device.cpu,
         micro_batch=64,
@@ -69,7 +69,7 @@ def test_what_a_profile_says_is_passed_on() -> None:
          marks=NO_GPU),
     ],
 )  # fmt: skip
-def test_it_says_what_was_chosen(
+def test_the_chosen_settings_are_logged(
     caplog: pytest.LogCaptureFixture, settings: dict[str, Any], said: str
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -96,7 +96,7 @@ def test_it_says_what_was_chosen(
         ),
     ],
 )
-def test_what_cannot_be(settings: dict[str, Any], said: str) -> None:
+def test_impossible_settings(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as caught:
         resolve(Hardware(**settings))
     assert str(caught.value) == said
@@ -144,7 +144,7 @@ class Card:
         ),
     ],
 )
-def test_a_card_that_does_not_fit(
+def test_a_gpu_that_does_not_match_the_profile(
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
     fault: str,
@@ -161,7 +161,7 @@ def test_a_card_that_does_not_fit(
     assert found.small_memory == ("min_memory_gb" in settings)
 
 
-def test_a_card_that_fits_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_matches_is_not_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
     Card(monkeypatch, 42.4, bf16=True)
     found = choose_device(Hardware(min_memory_gb=40.0))
     assert (found.device.type, found.precision, found.tf32) == ("cuda", Precision.bf16, True)
@@ -180,7 +180,7 @@ def test_tf32_goes_with_a_lower_precision_unless_the_profile_says(
 
 
 @NO_GPU
-def test_what_is_done_without_the_gpu_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fallback_without_a_gpu_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     settings = Hardware(device=Device.cuda, precision=Precision.fp16, tf32=True, strict=False)
     machine = resolve(settings)
     assert (machine.device.type, machine.precision, machine.tf32) == ("cpu", Precision.fp32, False)
@@ -203,14 +203,14 @@ BOUNDS = {"speech*/gating*": 512, "speech*/expert*": 4, "*/asr": 6}
         (64, "speech/asr", 6),
     ],
 )
-def test_the_least_of_what_bounds_a_stage_is_its_micro_batch(
+def test_the_smallest_bound_of_a_stage_is_its_micro_batch(
     general: int | None, stage: str, expected: int | None
 ) -> None:
     settings = Hardware(device=Device.cpu, micro_batch=general, micro_batches=BOUNDS)
     assert resolve(settings).for_stage(stage).micro_batch == expected
 
 
-def test_one_that_is_found_by_trying_has_no_bound() -> None:
+def test_a_searched_micro_batch_has_no_bound() -> None:
     settings = Hardware(device=Device.cpu, micro_batch="auto", micro_batches=BOUNDS)
     machine = resolve(settings).for_stage("speech/gating")
     assert machine.search_micro_batch

@@ -18,7 +18,7 @@ def traced(loop: Loop, folder: Path, on: bool = True) -> None:
         loop.run()
 
 
-def test_a_trace_and_a_page_and_a_picture(bench: "Bench", tmp_path: Path) -> None:
+def test_trace_page_and_figure_are_written(bench: "Bench", tmp_path: Path) -> None:
     loop = bench.loop(epochs=3)
     traced(loop, tmp_path / "profile")
     assert loop.state.step > WARMUP + STEPS
@@ -32,7 +32,7 @@ def test_a_trace_and_a_page_and_a_picture(bench: "Bench", tmp_path: Path) -> Non
     assert (tmp_path / "profile" / "fit.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_it_changes_no_result(bench: "Bench", tmp_path: Path) -> None:
+def test_profiling_changes_no_result(bench: "Bench", tmp_path: Path) -> None:
     plain, loop = bench.loop(name="plain"), bench.loop(name="traced")
     plain.run()
     traced(loop, tmp_path / "profile")
@@ -45,7 +45,7 @@ def test_nothing_is_written_unless_the_profile_says(bench: "Bench", tmp_path: Pa
 
 
 @pytest.mark.parametrize("steps", [1, WARMUP])
-def test_a_fit_of_few_steps_says_that_it_has_no_trace(
+def test_a_fit_with_too_few_steps_logs_that_it_has_no_trace(
     bench: "Bench", tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int
 ) -> None:
     traced(bench.loop(epochs=1, batch_size=-(-44 // steps)), tmp_path / "profile")
@@ -54,7 +54,7 @@ def test_a_fit_of_few_steps_says_that_it_has_no_trace(
 
 
 @pytest.mark.parametrize("gpu", [None, 0.5])
-def test_shares_are_of_the_time_that_went_by(gpu: float | None) -> None:
+def test_shares_are_of_the_elapsed_time(gpu: float | None) -> None:
     found = TraceSummary(4, 2.0, 0.5, 0.25, gpu, {"aten::mm": (8, 0.5)})
     bars = found.bars()
     assert list(bars) == ["loop", "CPU"] + ["GPU"] * (gpu is not None)

@@ -29,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def test_what_is_waited_for_and_what_is_worked(clock: Clock) -> None:
+def test_waiting_and_working_time_are_counted(clock: Clock) -> None:
     def slow(count: int) -> Iterator[Batch]:
         for _ in range(count):
             clock.now += 1.0
@@ -56,7 +56,7 @@ def test_what_is_waited_for_and_what_is_worked(clock: Clock) -> None:
     assert total["data_wait"] == pytest.approx(5 / 26)
 
 
-def test_a_fit_says_how_fast_it_is(bench: "Bench") -> None:
+def test_a_fit_reports_its_throughput(bench: "Bench") -> None:
     loop = bench.loop(epochs=3)
     loop.run()
     rows = [row for row in read_rows(loop.rows.path) if row["kind"] == "epoch"]

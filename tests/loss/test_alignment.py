@@ -8,7 +8,7 @@ from stagesweep.loss.alignment import Alignment
 
 @settings(max_examples=25, deadline=None)
 @given(labels=st.lists(st.integers(-1, 3), min_size=1, max_size=10), seed=st.integers(0, 1000))
-def test_equals_the_written_out_mean_over_pairs(labels: list[int], seed: int) -> None:
+def test_equals_the_mean_over_pairs_by_loops(labels: list[int], seed: int) -> None:
     mean = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(seed))
     expected, anchors = 0.0, 0
     for i, label in enumerate(labels):
@@ -23,7 +23,7 @@ def test_equals_the_written_out_mean_over_pairs(labels: list[int], seed: int) ->
     assert weight.item() == anchors
 
 
-def test_only_samples_with_partners_are_moved_and_towards_them() -> None:
+def test_only_samples_with_partners_have_a_gradient_towards_them() -> None:
     mean = torch.tensor([[0.0], [2.0], [5.0], [9.0]], requires_grad=True)
     batch = {"gene": torch.tensor([1, 1, 2, -1]), "index": torch.arange(4)}
     Alignment("gene")({"mean": mean}, batch)[0].backward()

@@ -16,7 +16,7 @@ def outputs(n: int = 6, width: int = 4) -> dict[str, torch.Tensor]:
     return found | {"x/logvar": logvar, "x/observed": seen}
 
 
-def test_beta_zero_is_the_likelihood_of_what_is_observed() -> None:
+def test_beta_zero_is_the_likelihood_of_observed_values() -> None:
     o = outputs()
     each = -Normal(o["x/predicted"], (0.5 * o["x/logvar"]).exp()).log_prob(o["x/target"])
     constant = 0.5 * torch.tensor(2 * torch.pi).log()
@@ -36,7 +36,7 @@ def test_at_beta_one_the_mean_learns_as_from_a_squared_error() -> None:
     torch.testing.assert_close(mean.grad, wanted.detach())
 
 
-def test_samples_of_a_group_are_no_negatives_of_each_other() -> None:
+def test_samples_of_a_group_are_not_negatives_of_each_other() -> None:
     """What is lost does not grow with more of one patient's samples, but with others' nearness."""
     points = torch.nn.functional.normalize(torch.randn(5, 3), dim=1)
     group = torch.tensor([0, 0, 0, 1, 2])

@@ -12,7 +12,7 @@ def assignments(n: int = 50, k: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(n, k, generator=g).softmax(1)
 
 
-def test_target_is_the_written_out_formula() -> None:
+def test_target_equals_the_formula() -> None:
     q = assignments().numpy().astype(float)
     expected = np.zeros_like(q)
     frequency = [sum(q[i, j] for i in range(50)) for j in range(4)]

@@ -4,7 +4,7 @@ import torch
 from stagesweep.loss.info_nce import InfoNCE
 
 
-def test_samples_of_a_group_are_no_negatives_of_each_other() -> None:
+def test_samples_of_a_group_are_not_negatives_of_each_other() -> None:
     """Each positive is compared with the samples of other groups only, by loops over pairs."""
     points = torch.nn.functional.normalize(torch.randn(5, 3), dim=1)
     group = torch.tensor([0, 0, 0, 1, 2])

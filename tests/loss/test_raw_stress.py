@@ -37,7 +37,7 @@ def test_shrinking_is_a_wiener_filter() -> None:
     torch.testing.assert_close(shrink(points, seen, 0.0), points)
 
 
-def test_a_missing_value_takes_no_part() -> None:
+def test_missing_values_do_not_count() -> None:
     generator = torch.Generator().manual_seed(1)
     value = torch.randn(6, 4, generator=generator)
     seen = torch.rand(6, 4, generator=generator) > 0.3

@@ -31,7 +31,7 @@ def given() -> Given:
     return outputs, batch
 
 
-def test_total_is_the_written_out_sum(given: Given) -> None:
+def test_total_equals_the_sum_by_loops(given: Given) -> None:
     outputs, batch = given
     expected = 0.0
     for i in range(20):
@@ -68,13 +68,13 @@ def test_missing_values_have_no_gradient(given: Given) -> None:
     assert (outputs["sex"].grad[batch["sex"] == 0] == 0).all()
 
 
-def test_a_category_known_of_nobody_costs_nothing(given: Given) -> None:
+def test_a_category_without_known_values_has_zero_loss(given: Given) -> None:
     outputs, batch = given
     batch["sex"] = torch.zeros(20, dtype=torch.int64)
     total, _ = Reconstruction({"thresholds": 0.0, "pca": 0.0})(outputs, batch)
     assert total.item() == 0
 
 
-def test_a_weight_of_something_not_decoded_is_named(given: Given) -> None:
+def test_a_weight_for_an_undecoded_name_is_an_error(given: Given) -> None:
     with pytest.raises(UserError, match=r"weights names 'treshold'.*thresholds, pca, sex"):
         Reconstruction({"treshold": 1.0})(*given)

@@ -62,7 +62,7 @@ def test_order_of_samples_and_names_of_labels_do_not_matter() -> None:
     torch.testing.assert_close(first, second)
 
 
-def test_a_sample_drawn_twice_is_no_negative_of_itself() -> None:
+def test_a_sample_drawn_twice_is_not_a_negative_of_itself() -> None:
     outputs = views(4, 0)
     outputs = {name: value[[0, 1, 2, 3, 0]] for name, value in outputs.items()}
     twice = {"index": torch.tensor([0, 1, 2, 3, 0])}

@@ -38,7 +38,7 @@ def test_missing_arrays_and_labels_give_nan() -> None:
     assert all(map(math.isnan, Classification("kind")(unknown).values()))
 
 
-def test_it_names_the_arrays_it_reads() -> None:
+def test_the_metric_names_the_arrays_that_it_reads() -> None:
     assert Classification("kind").reads == ("assignment", "kind")
 
 

@@ -109,7 +109,7 @@ def test_internal_scores_against_their_definitions():
     assert calinski_harabasz(points, clusters) == pytest.approx((apart / 2) / (within / 42))
 
 
-def test_one_cluster_has_no_geometry():
+def test_one_cluster_has_no_internal_scores():
     points = np.random.default_rng(0).normal(size=(9, 2))
     assert all(isnan(score) for score in internal(points, np.zeros(9, dtype=int)).values())
     assert all(isnan(score) for score in internal(points, np.arange(9)).values())
@@ -174,6 +174,6 @@ def test_missing_arrays_and_labels_give_nan(metric: ExternalClusterScores | Late
     assert all(map(isnan, metric(unknown).values()))
 
 
-def test_they_name_the_arrays_they_read() -> None:
+def test_metrics_name_the_arrays_that_they_read() -> None:
     assert ExternalClusterScores("kind").reads == ("assignment", "kind")
     assert LatentKMeans("kind").reads == ("mean", "kind")

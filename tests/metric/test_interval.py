@@ -11,7 +11,7 @@ from stagesweep.metric.interval import mean_interval
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=9).filter(lambda v: max(v) - min(v) > 1e-3))
-def test_it_is_scipys_confidence_interval(values):
+def test_the_interval_equals_that_of_scipy(values):
     interval = mean_interval(values)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (interval.low, interval.high) == pytest.approx((low, high))

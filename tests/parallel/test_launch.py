@@ -20,7 +20,7 @@ class Failure:
     exitcode: int
 
 
-def test_the_profile_says_how_many() -> None:
+def test_the_profile_sets_the_number_of_processes() -> None:
     assert processes_to_start(Hardware()) == 1
     assert processes_to_start(Hardware(devices=3)) == 3
     assert processes_to_start(Hardware(gpu_ids=[0, 2])) == 2
@@ -28,7 +28,7 @@ def test_the_profile_says_how_many() -> None:
 
 
 @pytest.mark.parametrize(("there", "count"), [(0, 1), (2, 2), (8, 4)])
-def test_one_that_is_not_strict_has_no_more_than_gpus(
+def test_without_strict_there_are_no_more_processes_than_gpus(
     there: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stagesweep.hardware.detection.gpu_count", lambda: there)
@@ -66,13 +66,17 @@ def test_devices_and_gpu_ids_must_agree() -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_under_torchrun_none_are_started(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_torchrun_no_processes_are_started(
+    devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert processes_to_start(Hardware(devices=devices)) == 1
 
 
-def test_under_torchrun_another_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_torchrun_another_number_of_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError) as caught:
         processes_to_start(Hardware(devices=3))
@@ -87,7 +91,7 @@ def test_under_torchrun_another_number_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("size", "rank", "expected"), [("", "1", 0), ("2", "0", 0), ("2", "1", 1)])
-def test_all_but_the_first_of_a_group_follow(
+def test_all_but_the_main_process_are_followers(
     size: str, rank: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", size)
@@ -95,7 +99,7 @@ def test_all_but_the_first_of_a_group_follow(
     assert is_follower() == bool(expected)
 
 
-def test_what_ended_the_first_process_is_the_first_error(tmp_path: Path) -> None:
+def test_the_error_of_the_first_failed_process_is_raised(tmp_path: Path) -> None:
     _write_error(tmp_path / "0", Lost("another has ended"))
     _write_error(tmp_path / "2", Interrupted(signal.SIGTERM, "told to stop"))
     _write_error(tmp_path / "1", NotFinite("the loss became nan"))
@@ -104,7 +108,7 @@ def test_what_ended_the_first_process_is_the_first_error(tmp_path: Path) -> None
     assert str(reason) == "the loss became nan"
 
 
-def test_a_fault_comes_with_its_traceback(tmp_path: Path) -> None:
+def test_a_bug_has_its_traceback(tmp_path: Path) -> None:
     try:
         raise ValueError("of the program")
     except ValueError as error:
@@ -124,6 +128,6 @@ def test_a_process_that_was_killed_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_an_interruption_is_handed_on_with_its_status() -> None:
+def test_an_interruption_keeps_its_exit_status() -> None:
     error = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM, "told to stop")))
     assert (error.exit_code, str(error)) == (143, "told to stop")

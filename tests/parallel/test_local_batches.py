@@ -14,7 +14,7 @@ def view(n: int) -> View:
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("n", [3, 7, 20])
-def test_all_processes_together_read_a_split_once(n: int, sharded: bool) -> None:
+def test_all_processes_together_read_each_sample_once(n: int, sharded: bool) -> None:
     counts, rows = set(), []
     for group in GROUPS:
         batches, sharing = local_batches(view(n), group, sharded)

@@ -50,7 +50,7 @@ def fit(bench: "Bench", name: str, room: int = 12, **given: Any) -> tuple[Loop, 
     return loop, loop.run()
 
 
-def test_it_is_found_by_trying_and_remembered(bench: "Bench", store: Path) -> None:
+def test_the_micro_batch_is_searched_and_cached(bench: "Bench", store: Path) -> None:
     loop, found = fit(bench, "first", hardware={"micro_batch": "auto"})
     assert loop.micro_batches.size == 12
     assert loop.measured()["oom"] == []
@@ -67,7 +67,7 @@ def test_it_is_found_by_trying_and_remembered(bench: "Bench", store: Path) -> No
     assert max(again.model.sizes) <= 12, "nothing was tried"  # type: ignore[type-var,arg-type]
 
 
-def test_what_takes_other_memory_is_tried_anew(bench: "Bench", store: Path) -> None:
+def test_another_model_is_searched_again(bench: "Bench", store: Path) -> None:
     fit(bench, "first", hardware={"micro_batch": "auto"})
     fit(bench, "loss", hardware={"micro_batch": "auto"}, loss={"error": schema.Weight()})
     bf16 = {"micro_batch": "auto", "precision": schema.Precision.bf16}
@@ -81,7 +81,7 @@ def test_a_batch_that_fits_is_taken_whole(bench: "Bench") -> None:
     assert loop.micro_batches.size == 22
 
 
-def test_a_file_that_cannot_be_read_is_written_again(bench: "Bench", store: Path) -> None:
+def test_an_unreadable_cache_is_written_again(bench: "Bench", store: Path) -> None:
     fit(bench, "first", hardware={"micro_batch": "auto"})
     (file,) = store.iterdir()
     file.write_text("{")

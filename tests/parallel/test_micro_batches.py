@@ -55,7 +55,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1, 7, 16, 32])
-def test_in_fp32_to_1e_5(micro_batch: int | None) -> None:
+def test_the_gradient_in_fp32_is_equal_to_1e_5(micro_batch: int | None) -> None:
     step = make_step(WEIGHTS, micro_batch=micro_batch, dtype=torch.float32)
     batch = make_batch(37, torch.float32)
     expected, _ = by_hand(step, step.model(batch), batch)
@@ -66,7 +66,7 @@ def test_in_fp32_to_1e_5(micro_batch: int | None) -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.sampled_from(CHOICES), st.integers(4, 30), st.integers(1, 30))
-def test_both_passes_drop_the_same(names: list[str], n: int, micro_batch: int) -> None:
+def test_both_passes_have_the_same_dropout(names: list[str], n: int, micro_batch: int) -> None:
     step = make_step(names, micro_batch=micro_batch, dropout=0.5)
     batch = make_batch(n)
     torch.manual_seed(3)
@@ -99,7 +99,7 @@ def test_gradients_add_up_over_batches() -> None:
     torch.testing.assert_close(gradients(step.model), 2 * once)
 
 
-def test_nothing_observed_gives_no_gradient_and_no_nan() -> None:
+def test_unobserved_samples_have_zero_gradient_and_no_nan() -> None:
     batch = make_batch(6)
     batch["mask"].zero_()
     for micro_batch in (None, 4):
@@ -108,7 +108,7 @@ def test_nothing_observed_gives_no_gradient_and_no_nan() -> None:
         assert gradients(step.model).abs().sum() == 0
 
 
-def test_out_of_memory_goes_on_with_half_the_micro_batch(
+def test_out_of_memory_halves_the_micro_batch(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     batch = make_batch(20)
@@ -146,7 +146,7 @@ def test_on_a_gpu_every_precision_gives_about_the_same_gradient(precision: str) 
 
 @pytest.mark.gpu
 @GPU
-def test_on_a_gpu_both_passes_drop_the_same() -> None:
+def test_on_a_gpu_both_passes_have_the_same_dropout() -> None:
     hardware = resolve(schema.Hardware(device=schema.Device.cuda, precision=schema.Precision.fp32))
     step = make_step(["square", "pairs"], hardware=hardware, micro_batch=4, dropout=0.5)
     batch = make_batch(10, device="cuda")
@@ -171,7 +171,7 @@ class Hungry(Model):
 
 @pytest.mark.gpu
 @GPU
-def test_on_a_gpu_that_is_full_the_step_is_taken_in_parts() -> None:
+def test_out_of_memory_on_a_gpu_halves_the_micro_batch() -> None:
     hardware = resolve(schema.Hardware(device=schema.Device.cuda, precision=schema.Precision.fp32))
     step = make_step(["square"], hardware=hardware, model=Hungry(0.0).cuda().double())
     step.backward(make_batch(16, device="cuda"), 0.0)

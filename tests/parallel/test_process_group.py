@@ -21,7 +21,7 @@ def found(left_by: Callable[[str], Path]) -> Found:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
 
 
-def test_every_division_of_a_batch_gives_its_gradient(found: Found) -> None:
+def test_the_gradient_does_not_depend_on_the_division_of_the_batch(found: Found) -> None:
     for each in found:
         assert len(each["gradients"]) == 20
         for division, worst in each["gradients"].items():
@@ -29,7 +29,7 @@ def test_every_division_of_a_batch_gives_its_gradient(found: Found) -> None:
         assert each["own part"] < 1e-6
 
 
-def test_a_parameter_that_some_processes_use_gets_its_gradient_on_all(found: Found) -> None:
+def test_a_parameter_used_by_some_processes_has_its_gradient_on_all(found: Found) -> None:
     assert {each["some"]["on this process"] for each in found} == {True, False}
     for each in found:
         assert each["some"]["there"] == each["some"]["expected"]
@@ -39,13 +39,15 @@ def test_a_parameter_that_some_processes_use_gets_its_gradient_on_all(found: Fou
 
 
 @pytest.mark.parametrize("when", ["Small", "SmallAtTheEnd"])
-def test_out_of_memory_on_one_is_half_the_micro_batch_on_all(found: Found, when: str) -> None:
+def test_out_of_memory_on_one_process_halves_the_micro_batch_on_all(
+    found: Found, when: str
+) -> None:
     for each in found:
         assert each["memory"][when]["micro_batch"] == 2
         assert each["memory"][when]["worst"] < 1e-6
 
 
-def test_gradients_travel_while_the_backward_pass_goes_on(found: Found) -> None:
+def test_gradients_are_sent_during_the_backward_pass(found: Found) -> None:
     for each in found:
         *when_sent, there = each["overlap"]
         assert len(when_sent) > 1
@@ -54,7 +56,7 @@ def test_gradients_travel_while_the_backward_pass_goes_on(found: Found) -> None:
 
 
 @pytest.mark.parametrize(("name", "undivided"), [("everything", True), ("own parts", False)])
-def test_a_fit_of_three_is_that_of_one(found: Found, name: str, undivided: bool) -> None:
+def test_a_fit_in_three_processes_equals_one(found: Found, name: str, undivided: bool) -> None:
     assert {each["fits"][name]["undivided"] for each in found} == {undivided}
     # The best weights are the main process's alone, which goes on with them.
     assert all(each["fits"][name]["same weights"] for each in found) == (name == "own parts")
@@ -72,7 +74,7 @@ def test_a_fit_of_three_is_that_of_one(found: Found, name: str, undivided: bool)
         assert main["metrics"]["val_seen"] == 30
 
 
-def test_a_signal_to_one_stops_all_and_one_goes_on_from_there(found: Found) -> None:
+def test_a_signal_to_one_process_stops_all_and_one_resumes(found: Found) -> None:
     assert [each["stopped"]["step"] for each in found] == [7, 7, 7]
     for each in found:
         assert each["stopped"]["said"].startswith("stopped by SIGTERM")
@@ -81,15 +83,15 @@ def test_a_signal_to_one_stops_all_and_one_goes_on_from_there(found: Found) -> N
         assert value == pytest.approx(expected[key], rel=1e-5, nan_ok=True), key
 
 
-def test_statistics_of_a_norm_are_the_same_on_all(found: Found) -> None:
+def test_norm_statistics_are_the_same_on_all_processes(found: Found) -> None:
     assert all(each["norm"]["same"] and each["norm"]["norm"] > 0.01 for each in found)
 
 
-def test_a_split_is_gathered_in_order_without_doubles(found: Found) -> None:
+def test_a_split_is_gathered_in_order_without_duplicates(found: Found) -> None:
     assert [each["split"] for each in found] == [{"44": True, "2": True}] * 3
 
 
-def test_the_others_say_that_one_has_ended(found: Found) -> None:
+def test_the_end_of_a_process_is_an_error_in_the_others(found: Found) -> None:
     for each in found[:2]:
         assert each["gone"].startswith("another process of this run has ended")
 
@@ -104,7 +106,7 @@ def test_parts_cover_all_and_differ_by_one_at_most(n: int, size: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_alone_nothing_is_copied() -> None:
+def test_one_process_copies_nothing() -> None:
     value = torch.ones(3)
     assert SINGLE_PROCESS.all_reduce(value) is value
     assert SINGLE_PROCESS.all_gather(value, 3) is value

@@ -26,7 +26,7 @@ def test_a_stage_is_built_from_its_schema_with_open_fields_instantiated() -> Non
     assert isinstance(stage.sampler, nn.Identity)
 
 
-def test_init_from_takes_what_fits_and_says_what_it_left(
+def test_init_from_loads_matching_tensors_and_logs_the_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = logging.getLogger("test")
@@ -44,7 +44,7 @@ def test_init_from_takes_what_fits_and_says_what_it_left(
         init_from(target, path, log)
 
 
-def test_weights_of_a_part_go_back_into_it(tmp_path: Path, caplog: Any) -> None:
+def test_weights_of_a_part_are_loaded_into_it(tmp_path: Path, caplog: Any) -> None:
     cells, patients = nn.Linear(2, 3), nn.Linear(2, 3)
     state = {f"cells.{name}": value for name, value in cells.state_dict().items()}
     checkpoint.save(tmp_path / "weights.pt", {"model": state})
@@ -75,7 +75,7 @@ def nothing(**arguments): ...
         ("stage.mine", "nothing", "returns None, not a stage that can be called"),
     ],
 )
-def test_a_target_that_gives_something_else_is_one_line(
+def test_a_target_of_the_wrong_kind_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, target: str, line: str
 ) -> None:
     (tmp_path / "lab_of_mine.py").write_text(LAB)

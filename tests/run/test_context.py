@@ -30,7 +30,7 @@ def run(compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     writer.close()
 
 
-def test_artifacts_come_back_as_they_were_left(run: Context) -> None:
+def test_artifacts_are_loaded_as_saved(run: Context) -> None:
     run.save("table.csv", pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
     run.save("arrays.npz", {"x": np.arange(3), "names": np.array(["a", "b"])})
     run.save("plain.json", {"k": 3})
@@ -43,7 +43,7 @@ def test_artifacts_come_back_as_they_were_left(run: Context) -> None:
         run.load("other.json")
 
 
-def test_a_model_is_the_same_whenever_it_is_built(run: Context) -> None:
+def test_a_model_has_the_same_initial_weights_whenever_it_is_built(run: Context) -> None:
     first = run.build_model().state_dict()
     torch.rand(3)
     state = torch.get_rng_state()

@@ -17,7 +17,7 @@ class Writer:
         self.values += values
 
 
-def test_numbers_are_numbers_and_texts_texts() -> None:
+def test_numeric_overrides_are_numbers() -> None:
     writer: Any = Writer()
     write_hyperparameters(writer, {"lr": "1e-3", "k": "4", "model": "vae", "x": "nan"}, {})
     records = [

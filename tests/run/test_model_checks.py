@@ -36,5 +36,5 @@ def test_a_later_stage_is_checked_at_the_start(compose: Any, override: str, line
     assert str(caught.value).startswith(line)
 
 
-def test_the_name_of_a_part_means_all_of_it(compose: Any) -> None:
+def test_the_name_of_a_module_selects_all_its_parameters(compose: Any) -> None:
     check_fits(Context(compose("experiment=digits", "stage.joint.freeze=[encoder]")))

@@ -10,7 +10,7 @@ from stagesweep.run.plan import fingerprints
 Compose = Callable[..., DictConfig]
 
 
-def test_a_stage_counts_the_part_it_uses(compose: Compose) -> None:
+def test_a_fingerprint_covers_the_part_that_a_stage_uses(compose: Compose) -> None:
     def stages(*overrides: str) -> dict[str, str]:
         cfg = compose("experiment=singlecell", *overrides)
         return fingerprints(cfg, hardware_settings(cfg))

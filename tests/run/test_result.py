@@ -22,7 +22,7 @@ def test_metrics_are_named_by_their_stage() -> None:
     assert result.all_metrics(stages) == {"first/loss": 2.0, "second/loss": 1.0}
 
 
-def test_a_run_that_could_not_say_so_is_marked_as_failed(tmp_path: Path) -> None:
+def test_an_unfinished_result_is_marked_as_failed(tmp_path: Path) -> None:
     result.write(tmp_path, {"status": "running", "seed": 3})
     result.mark_failed(tmp_path, "killed")
     written = json.loads((tmp_path / "result.json").read_text())

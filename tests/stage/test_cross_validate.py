@@ -64,7 +64,7 @@ def test_a_group_is_in_one_fold_and_not_in_the_validation_split_of_its_model(
     assert run.load("cross_validation.csv")["high"][0] == pytest.approx(high)
 
 
-def test_baselines_see_all_but_the_fold_and_share_the_table(
+def test_baselines_train_outside_the_fold_and_share_the_table(
     watched: tuple[Context, list[Any]],
 ) -> None:
     run, _ = watched

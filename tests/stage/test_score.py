@@ -58,7 +58,7 @@ def test_scores_of_the_predictions(run: Context) -> None:
         assert run.load("embeddings.npz")[f"{split}/mean"].shape == (n, 4)
 
 
-def test_a_baseline_has_the_scores_of_the_arrays_it_left(run: Context) -> None:
+def test_a_baseline_has_the_scores_of_its_arrays(run: Context) -> None:
     codes = {split: run.view(split)["label"].numpy() for split in SPLITS}
     perfect = {f"oracle/assignment/{split}": np.eye(4)[own] for split, own in codes.items()}
     run.save("others.npz", perfect)
@@ -98,6 +98,6 @@ def test_tables_of_a_view_have_its_name(run: Context) -> None:
     assert run.has("mixed_embeddings.npz")
 
 
-def test_a_label_that_is_not_there(run: Context) -> None:
+def test_an_unknown_label(run: Context) -> None:
     with pytest.raises(UserError, match=r"stage.it.label=kind.*no such label; choose from: label"):
         Score(label="kind", metrics=METRICS)(run)

@@ -84,7 +84,7 @@ def test_help_names_every_command() -> None:
     assert {"ls", "prune", "verify"} <= set(done.stdout.split())
 
 
-def test_a_reader_that_leaves_early_is_no_error(store: Store) -> None:
+def test_a_closed_pipe_is_not_an_error(store: Store) -> None:
     add(store, KEYS[0])
     command = [sys.executable, "-m", "stagesweep.store.command", "ls"]
     pipe = subprocess.PIPE
@@ -146,11 +146,11 @@ def test_ls_json(store: Store, command: Command) -> None:
     assert row["used"] < row["created"]
 
 
-def test_ls_json_of_nothing_is_json(store: Store, command: Command) -> None:
+def test_ls_json_of_an_empty_store(store: Store, command: Command) -> None:
     assert command("ls", "--json") == (0, ["[]"])
 
 
-def test_ls_shows_what_runs_and_what_is_broken(store: Store, command: Command) -> None:
+def test_ls_shows_running_and_damaged_entries(store: Store, command: Command) -> None:
     running = add(store, KEYS[0], finished=False)
     (add(store, KEYS[1]).path / "manifest.json").write_text('{"fil')
     (store.root / "cc" / KEYS[2]).mkdir(parents=True)
@@ -191,7 +191,9 @@ def test_prune_by_size_takes_the_least_recently_used(store: Store, command: Comm
     assert lines[-1].startswith("freed 0 B (0 entries); 2")
 
 
-def test_prune_counts_what_goes_by_other_rules_first(store: Store, command: Command) -> None:
+def test_prune_by_size_counts_entries_removed_by_other_rules(
+    store: Store, command: Command
+) -> None:
     add(store, KEYS[0], days=9, size=10_000)
     add(store, KEYS[1], days=1, size=10_000, finished=False)
     command("prune", "--partial", "--max-size", "15kB")
@@ -217,7 +219,7 @@ def test_a_dry_run_removes_nothing(store: Store, command: Command) -> None:
     ]
 
 
-def test_prune_keeps_what_is_in_use(store: Store, command: Command) -> None:
+def test_prune_keeps_entries_in_use(store: Store, command: Command) -> None:
     held = add(store, KEYS[0], days=50, finished=False)
     add(store, KEYS[1], days=40, size=20_000)
     with held.hold():
@@ -227,7 +229,7 @@ def test_prune_keeps_what_is_in_use(store: Store, command: Command) -> None:
     assert lines[0].startswith(f"kept  {'a' * 12}  digits/joint  {'a' * 12} is in use by process ")
 
 
-def test_prune_keeps_what_was_used_since_it_was_listed(
+def test_prune_keeps_entries_used_since_they_were_listed(
     store: Store, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = add(store, KEYS[0], days=50)
@@ -243,7 +245,7 @@ def test_prune_keeps_what_was_used_since_it_was_listed(
     assert lines[0] == f"kept  {'a' * 12}  digits/pretrain  used a moment ago"
 
 
-def test_prune_ends_what_a_killed_process_began_to_delete(store: Store, command: Command) -> None:
+def test_prune_finishes_an_interrupted_deletion(store: Store, command: Command) -> None:
     add(store, KEYS[0])
     trash = store.root / "trash" / f"{KEYS[1]}-{'0' * 16}"
     (trash / "checkpoints").mkdir(parents=True)
@@ -318,12 +320,12 @@ def test_verify_repair_removes_them(store: Store, command: Command) -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (1.234e9, "1.23 GB"),
      (5e13, "50 TB")],
 )  # fmt: skip
-def test_sizes_for_people(size: float, text: str) -> None:
+def test_formatted_sizes(size: float, text: str) -> None:
     assert store_command._format_size(size) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(-1, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (1e6, "12 d")]
 )
-def test_durations_for_people(seconds: float, text: str) -> None:
+def test_formatted_durations(seconds: float, text: str) -> None:
     assert store_command._format_duration(seconds) == text

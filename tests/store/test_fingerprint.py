@@ -45,7 +45,7 @@ def same(a: Any, b: Any) -> bool:
 
 @settings(max_examples=50)
 @given(plain, plain)
-def test_differs_exactly_where_the_values_do(a: Any, b: Any) -> None:
+def test_fingerprints_differ_exactly_where_values_do(a: Any, b: Any) -> None:
     assert (of(a) == of(b)) == same(a, b)
 
 
@@ -75,7 +75,9 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 @settings(max_examples=50)
 @given(mappings, scalars, st.data())
-def test_any_changed_leaf_changes_it(value: dict[str, Any], new: Any, data: st.DataObject) -> None:
+def test_any_changed_value_changes_the_fingerprint(
+    value: dict[str, Any], new: Any, data: st.DataObject
+) -> None:
     places = leaves(value)
     assume(places)
     changed = replaced(value, data.draw(st.sampled_from(places)), new)
@@ -115,7 +117,7 @@ def test_kinds_of_values() -> None:
     assert len({of(kind) for kind in kinds}) == len(kinds)
 
 
-def test_it_is_the_same_in_every_process() -> None:
+def test_a_fingerprint_is_the_same_in_every_process() -> None:
     code = (
         "from stagesweep.store.fingerprint import fingerprint;"
         "print(fingerprint({'b': {'x', }.pop(), 'a': [0.1, None]},"
@@ -132,7 +134,7 @@ def test_it_is_the_same_in_every_process() -> None:
 
 
 @pytest.mark.parametrize("value", [np.zeros(2), {1, 2}, b"x", Path("x"), object(), np.int64(1)])
-def test_what_is_not_plain_is_named(value: object) -> None:
+def test_values_that_are_not_plain_are_named(value: object) -> None:
     with pytest.raises(UserError, match=rf"^model\.depth is a {type(value).__name__}, which "):
         fingerprint({"model": {"depth": value}}, [], None)
 
@@ -167,7 +169,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return write
 
 
-def test_reaches_what_is_imported_however_deep(write: Write) -> None:
+def test_indirect_imports_are_found(write: Write) -> None:
     reached = {"mine", "mine.model", "mine.parts", "mine.parts.layer", "mine.deep"}
     assert sources(["mine.model"]).keys() == reached
     assert sources(["mine.model.Net"]) == sources(["mine.model"])
@@ -186,7 +188,7 @@ def test_a_change_elsewhere_does_not(write: Write) -> None:
     assert source_hash("mine.model") == before
 
 
-def test_only_what_runs_counts(write: Write) -> None:
+def test_comments_and_docstrings_do_not_count(write: Write) -> None:
     before = source_hash("mine.model")
     write(
         {
@@ -241,7 +243,7 @@ def test_code_is_never_executed(write: Write) -> None:
     assert not [name for name in sys.modules if name.partition(".")[0] == "mine"]
 
 
-def test_code_in_memory_can_be_frozen(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_code_can_be_frozen(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stagesweep.store.fingerprint._frozen", {})
     write({"mine/parts/layer.py": "DEPTH = 1\ndef build():\n    import mine.deep\n"})
     importlib.import_module("mine.model")
@@ -271,7 +273,7 @@ def test_a_helper_beside_the_package_counts_by_its_source(write: Write) -> None:
     assert source_hash("mine.a") != before
 
 
-def test_an_optional_import_counts_once_it_is_there(write: Write) -> None:
+def test_an_optional_import_counts_once_it_is_installed(write: Write) -> None:
     write({"mine/a.py": "try:\n    import sometimes_there\nexcept ImportError:\n    pass\n"})
     assert sources(["mine.a"])["sometimes_there"] == "absent"
     write({"sometimes_there.py": "x = 1\n"})
@@ -316,7 +318,7 @@ def test_libraries_count_by_version_and_python_not_at_all() -> None:
     assert found["sklearn"].startswith("scikit-learn==")
 
 
-def test_own_code_counts_but_for_what_changes_no_result() -> None:
+def test_own_code_counts_except_modules_that_change_no_result() -> None:
     found = sources(["stagesweep.base.view"])
     assert {"stagesweep", "stagesweep.base.view", "stagesweep.base.spec"} <= found.keys()
     assert "stagesweep.base.errors" not in found

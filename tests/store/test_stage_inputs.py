@@ -42,7 +42,7 @@ def test_fields_that_change_no_result_are_left_out() -> None:
         ("objective.mode=min", "none"),
     ],
 )
-def test_a_stage_reads_what_can_change_it_and_no_more(
+def test_inputs_of_a_stage_are_the_settings_that_can_change_it(
     compose: Any, override: str, changed: str
 ) -> None:
     before = stage_inputs(compose("experiment=digits", "hardware.device=cpu"))
@@ -51,7 +51,7 @@ def test_a_stage_reads_what_can_change_it_and_no_more(
     assert found == {"all": set(before), "joint": {"joint"}, "none": set()}[changed]
 
 
-def test_how_a_machine_is_used_is_no_input_of_a_stage(compose: Any) -> None:
+def test_hardware_settings_are_not_inputs_of_a_stage(compose: Any) -> None:
     """Only precision and tf32 count, and tf32 does nothing on a CPU."""
     plain = compose("experiment=digits", "hardware=cpu", "hardware.precision=bf16")
     card = compose("experiment=digits", "hardware=h200_141gb_x4_2nodes", "hardware.device=cpu")
@@ -59,7 +59,7 @@ def test_how_a_machine_is_used_is_no_input_of_a_stage(compose: Any) -> None:
     assert stage_inputs(card) == stage_inputs(plain)
 
 
-def test_a_data_file_counts_by_its_content_not_its_place(tmp_path: Path) -> None:
+def test_a_data_file_counts_by_content_not_path(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x\n1\n")
     (tmp_path / "b.csv").write_text("x\n1\n")
     assert hash_path(tmp_path / "a.csv") == hash_path(tmp_path / "b.csv")

@@ -55,7 +55,7 @@ def test_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert Store.default().root == Path.home() / "s"
 
 
-def test_nothing_there_is_no_error(entry: Entry, tmp_path: Path) -> None:
+def test_an_empty_store_is_not_an_error(entry: Entry, tmp_path: Path) -> None:
     assert entry.manifest is None
     assert entry.damage() is None
     assert entry.about == {}
@@ -65,7 +65,7 @@ def test_nothing_there_is_no_error(entry: Entry, tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-def test_a_partial_tells_what_it_is(entry: Entry) -> None:
+def test_a_partial_entry_describes_itself(entry: Entry) -> None:
     with entry.hold():
         entry.begin(fresh=False, about={"experiment": "digits", "stage": "joint"})
     assert entry.manifest is None
@@ -122,7 +122,7 @@ def test_damage_is_named(entry: Entry) -> None:
     assert entry.damage() == "checkpoints/last.pt cannot be read: No such file or directory"
 
 
-def test_publish_leaves_what_the_stage_left(entry: Entry, tmp_path: Path) -> None:
+def test_publish_links_the_files_of_the_stage(entry: Entry, tmp_path: Path) -> None:
     files = {"checkpoints/last.pt": "w", "artifacts/manifest.json": "mine", "m.jsonl": ""}
     finish(entry, files)
     (entry.path / ".0123.tmp").write_text("half")
@@ -141,7 +141,7 @@ def test_a_published_stage_outlives_its_entry(entry: Entry, tmp_path: Path) -> N
     assert tree(tmp_path / "run") == {"a": "1"}
 
 
-def test_begin_goes_on_from_a_partial(entry: Entry) -> None:
+def test_begin_keeps_the_files_of_a_partial_entry(entry: Entry) -> None:
     finish(entry, {"checkpoints/last.pt": "w"})
     (entry.path / "checkpoints" / ".0123.tmp").write_text("half")
     with entry.hold():

@@ -99,7 +99,9 @@ def test_seeds_are_compared_with_intervals(stagesweep: Command, tmp_path: Path) 
     assert model["nmi"] == pytest.approx(summary(tmp_path / "sweep")["evaluate/nmi"].mean())
 
 
-def test_a_bad_trial_is_recorded_and_the_sweep_goes_on(stagesweep: Command, tmp_path: Path) -> None:
+def test_a_bad_trial_is_recorded_and_the_sweep_continues(
+    stagesweep: Command, tmp_path: Path
+) -> None:
     process = stagesweep("-m", *QUICK, "stage.pretrain.batch_size=0,512,-1")
     table = summary(tmp_path / "sweep").set_index("stage.pretrain.batch_size")
     assert table["state"].to_dict() == {0: "failed", 512: "complete", -1: "failed"}
@@ -195,7 +197,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_no_trial_could_do_is_refused_at_once(
+def test_settings_that_every_trial_would_refuse_are_refused_at_once(
     stagesweep: Command, tmp_path: Path, case: str
 ) -> None:
     arguments, line = REFUSED[case]
@@ -206,14 +208,14 @@ def test_what_no_trial_could_do_is_refused_at_once(
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_what_they_share_is_refused_by_validation(compose: Compose, case: str) -> None:
+def test_shared_settings_are_validated_before_the_first_trial(compose: Compose, case: str) -> None:
     arguments, line = INVALID[case]
     with pytest.raises(UserError) as caught:
         validate(compose(*arguments))
     assert str(caught.value).startswith(line)
 
 
-def test_a_folder_with_results_is_not_written_over(stagesweep: Command, tmp_path: Path) -> None:
+def test_a_folder_with_results_is_not_overwritten(stagesweep: Command, tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "study.db").write_text("a study")
     process = stagesweep("-m", *QUICK, "seed=0,1", status=1)
@@ -221,7 +223,7 @@ def test_a_folder_with_results_is_not_written_over(stagesweep: Command, tmp_path
     assert (tmp_path / "sweep" / "study.db").read_text() == "a study"
 
 
-def test_a_pruned_fit_is_partial_and_goes_on_where_it_is_wanted(
+def test_a_pruned_fit_is_partial_and_resumes_when_needed(
     stagesweep: Command, tmp_path: Path
 ) -> None:
     process = stagesweep(
@@ -263,7 +265,7 @@ def test_a_pruned_fit_is_partial_and_goes_on_where_it_is_wanted(
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_told_to_stop_it_sums_up_what_is_done(
+def test_a_stopped_sweep_writes_its_summary(
     warm: "Warm", tmp_path: Path, signum: int, status: int
 ) -> None:
     own = f"--config-dir={Path(__file__).parents[1] / 'conf'}"

@@ -139,7 +139,7 @@ def test_the_same_point_of_two_controllers_is_run_once(lab: "Lab", server: Serve
 @pytest.mark.parametrize(
     "ended", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "standing still"]
 )
-def test_what_a_dead_controller_left_is_taken_over(
+def test_trials_of_a_dead_controller_are_taken_over(
     lab: "Lab", server: Server, ended: signal.Signals
 ) -> None:
     given = (
@@ -185,7 +185,7 @@ def test_what_a_dead_controller_left_is_taken_over(
     wait_until(lambda: not lab.processes())
 
 
-def test_a_server_that_goes_away_ends_the_sweep_which_goes_on_when_it_is_back(
+def test_a_lost_server_ends_the_sweep_and_the_same_command_resumes(
     lab: "Lab", server: Server
 ) -> None:
     given = (
@@ -217,9 +217,7 @@ def test_a_server_that_goes_away_ends_the_sweep_which_goes_on_when_it_is_back(
     assert sorted(trial.params["stage.toy.x"] for trial in found.trials) == list(range(6))
 
 
-def test_what_is_wrong_with_the_server_is_said_in_one_line(
-    lab: "Lab", server: Server, tmp_path: Path
-) -> None:
+def test_an_error_of_the_server_is_one_line(lab: "Lab", server: Server, tmp_path: Path) -> None:
     wrong = {
         server.url("a-wrong-one"): "password authentication failed",
         server.url().replace(str(server.port), "1"): "refused",

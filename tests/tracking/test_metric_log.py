@@ -44,7 +44,7 @@ def scalars(writer: TensorBoardWriter) -> dict[str, list[tuple[int, Any]]]:
 
 
 class TestRows:
-    def test_in_the_file_and_in_tensorboard(
+    def test_rows_are_in_the_file_and_in_tensorboard(
         self, tmp_path: Path, writer: TensorBoardWriter
     ) -> None:
         log = MetricLog(tmp_path / "deep" / "metrics.jsonl", writer, "joint")
@@ -77,9 +77,7 @@ class TestRows:
         }
         log.close()
 
-    def test_numbers_that_are_none_are_null(
-        self, tmp_path: Path, writer: TensorBoardWriter
-    ) -> None:
+    def test_nan_and_infinities_are_null(self, tmp_path: Path, writer: TensorBoardWriter) -> None:
         log = MetricLog(tmp_path / "metrics.jsonl", writer, "fit")
         log.row("epoch", 1, 2, {"a": math.nan, "b": math.inf, "c": 1.0})
         log.close()
@@ -96,7 +94,7 @@ class TestRows:
         path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "trai')
         assert read_rows(path) == [{"step": 1}, {"step": 2}]
 
-    def test_rewinding_keeps_what_will_not_come_again(
+    def test_rewinding_keeps_rows_that_are_not_written_again(
         self, tmp_path: Path, writer: TensorBoardWriter
     ) -> None:
         log = MetricLog(tmp_path / "metrics.jsonl", writer, "fit")
@@ -160,15 +158,15 @@ class TestHistogram:
             assert below <= count <= (values <= edges[number + 1] + slack).sum()
 
     @pytest.mark.parametrize("values", [[3.0], [2.0, 2.0, 2.0], []])
-    def test_equal_values_and_none(self, values: list[float]) -> None:
+    def test_equal_values_and_no_values(self, values: list[float]) -> None:
         found = histogram("a", torch.tensor(values)).histo
         assert found.num == sum(found.bucket) == len(values)
 
-    def test_what_is_not_finite_is_left_out(self) -> None:
+    def test_values_that_are_not_finite_are_left_out(self) -> None:
         found = histogram("a", torch.tensor([1.0, math.nan, math.inf, -math.inf, 2.0])).histo
         assert (found.num, found.min, found.max) == (2, 1.0, 2.0)
 
-    def test_half_precision(self) -> None:
+    def test_values_in_half_precision(self) -> None:
         found = histogram("a", torch.tensor([1.0, 2.0], dtype=torch.bfloat16)).histo
         assert (found.num, found.min, found.max) == (2, 1.0, 2.0)
 
@@ -190,12 +188,12 @@ class TestHistogram:
         assert event.histogram_value.max == pytest.approx(inner.weight.max().item())
 
 
-def test_a_reused_stage_is_drawn_again(writer: TensorBoardWriter) -> None:
+def test_the_rows_of_a_reused_stage_are_in_tensorboard(writer: TensorBoardWriter) -> None:
     writer.row({"stage": "a", "kind": "epoch", "epoch": 1, "step": 3, "loss": 1.5, "b": None})
     assert scalars(writer) == {"a/loss": [(3, 1.5)]}
 
 
-def test_the_bar_is_silent_when_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_is_hidden_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("fit", 0) as bar:
         bar.total = 3
         bar.update()

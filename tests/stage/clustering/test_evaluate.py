@@ -14,7 +14,7 @@ from stagesweep.stage.clustering.evaluate import Evaluate, agreement, dimensions
 STAGE = Evaluate(column="points", label="blob", enrichment="blob", leakage="site")
 
 
-def test_metrics_are_those_promised(make_run: Any) -> None:
+def test_metrics_are_those_declared(make_run: Any) -> None:
     for stage in (STAGE, Evaluate(column="points")):
         run = make_run()
         metrics = stage(run)
@@ -77,7 +77,7 @@ def test_every_sample_is_in_the_tables(make_run: Any) -> None:
     assert np.array_equal(arrays["val/assignment"].argmax(axis=1), clusters)
 
 
-def test_profiles_are_means_of_what_was_observed(make_run: Any) -> None:
+def test_profiles_are_means_of_observed_values(make_run: Any) -> None:
     run = make_run()
     STAGE(run)
     table = run.load("profiles.csv").set_index(["cluster", "feature"])
@@ -101,7 +101,7 @@ def test_enrichment_finds_the_cloud_of_each_cluster(make_run: Any) -> None:
 
 
 @pytest.mark.parametrize("known", [0, 1])
-def test_a_label_of_one_sample_scores_nothing_and_says_so(
+def test_a_label_with_one_sample_scores_nan_and_is_logged(
     make_run: Any, caplog: pytest.LogCaptureFixture, known: int
 ) -> None:
     run = make_run()
@@ -150,7 +150,7 @@ def test_unknown_columns_are_errors(make_run: Any, settings: Any, message: str) 
         Evaluate(**settings)(make_run())
 
 
-def test_agreement_is_that_of_the_first_with_each_other() -> None:
+def test_agreement_is_between_the_first_clustering_and_the_others() -> None:
     rng = np.random.default_rng(0)
     fits = list(rng.integers(3, size=(3, 50)))
     expected = (ari(fits[0], fits[1]) + ari(fits[0], fits[2])) / 2
@@ -158,7 +158,7 @@ def test_agreement_is_that_of_the_first_with_each_other() -> None:
     assert isnan(agreement(fits[:1]))
 
 
-def test_effective_dimensions_see_units_that_vary_together(
+def test_effective_dimensions_detect_units_that_vary_together(
     make_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     rng = np.random.default_rng(0)

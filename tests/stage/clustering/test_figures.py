@@ -99,7 +99,7 @@ def test_a_map_of_many_points_is_of_a_sample() -> None:
     assert len(figure.axes) == 1
 
 
-def test_clusters_are_put_beside_their_labels() -> None:
+def test_clusters_are_matched_to_labels() -> None:
     labels = pd.Series(["a", "b", "c"] * 10, name="kind")
     figure = confusion(labels, pd.Series([2, 0, 1] * 10))
     picture(figure)
@@ -142,7 +142,7 @@ def test_the_chosen_k_is_marked() -> None:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_methods_are_compared_by_labels_or_else_by_geometry(labelled: bool) -> None:
+def test_methods_are_compared_by_external_or_else_internal_scores(labelled: bool) -> None:
     scores = dict.fromkeys(["acc", "nmi", "ari"], 0.8 if labelled else np.nan)
     geometry = {"silhouette": 0.2, "silhouette_input": -0.1, "stability": np.nan}
     rows = [

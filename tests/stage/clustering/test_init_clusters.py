@@ -29,7 +29,7 @@ def test_inertia_is_the_distance_to_the_centres(make_run: Any) -> None:
     assert metrics["inertia"] == pytest.approx(nearest.square().sum().item(), rel=1e-4)
 
 
-def test_weights_are_left_for_later_stages(make_run: Any) -> None:
+def test_weights_are_saved_for_later_stages(make_run: Any) -> None:
     run = make_run()
     InitClusters(k=7)(run)
     state = torch.load(run._entry.path / "weights.pt", weights_only=True)["model"]
@@ -37,7 +37,7 @@ def test_weights_are_left_for_later_stages(make_run: Any) -> None:
     assert len(state["clusters.centres"]) == 7
 
 
-def test_k_is_its_own_before_that_of_an_earlier_stage_before_the_models(make_run: Any) -> None:
+def test_k_is_the_setting_or_the_earlier_choice_or_that_of_the_model(make_run: Any) -> None:
     run = make_run()
     assert InitClusters()(run)["k"] == 4
     run.save("clusters.json", {"k": 3})

@@ -25,7 +25,7 @@ def launcher(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_each_ends_as_it_does_on_slots(lab: "Lab", launcher: str) -> None:
+def test_jobs_end_as_on_slots(lab: "Lab", launcher: str) -> None:
     lab.sweep(
         "stage.toy.act=well,raises,no_number",
         "search.repeats=1",
@@ -39,7 +39,7 @@ def test_each_ends_as_it_does_on_slots(lab: "Lab", launcher: str) -> None:
 
 
 @pytest.mark.parametrize("launcher", ["submitit_local", "ray"], indirect=True)
-def test_without_a_barrier_killed_tried_again_and_pruned(lab: "Lab", launcher: str) -> None:
+def test_jobs_run_without_a_barrier_and_are_retried_and_pruned(lab: "Lab", launcher: str) -> None:
     pruner = ("search/pruner=median", "search.pruner.n_startup_trials=1")
     lab.sweep(
         "search=ablation",
@@ -62,9 +62,7 @@ def test_without_a_barrier_killed_tried_again_and_pruned(lab: "Lab", launcher: s
 
 
 @pytest.mark.parametrize("launcher", ["submitit_local", "ray"], indirect=True)
-def test_one_past_its_time_is_ended_and_an_interrupted_sweep_goes_on(
-    lab: "Lab", launcher: str
-) -> None:
+def test_a_timeout_ends_a_job_and_an_interrupted_sweep_resumes(lab: "Lab", launcher: str) -> None:
     # They look whether they are to end after each step; their time begins with a cold start.
     given = ("stage.toy.steps=8,9,500", "stage.toy.pause=0.5", "sweep.slots=2")
     given += ("search.timeout=45", f"hydra/launcher={launcher}")

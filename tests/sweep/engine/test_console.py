@@ -41,7 +41,7 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return screen
 
 
-def test_a_line_a_slot_and_one_for_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_line_for_each_slot_and_one_for_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = at_a_terminal(monkeypatch)
     opened = Opened()
     console = Console(opened, OmegaConf.create({"objective": {"metric": "a/b", "mode": "max"}}))  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def attributes(study: optuna.Study, name: str) -> dict[int, Any]:
     return {trial.number: trial.user_attrs.get(name) for trial in study.trials}
 
 
-def test_each_bad_end_has_its_reason_and_the_sweep_goes_on(lab: "Lab") -> None:
+def test_each_failure_has_its_reason_and_the_sweep_continues(lab: "Lab") -> None:
     acts = ["well", "raises", "no_number", "kill", "kill_once", "hangs"]
     given = (f"stage.toy.act={','.join(acts)}", "search.timeout=15", "search.max_retries=1")
     said, _ = lab.sweep(*given)
@@ -95,7 +95,7 @@ def test_the_same_error_of_the_first_trials_ends_the_sweep(lab: "Lab") -> None:
     assert lab.study.trials[0].user_attrs.keys() == {"overrides", "seconds"}
 
 
-def test_the_same_command_goes_on_and_a_finished_sweep_only_says_so(lab: "Lab") -> None:
+def test_the_same_command_resumes_and_a_finished_sweep_only_reports(lab: "Lab") -> None:
     space = "stage.toy.x=interval(0.0,1.0)"
     given = ("search=random", "search/space=none", space)
     lab.sweep(*given, "search.n_trials=3")
@@ -130,7 +130,7 @@ def test_a_changed_sweep_is_refused_with_the_differences(lab: "Lab") -> None:
     assert "stage.toy.x: one study cannot hold both" in errors
 
 
-def test_changed_code_is_refused_as_well(lab: "Lab") -> None:
+def test_changed_code_is_refused(lab: "Lab") -> None:
     module = lab.folder / "code" / "toy.py"
     module.parent.mkdir()
     module.write_text((Path(__file__).parents[1] / "toy.py").read_text())
@@ -169,7 +169,7 @@ def test_the_same_point_is_run_once(lab: "Lab") -> None:
     assert sum(value is not None for value in attributes(study, "same_as").values()) == 4
 
 
-def test_a_small_space_is_seen_whole_before_a_point_comes_again(lab: "Lab") -> None:
+def test_a_small_space_is_exhausted_before_a_point_repeats(lab: "Lab") -> None:
     lab.sweep(
         "search=bayes",
         "search/space=none",
@@ -189,7 +189,7 @@ def test_an_ablation_runs_the_full_model_and_each_variant(lab: "Lab") -> None:
     assert found == {"full": 0.0, "more": 2.0}
 
 
-def test_a_budget_is_that_of_all_starts_together(lab: "Lab") -> None:
+def test_a_budget_covers_all_starts(lab: "Lab") -> None:
     given = ("stage.toy.x=range(0,5)", "stage.toy.seconds=1", "sweep.slots=1")
     for _ in range(2):
         said, _ = lab.sweep(*given, "search.budget=0.5")
@@ -243,7 +243,7 @@ def test_a_key_is_proposed_only_where_it_exists(lab: "Lab") -> None:
     assert list(lab.table["toy/score"] > 0) == list(there)
 
 
-def test_trials_that_fall_behind_are_pruned(lab: "Lab") -> None:
+def test_bad_trials_are_pruned(lab: "Lab") -> None:
     pruner = ("search/pruner=median", "search.pruner.n_startup_trials=1", "sweep.slots=1")
     lab.sweep("stage.toy.x=5,1,6", "stage.toy.steps=4", *pruner)
     study = lab.study
@@ -252,7 +252,7 @@ def test_trials_that_fall_behind_are_pruned(lab: "Lab") -> None:
     assert study.trials[0].intermediate_values == {1: 5.0, 2: 10.0, 3: 15.0, 4: 20.0}
 
 
-def test_a_variant_takes_out_what_the_command_line_changes(lab: "Lab") -> None:
+def test_a_variant_can_remove_a_key_that_the_command_line_sets(lab: "Lab") -> None:
     lab.sweep(
         "search=ablation",
         "search/ablation=none",
@@ -294,7 +294,7 @@ def test_several_objectives_have_a_front(lab: "Lab", method: str) -> None:
     assert [each["name"] for each in result["objective"]] == ["toy/score", "toy/cost"]
 
 
-def test_a_test_over_repeats_leaves_out_the_rest_of_a_point(lab: "Lab") -> None:
+def test_the_wilcoxon_pruner_skips_remaining_repeats(lab: "Lab") -> None:
     said, _ = lab.sweep(
         "stage.toy.x=3,3,1",
         "stage.toy.y=0,1,2",
@@ -316,7 +316,7 @@ def test_a_test_over_repeats_leaves_out_the_rest_of_a_point(lab: "Lab") -> None:
     assert {Path(call[2]).parent.name for call in sorted(lab.calls)[:4]} == {"0", "1"}
 
 
-def test_of_repeats_the_first_says_whether_its_point_is_pruned(lab: "Lab") -> None:
+def test_the_first_repeat_decides_about_pruning(lab: "Lab") -> None:
     pruner = ("search/pruner=median", "search.pruner.n_startup_trials=1", "sweep.slots=1")
     lab.sweep("stage.toy.x=5,1", "stage.toy.steps=2", "search.repeats=2", *pruner)
     trials = lab.study.trials
@@ -343,7 +343,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_killed_anywhere_it_ends_with_every_point_once(lab: "Lab") -> None:
+def test_a_sweep_killed_at_any_moment_runs_every_point_once(lab: "Lab") -> None:
     chance = random.Random(0)
     given = ("stage.toy.x=range(0,8)", "stage.toy.seconds=0.5", "search.max_retries=9")
     for victim in ("controller", "trial", "controller"):
@@ -374,7 +374,7 @@ def test_two_controllers_do_not_share_a_sweep(lab: "Lab") -> None:
     process.communicate(timeout=120)
 
 
-def test_told_to_stop_it_leaves_what_is_under_way_to_the_next_start(lab: "Lab") -> None:
+def test_a_stopped_sweep_continues_its_trials_at_the_next_start(lab: "Lab") -> None:
     given = ("stage.toy.x=0,1,2", "stage.toy.seconds=2")
     process = lab.start(*given)
     wait_until((lab.folder / "sweep" / "0" / "config.yaml").exists)

@@ -65,7 +65,7 @@ def server(tmp_path: Path, *modules: str) -> Answer:
     return answer
 
 
-def test_it_never_initialises_cuda(tmp_path: Path) -> None:
+def test_the_fork_server_never_initialises_cuda(tmp_path: Path) -> None:
     fit = ["sklearn", "stagesweep.stage.fit", "stagesweep.cli"]  # with them it rehearses
     assert server(tmp_path, *fit) == ([], None)
 
@@ -89,7 +89,7 @@ def test_a_package_that_initialises_cuda_is_named(
 
 
 @pytest.mark.parametrize("package", [None, "eager_package"])
-def test_then_trials_are_spawned_with_one_line_that_says_so(
+def test_trials_are_spawned_if_cuda_is_initialised(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, package: str | None
 ) -> None:
     monkeypatch.setattr(detection, "has_gpu_driver", lambda: True)
@@ -104,7 +104,7 @@ def test_then_trials_are_spawned_with_one_line_that_says_so(
     )
 
 
-def test_a_driver_that_another_library_has_started_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_initialised_without_torch_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """CuPy and others initialise CUDA without torch."""
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     from stagesweep.sweep.engine import cuda_guard

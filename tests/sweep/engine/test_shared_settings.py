@@ -85,6 +85,6 @@ def test_trials_that_differ_in_what_the_controller_reads_are_refused(read: Read,
     assert str(caught.value).startswith(line)
 
 
-def test_variants_of_an_ablation_share_it_too(read: Read) -> None:
+def test_variants_of_an_ablation_share_settings(read: Read) -> None:
     with pytest.raises(UserError, match="share objective: ablation=full has "):
         read(variants={"other": ["objective.mode=min"]})

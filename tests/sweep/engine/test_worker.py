@@ -82,7 +82,7 @@ def work(folder: Path, *watching: Watching) -> SweepContext:
     return found
 
 
-def test_leaves_and_shows_what_hydra_does(tmp_path: Path) -> None:
+def test_a_job_writes_and_sees_what_hydra_provides(tmp_path: Path) -> None:
     ours, theirs, watching = tmp_path / "a", tmp_path / "b", Watching()
     before = Path.cwd()
     cfg, hydra, *rest = run_task(work(ours), 7, "7", ["seed=2", FIXED[0]])
@@ -103,7 +103,7 @@ def test_leaves_and_shows_what_hydra_does(tmp_path: Path) -> None:
     assert "at work" in (ours / "7" / "run.log").read_text()
 
 
-def test_what_went_wrong_is_in_its_log(tmp_path: Path) -> None:
+def test_the_error_of_a_job_is_in_its_log(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="seed=3 is wrong"):
         run_task(work(tmp_path), 0, "0", ["seed=3", FIXED[0]])
     said = (tmp_path / "0" / "run.log").read_text()

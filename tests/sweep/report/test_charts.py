@@ -10,7 +10,7 @@ from stagesweep.sweep.report.loading import read
 Make = Callable[..., Any]
 
 
-def test_the_forest_marks_what_is_clear(make: Make) -> None:
+def test_the_forest_plot_marks_clear_differences(make: Make) -> None:
     maker = make()
     maker.trial({"ablation": "full"}, [0.8], repeats=[0.75, 0.8, 0.86])
     maker.trial({"ablation": "a"}, [0.2], repeats=[0.15, 0.21, 0.25])

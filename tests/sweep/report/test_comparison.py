@@ -33,7 +33,7 @@ def test_differences_are_paired(pairs: list[tuple[float, float]]) -> None:
         assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-6)
 
 
-def test_an_ablation_is_beside_the_full_model(make: Make) -> None:
+def test_an_ablation_is_compared_with_the_full_model(make: Make) -> None:
     maker = make()
     maker.trial({"ablation": "a"}, [0.5], repeats=[0.4, 0.6])
     maker.trial({"ablation": "full"}, [0.75], repeats=[0.7, 0.8])

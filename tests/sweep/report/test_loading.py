@@ -38,7 +38,7 @@ def mixed(make: Make) -> Path:
     return maker.folder
 
 
-def test_a_row_a_trial(mixed: Path) -> None:
+def test_one_row_for_each_trial(mixed: Path) -> None:
     table = tables.table(read(mixed))
     first = ["number", "state", "reason", "evaluate/nmi", "seconds", "reused", "dir"]
     assert list(table.columns) == [*first, "lr", "part"]
@@ -51,13 +51,13 @@ def test_a_row_a_trial(mixed: Path) -> None:
     assert table["dir"][5] == str(mixed / "5")
 
 
-def test_why_a_trial_failed(mixed: Path) -> None:
+def test_the_reason_of_a_failed_trial(mixed: Path) -> None:
     trials = read(mixed).trials
     assert [trials[2].message, trials[3].message] == ["no memory", "failed, says the log"]
     assert trials[3].log == mixed / "3" / "run.log"
 
 
-def test_facts_of_the_whole(mixed: Path) -> None:
+def test_totals_of_a_sweep(mixed: Path) -> None:
     sweep = read(mixed)
     assert sweep.experiment == "tiny"
     assert sweep.command == "stagesweep -m experiment=tiny '~stage.figures'"
@@ -66,7 +66,7 @@ def test_facts_of_the_whole(mixed: Path) -> None:
     assert sweep.parameters == ["lr", "part"]
 
 
-def test_pauses_are_no_wall_time(make: Make) -> None:
+def test_pauses_do_not_count_as_wall_time(make: Make) -> None:
     maker = make()
     for lr, pause in ((0.1, 0), (0.2, 0), (0.3, 600)):
         maker.trial({"lr": lr}, [lr], pause=pause)
@@ -78,7 +78,7 @@ def test_pauses_are_no_wall_time(make: Make) -> None:
     assert read(maker.folder).seconds == 16
 
 
-def test_the_best_as_the_stock_plugin_writes_it(mixed: Path) -> None:
+def test_the_best_trial_has_the_keys_of_the_stock_plugin(mixed: Path) -> None:
     tables.write(read(mixed))
     found = yaml.safe_load((mixed / "optimization_results.yaml").read_text())
     assert list(found)[:3] == ["name", "best_params", "best_value"]
@@ -133,7 +133,7 @@ def test_a_trial_that_breaks_a_constraint_is_never_the_best(make: Make) -> None:
     assert "feasible" not in tables.table(read(make("free").folder))
 
 
-def test_nothing_finished_is_no_error(make: Make) -> None:
+def test_a_sweep_without_finished_trials_is_not_an_error(make: Make) -> None:
     maker = make()
     assert tables.best(read(maker.folder))["states"] == {}
     assert tables.table(read(maker.folder)).empty
@@ -156,7 +156,7 @@ def test_no_study(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0 but cut short"])
-def test_a_file_that_is_no_study(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_study(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "study.db").write_bytes(content)
     with pytest.raises(UserError, match=r"study\.db") as found:
         read(tmp_path)

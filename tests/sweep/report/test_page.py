@@ -159,7 +159,7 @@ def test_the_facts_of_a_sweep(make: Make) -> None:
     assert page.tags.count("svg") == 1 + 1 + 1 + 2 + 3
 
 
-def test_strings_that_mean_harm_are_text(make: Make) -> None:
+def test_malicious_strings_are_escaped(make: Make) -> None:
     maker = make("<b>study", objectives=[HOSTILE])
     for number in range(11):
         params = {HOSTILE: 0.1 * (number + 1), "part": HOSTILE}
@@ -312,7 +312,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_what_is_no_sweep_is_one_line(
+def test_a_folder_without_a_sweep_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -350,7 +350,7 @@ def test_the_end_of_a_sweep_survives_its_report(
     assert "no report.html: division by zero; try: stagesweep-report" in caplog.text
 
 
-def test_pictures_have_the_colours_of_the_page(make: Make) -> None:
+def test_charts_have_the_colours_of_the_page(make: Make) -> None:
     folder = full(make)
     drawn = charts.history(read(folder), 0, lambda trial: f"{trial.number}/")
     assert "var(--best)" in drawn

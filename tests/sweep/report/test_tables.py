@@ -70,7 +70,7 @@ def test_seeds_become_a_mean_and_an_interval(make: Make) -> None:
     ]
 
 
-def test_how_far_seeds_agree(make: Make) -> None:
+def test_agreement_between_seeds(make: Make) -> None:
     fits = np.random.default_rng(0).integers(3, size=(3, 40))
     scores = {"method": ["model", "kmeans"], "split": "train", "acc": [0.5, 0.4]}
     folder = seeds_of(make, [scores] * 3)

@@ -90,7 +90,7 @@ def text(config: DictConfig) -> str:
         ),
     ],
 )
-def test_is_what_hydra_composes(
+def test_a_config_equals_that_of_hydra(
     work: SweepContext, first: list[str], then: list[str], quick: bool
 ) -> None:
     try:
@@ -132,7 +132,7 @@ def test_any_value(work: SweepContext, rate: float, epochs: int, seed: int, path
     assert text(made) == text(expected)
 
 
-def test_a_wrong_value_is_refused_as_ever(work: SweepContext) -> None:
+def test_a_wrong_value_is_refused(work: SweepContext) -> None:
     wrong = ["stage.joint.optimizer.lr=fast", *FIRST[1:]]
     with pytest.raises(ConfigCompositionException) as there:
         plainly(work, wrong)

@@ -49,7 +49,7 @@ def test_the_command_line_wins() -> None:
     assert parse({}, ["a=1,2", "a=1"]).distributions == {}
 
 
-def test_values_keep_their_meaning() -> None:
+def test_values_keep_their_type() -> None:
     space = parse({"v": "null,true,1,nan,'a b',[1,2],1e-5"}, [])
     texts = [space.overrides(point)[0] for point in space.points(10)]
     assert texts == ["v=null", "v=true", "v=1", "v=nan", "v='a b'", "v=[1,2]", "v=1e-05"]
@@ -264,7 +264,7 @@ ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_what_cannot_be_searched_is_one_line(case: str) -> None:
+def test_an_invalid_space_is_one_line(case: str) -> None:
     space, more, line = ERRORS[case]
     with pytest.raises(UserError) as error:
         parse(space, [], **more)

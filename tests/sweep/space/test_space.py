@@ -53,7 +53,7 @@ def test_a_parameter_exists_where_its_condition_holds() -> None:
         assert len(overrides) == len(params)
 
 
-def test_what_it_depends_on_may_be_fixed_zipped_or_an_ablation() -> None:
+def test_a_condition_may_depend_on_a_fixed_zipped_or_ablation_key() -> None:
     assert "b" in parse(TREE, ["a=x"], when=WHEN).distributions
     gone = parse(TREE, ["a=y"], when=WHEN)
     assert list(gone.distributions) == ["c"]
@@ -74,7 +74,7 @@ def test_zipped_keys_may_share_a_condition() -> None:
 # ------------------------------------------------------------------------------ named points
 
 
-def test_a_named_point_is_read_as_the_study_has_it() -> None:
+def test_an_enqueued_point_is_read_as_the_study_stores_it() -> None:
     lists = {
         "a": "1,2",
         "b": "x,'y z'",
@@ -120,7 +120,7 @@ POINT_ERRORS = {
 
 
 @pytest.mark.parametrize("case", POINT_ERRORS)
-def test_a_named_point_outside_is_one_line(case: str) -> None:
+def test_an_enqueued_point_outside_the_space_is_one_line(case: str) -> None:
     named, line = POINT_ERRORS[case]
     lists = {"a": "1,2", "b": "x,y", "lr": "interval(0, 1)", "n": "range(0, 9, 2)"}
     with pytest.raises(UserError) as error:
@@ -131,7 +131,7 @@ def test_a_named_point_outside_is_one_line(case: str) -> None:
 # ------------------------------------------------------------------------------ a changed space
 
 
-def test_a_change_is_said_line_by_line() -> None:
+def test_each_change_is_one_line() -> None:
     before = parse({"a": "1,2", "b": "x,y", "lr": "interval(0, 1)"}, [], leave_one_out=["v=0"])
     after = parse({"a": "1,3", "b": "x,y", "n": "range(3)"}, [], when={"n": "b=x"})
     assert before.difference(before.fingerprint()) == []
@@ -262,7 +262,7 @@ def test_every_suggested_point_lies_in_the_space(
 
 @given(spaces(ANY))
 @settings(max_examples=40, deadline=None)
-def test_a_space_is_read_the_same_again_and_from_its_own_words(arguments: Arguments) -> None:
+def test_a_space_can_be_read_from_its_description(arguments: Arguments) -> None:
     one, two = parse(**arguments), parse(**arguments)
     assert one == two
     plain = {k: d for k, d in one.distributions.items() if k.startswith(("k", "parent"))}

@@ -68,7 +68,7 @@ def test_modules_whose_code_has_changed_are_named() -> None:
     assert manifest.changes(SPACE, now, before) == []
 
 
-def test_code_is_that_of_all_that_trials_run(compose: "Compose") -> None:
+def test_code_covers_all_modules_that_trials_run(compose: "Compose") -> None:
     found = manifest.about(SPACE, compose("experiment=tiny"))["code"]
     assert {
         "stagesweep.core.fit",
@@ -92,7 +92,7 @@ def test_a_file_counts_by_its_content(compose: "Compose", tmp_path: Path) -> Non
     assert manifest.changes(SPACE, now, before) == [f"content of {table}"]
 
 
-def test_what_changes_no_result_is_no_change(compose: "Compose") -> None:
+def test_settings_that_change_no_result_are_not_changes(compose: "Compose") -> None:
     """How often something is written, and threads, may differ between two starts."""
     plain = manifest.plain(compose("experiment=tiny"))
     same = ("stage.joint.save_every=7", "hardware.threads=2")
@@ -100,7 +100,7 @@ def test_what_changes_no_result_is_no_change(compose: "Compose") -> None:
     assert manifest.plain(compose("experiment=tiny", "stage.joint.epochs=7")) != plain
 
 
-def test_the_refusal_says_what_to_do() -> None:
+def test_the_refusal_names_the_remedies() -> None:
     said = str(manifest.refuse_changed(Path("multirun/x"), ["seed: was 0, is 1"]))
     assert said == (
         "multirun/x was started with other settings, code or data: seed: was 0, is 1; put them "

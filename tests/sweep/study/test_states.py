@@ -23,13 +23,13 @@ def test_repeats_have_their_mean(values: list[float]) -> None:
     assert ended.value == pytest.approx(math.fsum(values) / len(values))
 
 
-def test_of_several_objectives_each_has_its_mean() -> None:
+def test_each_of_several_objectives_has_its_mean() -> None:
     ended = combine_repeats([Outcome("complete", [1.0, 10.0]), Outcome("complete", (3.0, 20.0))])
     assert ended == Outcome("complete", [2.0, 15.0])
 
 
 @pytest.mark.parametrize("bad", ["pruned", "failed"])
-def test_one_that_did_not_complete_is_the_end_of_all(bad: str) -> None:
+def test_a_failed_repeat_fails_the_trial(bad: str) -> None:
     other = Outcome(bad, None, "oom", "too large")
     assert combine_repeats([Outcome("complete", 1.0), other, Outcome("complete", 2.0)]) == other
 
@@ -44,12 +44,14 @@ def test_one_that_did_not_complete_is_the_end_of_all(bad: str) -> None:
         ([0.5, math.nan], "nan", "its objective is [0.5, nan]"),
     ],
 )
-def test_what_is_no_number_is_a_failure(value: Any, reason: str, message: str) -> None:
+def test_an_objective_that_is_not_finite_is_a_failure(
+    value: Any, reason: str, message: str
+) -> None:
     assert check_objective(Outcome("complete", value)) == Outcome("failed", None, reason, message)
     assert combine_repeats([Outcome("complete", 1.0), Outcome("complete", value)]).reason == reason
 
 
-def test_a_run_that_was_told_to_end_stays_so() -> None:
+def test_an_interrupted_run_stays_interrupted() -> None:
     assert check_objective(Outcome("interrupted")) == Outcome("interrupted")
 
 
@@ -65,7 +67,7 @@ def test_a_run_that_was_told_to_end_stays_so() -> None:
         ({"status": "running"}, None),
     ],
 )
-def test_a_folder_says_how_its_run_ended(
+def test_the_outcome_is_read_from_the_folder(
     tmp_path: Path, result: dict[str, Any], expected: Outcome | None
 ) -> None:
     assert read_outcome(tmp_path) is None, "not begun"
@@ -75,7 +77,7 @@ def test_a_folder_says_how_its_run_ended(
     assert read_outcome(tmp_path) is None, "a file that was cut off says nothing"
 
 
-def test_an_objective_that_was_no_number_is_nan_read_outcome(tmp_path: Path) -> None:
+def test_a_null_objective_is_read_as_nan(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"status": "complete", "objective": {"value": null}}')
     found = read_outcome(tmp_path)
     assert found is not None

@@ -93,7 +93,7 @@ def test_a_block_is_written_at_once_or_not_at_all(tmp_path: Path) -> None:
     assert len(same(again, url)) == 2
 
 
-def test_a_known_point_and_its_end(tmp_path: Path) -> None:
+def test_a_given_point_and_its_end_are_stored(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     storage = SingleWriterStorage(url)
     study = optuna.create_study(study_name="s", storage=storage, directions=["minimize"] * 2)

@@ -10,7 +10,7 @@ from stagesweep.sweep.study import manifest
 from stagesweep.sweep.study.study import Study
 
 
-def test_a_missing_file_was_found_by_the_sweep_or_by_another_trial(tmp_path: Path) -> None:
+def test_a_missing_file_that_existed_before_is_known(tmp_path: Path) -> None:
     states = [TrialState.COMPLETE, TrialState.FAIL]
     trials = [SimpleNamespace(number=n, state=state) for n, state in enumerate(states)]
     study: Any = SimpleNamespace(folder=tmp_path, trials=lambda: trials)

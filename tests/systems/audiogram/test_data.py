@@ -272,7 +272,7 @@ def test_ranges_are_those_of_the_column_map(table):
         Audiogram(table, COLUMNS, out_of_range="drop")
 
 
-def test_an_animal_that_is_listed_twice(table):
+def test_duplicate_ids(table):
     again = table.iloc[:60].assign(gene_symbol=None, litter_id=None)
     columns = dataclasses.replace(COLUMNS, labels={"centre": "centre"})
     twice = pd.concat([table, again], ignore_index=True)
@@ -306,7 +306,7 @@ def test_clip_cuts_off(table):
     assert torch.cat(back).max() == pytest.approx(100, abs=1e-3)
 
 
-def test_bad_maps_are_named(table):
+def test_invalid_column_maps_are_named(table):
     with pytest.raises(UserError, match=r"data\.columns uses the name 'sex' twice"):
         Columns({"6kHz": "a"}, categories={"sex": "sex"}, labels={"sex": "sex"})
     with pytest.raises(UserError, match=r"data\.columns\.thresholds is empty"):

@@ -4,7 +4,7 @@ import torch
 from stagesweep.systems.audiogram.loss import Smoothness
 
 
-def test_a_straight_audiogram_costs_nothing_and_a_notch_its_square() -> None:
+def test_a_straight_audiogram_has_zero_loss_and_a_notch_its_square() -> None:
     straight = torch.tensor([[10.0, 20.0, 30.0, 40.0, 50.0, 90.0]])
     scale = torch.full((1, 6), 10.0)
     batch = {"thresholds/shift": torch.full((1, 6), 30.0), "thresholds/scale": scale}

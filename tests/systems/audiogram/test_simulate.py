@@ -37,12 +37,12 @@ def configured(name):
     return node
 
 
-def test_it_is_seeded(cohort):
+def test_the_seed_determines_the_cohort(cohort):
     assert cohort.equals(simulate(**SETTINGS))
     assert not cohort[THRESHOLDS].equals(simulate(**SETTINGS | {"seed": 1})[THRESHOLDS])
 
 
-def test_the_map_of_the_real_file_serves_it(cohort):
+def test_the_column_map_of_the_real_file_applies(cohort):
     node = configured("audiogram")
     real = Columns(**node["columns"])
     assert set(real.used()) <= set(cohort.columns)
@@ -75,7 +75,7 @@ def test_controls_are_healthy_littermates(cohort):
     assert set(cohort.loc[control, "litter_id"]) & set(cohort.loc[~control, "litter_id"])
 
 
-def test_phenotypes_follow_genes_as_far_as_they_penetrate(cohort):
+def test_phenotypes_follow_genes_with_the_given_penetrance(cohort):
     mutants = cohort[cohort["gene_symbol"].notna()]
     shown = mutants.groupby("gene_symbol")["phenotype"].agg(lambda p: set(p) - {"normal"})
     assert (shown.map(len) <= 1).all()
@@ -98,6 +98,6 @@ def test_k_means_does_not_solve_it():
     assert 0.2 < ari(view["phenotype"].numpy(), found) < 0.7
 
 
-def test_nobody_is_named():
+def test_simulated_names_say_so():
     with pytest.raises(UserError, match=r"data\.animals=0 and data\.genes=400 must be at least 1"):
         simulate(**SETTINGS | {"animals": 0})
