@@ -86,7 +86,7 @@ def test_valid_arguments_pass(values: dict[str, Any]) -> None:
     assert given == node(**values), "it only looks"
 
 
-def test_interpolated_and_missing_values_pass() -> None:
+def test_keyword_arguments_partials_and_library_classes_pass() -> None:
     for node in (
         {"_target_": "lab.anything", "x": 1},
         {"_target_": "lab.Model", "_partial_": True},

@@ -67,7 +67,7 @@ def test_the_micro_batch_is_searched_and_cached(bench: "Bench", store: Path) -> 
     assert max(again.model.sizes) <= 12, "nothing was tried"  # type: ignore[type-var,arg-type]
 
 
-def test_another_model_is_searched_again(bench: "Bench", store: Path) -> None:
+def test_each_loss_precision_and_batch_size_is_searched(bench: "Bench", store: Path) -> None:
     fit(bench, "first", hardware={"micro_batch": "auto"})
     fit(bench, "loss", hardware={"micro_batch": "auto"}, loss={"error": schema.Weight()})
     bf16 = {"micro_batch": "auto", "precision": schema.Precision.bf16}

@@ -98,6 +98,6 @@ def test_k_means_does_not_solve_it():
     assert 0.2 < ari(view["phenotype"].numpy(), found) < 0.7
 
 
-def test_simulated_names_say_so():
+def test_sizes_below_one_are_refused():
     with pytest.raises(UserError, match=r"data\.animals=0 and data\.genes=400 must be at least 1"):
         simulate(**SETTINGS | {"animals": 0})
