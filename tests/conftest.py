@@ -31,7 +31,7 @@ Compose = Callable[..., DictConfig]
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from all tests but those marked gpu, and from the processes that they start.
 
-    What the other tests expect is computed by the CPU, and several processes share no GPU.
+    Other tests expect results of the CPU, and their processes cannot share a GPU.
     """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -83,7 +83,7 @@ class Process:
         return self.output()
 
     def output(self) -> tuple[str, str]:
-        """What it has written to stdout and stderr so far."""
+        """Its stdout and stderr so far."""
         return self.files["stdout"].read_text(), self.files["stderr"].read_text()
 
     def send_signal(self, signum: int) -> None:

@@ -78,7 +78,7 @@ class Spread(nn.Module):
 
 
 class Anchored(nn.Module):
-    """Draws latents to where they were at the last look over the training set."""
+    """Draws latents to their values at the last refresh over the training set."""
 
     reports = ("moved",)
     anchors: Tensor
@@ -100,7 +100,7 @@ class Anchored(nn.Module):
 
 
 class Chance(nn.Module):
-    """Adds a little of every global generator, so that a lost state shows."""
+    """Adds random numbers of every global generator, so that a lost state is visible."""
 
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         draw = torch.rand((), device=outputs["x"].device) + float(np.random.rand())
@@ -152,7 +152,7 @@ class Bench:
         group: ProcessGroup = SINGLE_PROCESS,
         **settings: Any,
     ) -> Loop:
-        """A new fit in the folder `name`, of a model that is the same every time."""
+        """A new fit in the folder `name`, of a model with the same initial weights."""
         if model is None:
             torch.manual_seed(1)
             model = Tiny()
@@ -198,13 +198,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether two values are equal bit for bit."""
     assert one.keys() == other.keys()
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def rows(loop: Loop, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a fit, without the numbers that are no result."""
+    """The rows of a fit, without measurements of speed."""
     found = [
         {name: value for name, value in row.items() if name not in SPEED}
         for row in read_rows(loop.rows.path)
@@ -217,7 +217,7 @@ def curve(loop: Loop, name: str) -> list[float]:
 
 
 class Scripted:
-    """A metric whose values are known beforehand, one for each evaluation."""
+    """A metric with given values, one for each evaluation."""
 
     def __init__(self, name: str, values: list[float]) -> None:
         self.name, self.values = name, iter(values)
@@ -241,7 +241,7 @@ class At:
 
 
 class Everything:
-    """A fit with all the state there is, run in one go or in pieces."""
+    """A fit with every kind of state, run at once or in several parts."""
 
     EPOCHS, STEPS = 5, 25
 
@@ -276,7 +276,7 @@ class Everything:
         )
 
     def outcome(self, loop: Loop, result: Mapping[str, float]) -> list[Any]:
-        """All that a fit leaves behind."""
+        """All results of a fit."""
         best = {
             p.name: checkpoint.load(p)["model"] for p in loop.checkpoints.folder.glob("best_*.pt")
         }
@@ -285,7 +285,7 @@ class Everything:
 
 
 def identical(one: Any, other: Any) -> bool:
-    """Nested values, bit for bit."""
+    """Whether nested values are equal bit for bit."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -301,7 +301,7 @@ def terminate() -> None:
 
 @pytest.fixture(scope="session")
 def open_bench() -> Callable[[Path], Bench]:
-    """Fits of the small model in a folder of your choice."""
+    """Fits of the small model in a given folder."""
     return Bench
 
 
@@ -318,13 +318,13 @@ def bench(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Bench]:
 
 @pytest.fixture
 def make_batch() -> Callable[..., Batch]:
-    """A batch of so many samples."""
+    """A batch of `n` samples."""
     return columns
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
-    """The small model, the same every time."""
+    """The small model with the same initial weights."""
 
     def make(**arguments: Any) -> nn.Module:
         torch.manual_seed(1)

@@ -150,7 +150,7 @@ def by_hand(step: Step, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tenso
 
 
 class Small(Model):
-    """Stands for a GPU that holds so many samples."""
+    """Simulates a GPU with memory for a number of samples."""
 
     def __init__(self, room: int) -> None:
         super().__init__(0.0)
@@ -163,7 +163,7 @@ class Small(Model):
 
 
 class SmallAtTheEnd(Small):
-    """The memory is gone when most of the backward pass is done."""
+    """Runs out of memory near the end of the backward pass."""
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         def check(_: Tensor) -> None:

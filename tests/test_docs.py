@@ -1,4 +1,4 @@
-"""The documentation is true: its commands compose, its code runs, its trees and links are there."""
+"""The documentation is correct: commands compose, code runs, file trees and links exist."""
 
 import ast
 import json
@@ -36,7 +36,7 @@ PAGES = [
 ]
 GUIDE = (ROOT / "docs/guide.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Commands of others, which are shown and not checked.
+# Commands of other programs, which are not checked.
 FOREIGN = {"eval", "export", "git", "pip", "python3.11", "source"}
 FOREIGN |= {"optuna-dashboard", "tensorboard"}
 
@@ -88,7 +88,7 @@ def of(name: str) -> list[tuple[str, list[str]]]:
 
 
 def values(words: list[str]) -> dict[str, str] | None:
-    """The words of a command that only sets values, by key; None of one that does more."""
+    """The overrides of a command by key; None if it does more than set values."""
     own = [word for word in words if word != "-m"]
     if not all(re.match(r"(seed|resume|experiment|\w+\.[\w.]+)=", word) for word in own):
         return None
@@ -238,7 +238,7 @@ def python(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_system_of_contributing_runs(contributed: Path) -> None:
-    """By the real command, without a row in the guide or any other edit."""
+    """With the real command, and no edit elsewhere."""
     process = python(contributed, "-m", "stagesweep", "experiment=wine", "hydra.run.dir=run")
     assert process.returncode == 0, process.stderr
     result = json.loads((contributed / "run" / "result.json").read_text())
@@ -253,7 +253,7 @@ def test_the_examples_of_contributing_keep_the_import_rules(contributed: Path) -
 
 
 def test_the_examples_of_contributing_pass_all_tests(contributed: Path) -> None:
-    """Their own, and those that find every YAML, package and page."""
+    """The tests of the examples, and those that find every YAML, package and page."""
     (rows,) = (body for body in blocks("CONTRIBUTING.md", "markdown") if body[:1] == "|")
     (contributed / "docs/guide.md").write_text(with_rows(GUIDE, rows.splitlines(keepends=True)))
     own = "wine or linear or sparsity or embed or laptop or reached"
@@ -274,7 +274,7 @@ def test_python_blocks_are_valid(page: str) -> None:
 
 
 def entries(folder: Path) -> set[str]:
-    """What a person sees of a folder that git does not ignore: folders end with a slash."""
+    """The visible entries of a folder that git does not ignore; folders end with a slash."""
     ignored = [line.strip("/") for line in text(".gitignore").splitlines() if line[:1] != "#"]
     found = {path.name + "/" * path.is_dir() for path in folder.glob("[!.]*")}
     return {name for name in found if not any(fnmatch(name.strip("/"), each) for each in ignored)}
@@ -379,7 +379,7 @@ def test_each_walkthrough_has_at_most_twelve_steps_with_file_and_function(headin
 
 
 def anchors(page: str) -> set[str]:
-    """What a heading is called in a link."""
+    """The anchor of a heading."""
     prose = BLOCK.sub("", text(page))
     headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
     plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)

@@ -1,4 +1,4 @@
-"""The benchmarks of hardware do run; what they measure is worth something on a GPU only."""
+"""The hardware benchmarks run; their figures mean something only on a GPU."""
 
 import re
 from collections.abc import Iterator

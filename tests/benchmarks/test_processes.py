@@ -1,4 +1,4 @@
-"""The benchmark of several processes does run."""
+"""The benchmark of several processes runs."""
 
 import re
 import subprocess

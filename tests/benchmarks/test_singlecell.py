@@ -1,4 +1,4 @@
-"""The benchmark of the GMVAE runs, and what it compares computes the same."""
+"""The benchmark of the GMVAE runs, and its variants compute the same values."""
 
 import subprocess
 import sys

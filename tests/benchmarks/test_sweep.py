@@ -1,4 +1,4 @@
-"""What the benchmarks of the sweep engine compute and make; running them is `make bench-sweep`."""
+"""Helpers of the sweep benchmarks; `make bench-sweep` runs the benchmarks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_slots_are_busy_from_the_first_begin_to_the_last() -> None:
     from benchmarks.sweep.busy import busy
 
     assert busy([(0, 4), (0, 2), (2, 9), (4, 5)], slots=2) == 1
-    # One slot waits from 1 to 3; what comes after the last begin does not count.
+    # One slot waits from 1 to 3; time after the last begin does not count.
     assert busy([(0, 3), (0, 1), (3, 20), (3, 4)], slots=2) == pytest.approx(4 / 6)
 
 

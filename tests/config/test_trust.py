@@ -1,4 +1,4 @@
-"""What a config may name of the libraries, and what it may not."""
+"""Which classes of the libraries a config may name."""
 
 import pytest
 

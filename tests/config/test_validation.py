@@ -1,4 +1,4 @@
-"""Each fault of a config is reported before a run starts, in one line."""
+"""Each error in a config is reported in one line before a run starts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +70,7 @@ LINES = {
     "stage.joint.sampler={_target_: stagesweep.data.sampler.Nothing}": "stage.joint.sampler."
     "_target_: cannot load 'stagesweep.data.sampler.Nothing': no 'Nothing' in "
     "stagesweep.data.sampler; there are ",
-    # what must go together
+    # settings that depend on each other
     "+stage.joint.loss={kll: {weight: 1}}": "stage.joint.loss.kll: no such loss term; did you mean "
     "'kl'?",
     "stage.pretrain.loss={reconstruction: {weight: 0}, kl: {weight: 0}}": "stage.pretrain.loss: no "

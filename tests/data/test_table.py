@@ -1,4 +1,4 @@
-"""Reading CSV files, and the errors that say what is wrong with one."""
+"""Reading CSV files, and the errors for invalid ones."""
 
 import gzip
 

@@ -1,5 +1,5 @@
-"""Several processes, and smaller micro-batches, learn what one process does with whole batches: the
-real command, started here and by torchrun.
+"""Several processes, and smaller micro-batches, give the results of one process with whole batches:
+the real command, started directly and by torchrun.
 """
 
 import json
@@ -32,7 +32,7 @@ COMMON = (
     "~stage.figures",
 )
 DIGITS = ("experiment=digits", *COMMON, "stage.pretrain.epochs=1")
-# Long enough to be ended on the way.
+# Long enough to be killed before its end.
 EARS = (
     "experiment=audiogram_simulated",
     "data.animals=400",
@@ -41,7 +41,7 @@ EARS = (
     "stage.pretrain.epochs=12",
     "stage.pretrain.save_seconds=0",
 )
-# A stage of its own makes what its classifier learns from. Dropout depends on the division.
+# A stage computes the data of the classifier. Dropout depends on the division.
 CELLS = (
     "experiment=singlecell",
     "hardware=cpu",
@@ -55,7 +55,7 @@ CELLS = (
     "model.patients.hidden=[32,16]",
     "model.patients.dropout=0",
     "stage.gmvae.epochs=3",
-    "~stage.gmvae.metrics.types",  # ranks of nearly equal numbers are no smooth function of them
+    "~stage.gmvae.metrics.types",  # ranks of nearly equal numbers are not a smooth function of them
     "stage.pseudobulk.n_samples=4",
     "stage.patients.epochs=3",
     *(f"~stage.{name}" for name in ("baselines", "score", "patient_score", "cross_validation")),
@@ -100,7 +100,7 @@ def statuses(folder: Path) -> list[str]:
 
 
 def assert_same_numbers(folder: Path, expected: Path) -> None:
-    """Every number of every epoch, but for the speed; the last stage has three."""
+    """All metrics of every epoch except speed; the last stage has three epochs."""
     curves = [
         [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
         for each in (folder, expected)

@@ -1,4 +1,4 @@
-"""Bad input gets one clear line, a non-zero exit and no traceback: asserted on the real command."""
+"""Bad input gives one clear line, non-zero exit status and no traceback, with the real command."""
 
 import gzip
 import subprocess
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 QUICK = ("stage.pretrain.epochs=1", "stage.joint.epochs=1", "stage.figures.umap=false")
-# Training alone, with a number of clusters that is given.
+# Training only, with a fixed number of clusters.
 TRAINING = (
     "experiment=digits",
     *QUICK,
@@ -39,7 +39,7 @@ def command(warm: "Warm") -> Command:
 
 
 def assert_one_line(finished: "subprocess.CompletedProcess[str]", *parts: str) -> None:
-    """Status 1 and one line of our own on stderr that has all `parts`."""
+    """Assert status 1 and one line on stderr that contains all `parts`."""
     lines = [line for line in finished.stderr.splitlines() if line.startswith("stagesweep: ")]
     assert finished.returncode == 1, finished.stderr
     assert "Traceback" not in finished.stderr
@@ -97,7 +97,7 @@ def test_a_foreign_checkpoint_is_named(command: Command, tmp_path: Path, content
 
 
 def simulated(folder: Path, real_data: Path) -> Path:
-    """The real labelled table, small, to be damaged in one way."""
+    """A small part of the real labelled table, for a test to damage."""
     lines = (real_data / "audiogram" / "impc_abr_labelled_1345.csv").read_text().splitlines()
     path = folder / "mice.csv"
     path.write_text("\n".join(lines[:300]) + "\n")

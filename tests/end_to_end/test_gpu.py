@@ -1,4 +1,4 @@
-"""What only a GPU can show: trials that share one card, and the numbers of the CPU."""
+"""Tests that need a GPU: trials that share one, and results close to those of the CPU."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""A run on a machine that is too small for it."""
+"""A run on a machine with too little memory."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Finished work is never lost or done twice: the real command, killed and started again."""
+"""Finished stages are neither lost nor repeated: the real command, killed and started again."""
 
 import json
 import os
@@ -61,20 +61,20 @@ def start(warm: "Warm") -> Start:
 
 
 def joint_rows(store: Path) -> int:
-    """Rows of numbers that the joint stage has written so far."""
+    """Rows that the joint stage has written so far."""
     found = [path.read_text() for path in store.rglob("metrics.jsonl")]
     return sum(text.count('"stage": "joint"') for text in found)
 
 
 def wait_for_rows(process: "Process", store: Path, rows: int) -> None:
-    """Until the joint stage is that far, or the process is done."""
+    """Wait until the joint stage has that many rows, or the process has ended."""
     while process.poll() is None and joint_rows(store) < rows:
         time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody touched, and the store it filled: <folder>/run, <folder>/store."""
+    """An uninterrupted run and its store: <folder>/run, <folder>/store."""
     folder = tmp_path_factory.mktemp("undisturbed")
     process = start(folder, folder / "store", *QUICK, "hydra.run.dir=run")
     _, errors = process.communicate(timeout=300)

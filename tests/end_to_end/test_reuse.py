@@ -1,4 +1,4 @@
-"""A run whose every stage is stored: the same folder again, without what only training needs."""
+"""A run with all stages in the store: equal files, without the imports that training needs."""
 
 import json
 import os
@@ -38,7 +38,7 @@ QUICK = (
     "stage.figures.umap=false",
 )
 HEAVY = ("torch", "sklearn", "scipy", "pandas", "matplotlib")
-# The command, and at its end which of the heavy packages it has imported.
+# The command, which prints the heavy packages that it has imported.
 COMMAND = f"""
 import sys
 from stagesweep.cli import main
@@ -92,7 +92,7 @@ def statuses(folder: Path) -> dict[str, str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What stages left in the folder of a run, and its rows of numbers."""
+    """The files of the stages in the folder of a run, and its metrics."""
     paths = [folder / "metrics.jsonl", *(folder / "stages").rglob("*")]
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.is_file()}
 

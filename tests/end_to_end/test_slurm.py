@@ -1,4 +1,4 @@
-"""Put back into the queue: the job script of the guide, with the signals that Slurm sends."""
+"""The job script of the guide, with the signals that Slurm sends: the job is requeued."""
 
 import json
 import os
@@ -22,7 +22,7 @@ RUN = "stagesweep experiment=digits hydra.run.dir=outputs/digits/first"
 
 
 class Cluster:
-    """A folder, and a path on which `scontrol` writes down what it is asked."""
+    """A folder, and a PATH with a `scontrol` that records its arguments."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, folder / "store"

@@ -1,4 +1,4 @@
-"""The whole of `experiment=speech_quick` with the real command: reused, killed and gone on with."""
+"""All of `experiment=speech_quick` with the real command: a run, its reuse, a kill and a resume."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def numbers(found: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same: all but how many experts there was something left to do for."""
+    """The metrics that a resumed run must repeat: all but the numbers of trained experts."""
     skipped = ("experts/trained", "experts/reused")
     return {name: value for name, value in found["metrics"].items() if name not in skipped}
 

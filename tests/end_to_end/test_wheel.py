@@ -1,4 +1,4 @@
-"""What pip installs runs outside the checkout: the wheel carries the config."""
+"""The installed wheel runs outside the checkout: it contains the config."""
 
 import os
 import subprocess

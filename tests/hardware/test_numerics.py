@@ -12,7 +12,7 @@ from stagesweep.hardware.profile import choose_device
 
 
 def outcome(decide: Callable[[Hardware], Precision], settings: Hardware) -> str:
-    """A decision, or what is said against the profile."""
+    """The result, or the text of the error."""
     try:
         return decide(settings)
     except UserError as error:
@@ -52,7 +52,7 @@ def test_the_cpu_needs_no_torch(needs_torch: Callable[[str], bool]) -> None:
 
 
 def test_a_cpu_has_no_tf32() -> None:
-    """What has no effect on this machine is not in a fingerprint."""
+    """A setting without effect on this machine is not in the fingerprint."""
     wanted = Hardware(device=Device.cpu, tf32=True)
     assert numerics(wanted) == numerics(Hardware(device=Device.cpu))
 

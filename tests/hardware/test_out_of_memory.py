@@ -1,4 +1,4 @@
-"""A device that is too small, played by a model that raises what torch raises above n samples."""
+"""Out of memory, simulated by a model that raises torch's errors above a number of samples."""
 
 import gc
 import logging
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU = resolve(schema.Hardware(device=schema.Device.cpu))
-# As torch says it of the CPU's memory.
+# torch's message about the memory of the CPU.
 MESSAGE = (
     "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."
 )
@@ -39,7 +39,7 @@ def cpu_error() -> RuntimeError:
 
 
 class Small(nn.Module):
-    """Any model on a device that has room for so many samples, in training and without."""
+    """A model on a device with memory for `room` samples, in training and evaluation."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ def test_a_prediction_is_made_in_smaller_parts(bench: "Bench") -> None:
 
 
 class Counted(nn.Module):
-    """A model on a device whose memory counts every tensor that is alive, whoever holds it.
+    """A model on a device whose memory counts every live tensor.
 
     A sample needs two activations. `room` is the number of samples that fit.
     """
@@ -156,13 +156,13 @@ class Counted(nn.Module):
         self.alive: list[weakref.ref[Tensor]] = []
 
     def count(self, made: Tensor) -> Tensor:
-        """Count a new tensor, as an allocator that is asked for memory."""
+        """Count a new tensor, as an allocator does."""
         held = [tensor for each in self.alive if (tensor := each()) is not None]
         try:
             if sum(map(len, held)) + len(made) > 2 * self.room:
                 raise cuda_error()
         except RuntimeError as error:
-            kept = error  # as code that looks at an error and raises it again
+            kept = error  # as code that inspects an error and raises it again
             raise kept from None
         self.alive = [weakref.ref(tensor) for tensor in (*held, made)]
         return made
@@ -176,7 +176,7 @@ class Counted(nn.Module):
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """No garbage collection that happens to come in time."""
+    """Disable garbage collection, which might free memory by chance."""
     gc.disable()
     yield
     gc.enable()
@@ -210,14 +210,14 @@ def test_a_failed_attempt_of_the_search_holds_no_memory_in_the_next(
 
 def test_the_peak_of_a_process_is_in_mebibytes() -> None:
     before = peak_mib(torch.device("cpu"))
-    held = torch.ones(int(before + 64) * 2**18)  # larger than all it ever held
+    held = torch.ones(int(before + 64) * 2**18)  # larger than its peak so far
     assert 32 < peak_mib(torch.device("cpu")) - before < 2 * (before + 64)
     assert held[0] == 1
 
 
 @pytest.fixture
 def full_gpu() -> Any:
-    """A GPU of which torch may have 200 MB beyond what it has."""
+    """A GPU on which torch may allocate another 200 MB."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2e8) / total)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Goes as far as it is told."""
+    """A clock that the test advances."""
 
     now = 0.0
 

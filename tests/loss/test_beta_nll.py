@@ -37,7 +37,7 @@ def test_at_beta_one_the_mean_learns_as_from_a_squared_error() -> None:
 
 
 def test_samples_of_a_group_are_not_negatives_of_each_other() -> None:
-    """What is lost does not grow with more of one patient's samples, but with others' nearness."""
+    """The loss depends on the distance to other patients, not on the number of samples of one."""
     points = torch.nn.functional.normalize(torch.randn(5, 3), dim=1)
     group = torch.tensor([0, 0, 0, 1, 2])
     total, n = InfoNCE("patient", 0.5)({"projection": points}, {"patient": group})

@@ -18,7 +18,7 @@ Compose = Callable[..., DictConfig]
 
 LOSSES = sorted(file.stem for file in (register.folder() / "loss").glob("*.yaml"))
 EXPERIMENTS = sorted(file.stem for file in (register.folder() / "experiment").glob("*.yaml"))
-# Where a loss is tried that no experiment uses without a file.
+# Experiments for losses that are otherwise used only with a file.
 OTHERWISE = "audiogram_simulated"
 
 

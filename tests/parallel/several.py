@@ -1,5 +1,5 @@
-"""What three processes do for test_process_group: `python several.py <folder>` leaves what each of
-them found in `<folder>/<rank>.pt`.
+"""The three processes of test_process_group: `python several.py <folder>` saves the results of each
+process in `<folder>/<rank>.pt`.
 """
 
 import json
@@ -58,7 +58,7 @@ OWN_PARTS: dict[str, Any] = {"epochs": 2, "loss": {"error": schema.Weight()}, "b
 
 
 class Sometimes(Model):
-    """Has a layer that nothing uses, and one for samples whose first feature is large."""
+    """A model with an unused layer, and a layer for samples whose first feature is large."""
 
     def __init__(self) -> None:
         super().__init__(0.0)
@@ -89,7 +89,7 @@ def gradients_of_each() -> dict[str, float]:
 
 
 def own_part_alone() -> float:
-    """The same where each process has no more than its own samples."""
+    """The same where each process has its own samples only."""
     batch, names = make_batch(20), ["square", "masked"]
     reference = make_step(names)
     expected, _ = by_hand(reference, reference.model(batch), batch)
@@ -120,7 +120,7 @@ def parameters_of_some() -> dict[str, Any]:
 
 
 def out_of_memory_on_one(kind: type[Small]) -> dict[str, Any]:
-    """A GPU with room for two samples, on one of the processes."""
+    """Out-of-memory on one process, whose GPU has memory for two samples."""
     batch = make_batch(24)
     torch.manual_seed(0)
     small = kind(2 if current_group().rank == 1 else 100).double()
@@ -134,7 +134,7 @@ def out_of_memory_on_one(kind: type[Small]) -> dict[str, Any]:
 
 @dataclass
 class Watched(ProcessGroup):
-    """Notes how many gradients there were when each sum was begun."""
+    """Records the number of gradients at the start of each sum."""
 
     sums: gradient_exchange.GradientExchange | None = None
     there: list[int] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Watched(ProcessGroup):
 
 
 def overlap() -> list[int]:
-    """How many gradients there were when each bucket was sent, and how many there are."""
+    """Number of gradients when each bucket was sent, and in the end."""
     watched = Watched(current_group().rank, current_group().world_size)
     step = make_step(WEIGHTS, group=watched)
     watched.sums = step.micro_batches.exchange
@@ -160,7 +160,7 @@ def rows(bench: Bench, name: str) -> list[dict[str, Any]]:
 
 
 def fits(bench: Bench) -> dict[str, Any]:
-    """Fits with everything in them, alone and with the others."""
+    """Fits with every kind of state, in one process and in all."""
     found: dict[str, Any] = {}
     for name, settings in {"everything": EVERYTHING, "own parts": OWN_PARTS}.items():
         loop = bench.loop(name=name, group=current_group(), log_every=1, **settings)
@@ -178,7 +178,7 @@ def fits(bench: Bench) -> dict[str, Any]:
 
 
 def stopped(bench: Bench) -> dict[str, Any]:
-    """One of them is told to stop; then the others go on alone from what was saved."""
+    """A signal to one process stops the fit; then the main process resumes it alone."""
     from stagesweep.base import signals
 
     loop = bench.loop(name="stopped", group=current_group(), **EVERYTHING)
@@ -203,7 +203,7 @@ def stopped(bench: Bench) -> dict[str, Any]:
 
 
 def statistics(bench: Bench) -> dict[str, Any]:
-    """Batch norm, after an epoch in which each process saw samples of its own."""
+    """Batch norm statistics after an epoch in which each process had its own samples."""
     torch.manual_seed(1)
     from fits import Tiny
 
@@ -217,7 +217,7 @@ def statistics(bench: Bench) -> dict[str, Any]:
 
 
 def whole_split(bench: Bench) -> dict[str, bool]:
-    """Outputs of a split of 44, and of one with fewer samples than there are processes."""
+    """Outputs of a split of 44 samples, and of one with fewer samples than processes."""
     found = {}
     for n in (44, 2):
         loop = bench.loop(name=f"split {n}")
@@ -233,7 +233,7 @@ def whole_split(bench: Bench) -> dict[str, bool]:
 
 
 def one_gone() -> str:
-    """The last of them leaves without a word."""
+    """The last process exits without an error."""
     if current_group().rank == SIZE - 1:
         os._exit(0)
     try:
@@ -244,7 +244,7 @@ def one_gone() -> str:
 
 
 def of_three(bench: Bench, folder: Path) -> None:
-    gradient_exchange.BUCKET = 100  # so that a small model has several
+    gradient_exchange.BUCKET = 100  # so that a small model has several buckets
     found: dict[str, Any] = {
         "gradients": gradients_of_each(),
         "own part": own_part_alone(),
@@ -268,11 +268,11 @@ def process(rank: int, size: int, work: Work, folder: Path, port: int) -> None:
     with init_process_group():
         work(bench, folder)
         bench.close()
-        os._exit(0)  # a group that has lost a process cannot be left
+        os._exit(0)  # a group that has lost a process cannot be closed
 
 
 def start(size: int, work: Work, folder: Path) -> None:
-    """Have so many processes do it, and end this one if one of them fails."""
+    """Run `work` in `size` processes; exit if one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,5 +1,5 @@
-"""What two and then three processes do for test_fsdp, each with a part of the model:
-`python sharded.py <folder>` leaves what they found in `<folder>/<size>_<rank>.pt`.
+"""The two, and then three, processes of test_fsdp, each with a part of the model:
+`python sharded.py <folder>` saves their results in `<folder>/<size>_<rank>.pt`.
 """
 
 import os
@@ -62,7 +62,7 @@ def gradients_of_each() -> dict[str, float]:
 
 
 def parameters_of_some() -> dict[str, Any]:
-    """Which parameters get a gradient, where some are used by one process and some by none."""
+    """Which parameters have a gradient if some are used by one process and some by none."""
     batch, there = make_batch(12), []
     for several in (False, True):
         torch.manual_seed(0)
@@ -75,14 +75,14 @@ def parameters_of_some() -> dict[str, Any]:
 
 
 def share(loop: Loop) -> float:
-    """How much of all weights and moments this process holds."""
+    """The share of all weights and moments that this process holds."""
     moments = [s["exp_avg"] for s in loop.optimizer.state.values()]
     held = [sum(t.to_local().numel() for t in each) for each in (loop.parameters, moments)]
     return max(held) / sum(p.numel() for p in loop.parameters)
 
 
 def fit(bench: Bench) -> dict[str, Any]:
-    """A fit with everything in it, and the same of one process."""
+    """A fit with every kind of state, and the same fit in one process."""
     loop = bench.loop(
         name="sharded", group=current_group(), log_every=1, hardware=HARDWARE, **SETTINGS
     )
@@ -100,7 +100,7 @@ def fit(bench: Bench) -> dict[str, Any]:
 
 
 def stopped(bench: Bench, folder: Path, hardware: dict[str, Any], group: ProcessGroup) -> None:
-    """A fit that is told to stop in its second epoch, whose checkpoints are in that folder."""
+    """Stop a fit by a signal in its second epoch; its checkpoints are in the folder."""
     loop = bench.loop(name=folder.name, group=group, hardware=hardware, keep_last=2, **SETTINGS)
     loop.checkpoints.folder = folder
     begin = loop.set_learning_rates
@@ -118,7 +118,7 @@ def stopped(bench: Bench, folder: Path, hardware: dict[str, Any], group: Process
 def gone_on(
     bench: Bench, folder: Path, hardware: dict[str, Any], group: ProcessGroup
 ) -> dict[str, Any]:
-    """Where a fit goes on `from` with the checkpoints of that folder, and what it ends with."""
+    """The step that a fit resumes `from` in the folder, and its final metrics."""
     loop = bench.loop(name="again", group=group, hardware=hardware, **SETTINGS)
     loop.checkpoints.folder = folder
     loop.checkpoints.restore()
@@ -127,7 +127,7 @@ def gone_on(
 
 
 def full() -> str:
-    """What a process says whose device is full; the other would wait for it."""
+    """The error of a process that runs out of memory; the other would wait for it."""
     step = sharded(["square"], make_step(["square"]).model, 4)
 
     def no_room(*_: Any) -> None:

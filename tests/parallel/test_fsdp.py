@@ -1,4 +1,4 @@
-"""Processes that have a part of the model each learn what one does: see sharded.py."""
+"""Processes with a part of the model each compute the same as one process; see sharded.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ Found = dict[int, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def found(left_by: Callable[[str], Path]) -> Found:
-    """What each of two, and then of three, processes found."""
+    """Results of two, and then three, processes."""
     folder = left_by("sharded")
     return {
         size: [torch.load(folder / f"{size}_{rank}.pt", weights_only=True) for rank in range(size)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Small(nn.Module):
-    """Has room for so many samples in training; counts the calls, and has a norm and dropout."""
+    """A model with memory for `room` samples in training; counts its calls, has norm and dropout."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Small(nn.Module):
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
     yield tmp_path / "store" / "micro_batches"
-    assert Store.default().entries() == []  # what lies there is no entry
+    assert Store.default().entries() == []  # the cache is not an entry
 
 
 def fit(bench: "Bench", name: str, room: int = 12, **given: Any) -> tuple[Loop, dict[str, float]]:
@@ -57,7 +57,7 @@ def test_the_micro_batch_is_searched_and_cached(bench: "Bench", store: Path) -> 
     (file,) = store.iterdir()
     said = json.loads(file.read_text())
     assert (said["micro_batch"], said["batch"], said["device"]) == (12, 22, "cpu")
-    # The fit is that of the same micro-batch given by hand: the search leaves nothing behind.
+    # The fit equals one with the same micro-batch set by hand: the search has no side effects.
     _, given = fit(bench, "by hand", hardware={"micro_batch": 12})
     # Not to the last bit: the search leaves tensors at other addresses, and their alignment decides
     # in which order some CPUs add. Evaluation has other batches, those of the profile.

@@ -1,4 +1,4 @@
-"""Three processes learn what one does. They start once, for all tests here: see several.py."""
+"""Three processes compute the same as one. They start once for all tests; see several.py."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Found = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def found(left_by: Callable[[str], Path]) -> Found:
-    """What each of three processes found."""
+    """Results of each of the three processes."""
     folder = left_by("several")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
 
@@ -58,7 +58,7 @@ def test_gradients_are_sent_during_the_backward_pass(found: Found) -> None:
 @pytest.mark.parametrize(("name", "undivided"), [("everything", True), ("own parts", False)])
 def test_a_fit_in_three_processes_equals_one(found: Found, name: str, undivided: bool) -> None:
     assert {each["fits"][name]["undivided"] for each in found} == {undivided}
-    # The best weights are the main process's alone, which goes on with them.
+    # Only the main process has the best weights.
     assert all(each["fits"][name]["same weights"] for each in found) == (name == "own parts")
     main = found[0]["fits"][name]
     assert len(main["rows"]) == len(main["expected rows"]) > 6

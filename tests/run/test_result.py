@@ -1,4 +1,4 @@
-"""What result.json says of a run."""
+"""The content of result.json."""
 
 import json
 import math

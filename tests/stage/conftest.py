@@ -43,7 +43,7 @@ class Blobs:
         }
 
     def split(self, name: str) -> View:
-        """The first half to train on, a quarter each to validate and test."""
+        """Half of the points are train, a quarter each val and test."""
         n = len(self.columns["blob"])
         rows = {"train": slice(0, n // 2), "val": slice(n // 2, 3 * n // 4)}.get(
             name, slice(3 * n // 4, n)

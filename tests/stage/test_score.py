@@ -65,7 +65,7 @@ def test_a_baseline_has_the_scores_of_its_arrays(run: Context) -> None:
     metrics = Score(label="label", metrics=METRICS, baselines="others.npz")(run)
     assert [metrics[f"{split}_oracle_accuracy"] for split in SPLITS] == [1, 1, 1]
     assert metrics["test_accuracy"] < 0.7
-    # It gave no latent means: no clusters, and no number that says so.
+    # Without latent means it has no scores of clusters.
     assert "test_oracle_ari" not in metrics
     table = artifact(run, "comparison.csv")
     assert table["method"].tolist() == ["model"] * 3 + ["oracle"] * 3

@@ -1,4 +1,4 @@
-"""The inputs of each stage, which its fingerprint covers."""
+"""The inputs of each stage, as covered by its fingerprint."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
-"""Sweeps made by hand: a real Optuna study, and the files that its trials leave. And a folder to
-run the real command in, on an experiment of one toy stage.
+"""Sweeps built by hand: a real Optuna study, and the files of its trials. Also a folder for the
+real command, with an experiment of one toy stage.
 """
 
 import json
@@ -55,7 +55,7 @@ class Maker:
         constraints: Mapping[str, float] | None = None,
         **attributes: Any,
     ) -> Path:
-        """Add one; it lasts a minute, and begins `pause` seconds after the one before it ended."""
+        """Add a trial of one minute, `pause` seconds after the end of the previous one."""
         number = len(self.study.get_trials(deepcopy=False))
         begun = self.end + timedelta(seconds=pause)
         self.end = begun + timedelta(minutes=1)
@@ -120,7 +120,7 @@ Make = Callable[..., Maker]
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Begin a sweep: `make("name", directions=["minimize"], objectives=["joint/val_loss"])`."""
+    """Start a sweep: `make("name", directions=["minimize"], objectives=["joint/val_loss"])`."""
     monkeypatch.setenv("STAGESWEEP_STORE", str(tmp_path / "store"))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -135,7 +135,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 EXPERIMENT = """# @package _global_
-# A stage that does as it is told, with a model and data that cost nothing to import.
+# A stage with configurable behaviour; its model and data import nothing.
 defaults:
   - override /data: toy
   - override /model: toy
@@ -148,7 +148,7 @@ objective:
 
 
 class Lab:
-    """A folder to sweep in, with an experiment of one toy stage."""
+    """A folder for sweeps, with an experiment of one toy stage."""
 
     def __init__(self, folder: Path, warm: "Warm") -> None:
         self.folder, self.log, self.warm = folder, folder / "log", warm
@@ -189,17 +189,17 @@ class Lab:
 
     @property
     def calls(self) -> list[list[str]]:
-        """When each call of the stage began and ended, its folder, and which GPUs it saw."""
+        """Begin, end, folder and visible GPUs of each call of the stage."""
         return [file.read_text().split() for file in self.log.iterdir() if file.name.isdigit()]
 
     def processes(self) -> list[int]:
-        """Processes that still run something of this sweep: those that work in its folder."""
+        """Running processes of this sweep: those that work in its folder."""
         found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
         return [each for each in found if _folder(each).is_relative_to(self.folder)]
 
 
 def _folder(process: int) -> Path:
-    """Where a process works; of one that has ended, nowhere."""
+    """The working folder of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{process}/cwd").readlink()
     except OSError:

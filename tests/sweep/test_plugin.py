@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Compose = Callable[..., DictConfig]
 
-# The stages that take a while are left out; the pretraining is trained once and then reused.
+# Slow stages are left out; pretraining runs once and is then reused.
 QUICK = (
     "experiment=tiny",
     "~stage.init_clusters",
@@ -247,7 +247,7 @@ def test_a_pruned_fit_is_partial_and_resumes_when_needed(
     left = tmp_path / "sweep" / "1" / "stages" / "3_joint"
     assert list(left.glob("checkpoints/last*.pt"))
     assert not (left / "manifest.json").exists()
-    # Wanted by itself, it goes on from its checkpoint.
+    # Run alone, it resumes from its checkpoint.
     stagesweep(
         "experiment=tiny",
         "stage.joint.epochs=3",

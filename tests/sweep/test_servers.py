@@ -72,13 +72,13 @@ def server() -> Iterator[Server]:
 
 
 def study(lab: "Lab", server: Server) -> optuna.Study:
-    """The study of this test, by the name that its folder says."""
+    """The study of this test, named by its folder."""
     name = next(
         line.split(": ")[1]
         for line in (lab.folder / "sweep" / "sweep.yaml").read_text().splitlines()
         if line.startswith("study: ")
     )
-    # No pool: connections of a test end with what it asks.
+    # No pool, so that connections end with their queries.
     storage = optuna.storages.RDBStorage(server.url(), engine_kwargs={"poolclass": NullPool})
     return optuna.load_study(study_name=name, storage=storage)
 
@@ -95,7 +95,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 def both(lab: "Lab", server: Server, *space: str) -> list[str]:
-    """The same command twice at once, to the end; returns what each said."""
+    """Run the same command twice at once to the end; returns the output of each."""
     names = (f"search.study={lab.folder.name}", f"hydra.sweeper.storage={server.url()}")
     pair = [lab.start(*space, "sweep.slots=1", *names) for _ in range(2)]
     ends = [process.communicate(timeout=300) for process in pair]
@@ -154,7 +154,7 @@ def test_trials_of_a_dead_controller_are_taken_over(
     second = lab.start(*given)
 
     def held(process: "subprocess.Popen[str]") -> list[int]:
-        """The trials under way that a controller looks after."""
+        """The running trials of a controller."""
         return [
             trial.number
             for trial in study(lab, server).trials
@@ -173,7 +173,7 @@ def test_trials_of_a_dead_controller_are_taken_over(
     assert sorted(trial.params["stage.toy.x"] for trial in found.trials) == [0, 1, 2, 3]
     owner = found.trials[left[0]].user_attrs["owner"]
     assert f"-{second.pid}-" in owner
-    if ended is signal.SIGSTOP:  # it comes back, and finds nothing left to do
+    if ended is signal.SIGSTOP:  # it continues, and finds nothing left to do
         calls = len(lab.calls)
         first.send_signal(signal.SIGCONT)
         said, errors = first.communicate(timeout=120)

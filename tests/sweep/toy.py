@@ -1,4 +1,4 @@
-"""A stage that does what its config says, to test what is around it. Runs in trials only."""
+"""A stage whose behaviour is set by its config, to test the engine. Runs in trials only."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ from stagesweep.base import trial
 
 
 class Nothing:
-    """A model or data set that nobody asks for anything."""
+    """A model or data set that is never used."""
 
 
 @dataclass
 class Toy:
-    """Gives ``x`` as its score and ``y`` as its cost, after so many seconds, or ends otherwise.
+    """Returns the score ``x`` and the cost ``y`` after some seconds, or fails as ``act`` says.
 
-    ``log`` is a folder that gets a file for each call: when it was, and in which slot.
+    Each call writes a file in the folder ``log``: its times and its slot.
     """
 
     log: str

@@ -1,4 +1,4 @@
-"""Other launchers, for real: joblib, submitit's local executor, a local Ray cluster."""
+"""Other launchers without mocks: joblib, submitit's local executor, a local Ray cluster."""
 
 import importlib
 import signal
@@ -63,7 +63,7 @@ def test_jobs_run_without_a_barrier_and_are_retried_and_pruned(lab: "Lab", launc
 
 @pytest.mark.parametrize("launcher", ["submitit_local", "ray"], indirect=True)
 def test_a_timeout_ends_a_job_and_an_interrupted_sweep_resumes(lab: "Lab", launcher: str) -> None:
-    # They look whether they are to end after each step; their time begins with a cold start.
+    # They check for a stop after each step; their time starts with a cold start.
     given = ("stage.toy.steps=8,9,500", "stage.toy.pause=0.5", "sweep.slots=2")
     given += ("search.timeout=45", f"hydra/launcher={launcher}")
     process = lab.start(*given)

@@ -1,4 +1,4 @@
-"""What a sweep says on a terminal."""
+"""The output of a sweep on a terminal."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""The engine by the real command: ends of every kind, resume, kills, pruning, repeats, slots."""
+"""The engine with the real command: failures, resume, kills, pruning, repeats, slots."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ import yaml
 if TYPE_CHECKING:
     from conftest import Lab
 
-# The command on a machine whose driver has left a device file; its trials find no GPU.
+# The command on a machine with the device file of a driver; its trials find no GPU.
 GPUS = """
 from stagesweep.hardware import detection
 from stagesweep.cli import main
@@ -47,14 +47,14 @@ def test_each_failure_has_its_reason_and_the_sweep_continues(lab: "Lab") -> None
     assert list(table["reason"]) == reasons
     assert "2 of 6 trials finished; the best:" in said
     study = lab.study
-    # A process that was killed is tried again under its number, one that takes too long is not.
+    # A killed process is retried under its number; one that exceeds its timeout is not.
     assert attributes(study, "retries") == {0: None, 1: None, 2: None, 3: 1, 4: 1, 5: None}
     messages = attributes(study, "message")
     assert "as it was told" in messages[1]
     assert "SIGKILL" in messages[3]
     assert messages[5] == "ran longer than 15 s"
     assert "Traceback" in (lab.folder / "sweep" / "1" / "trial.log").read_text()
-    # What is allowed counts for the whole sweep, whenever its trials ran.
+    # The limit applies to the whole sweep, over all its starts.
     calls = len(lab.calls)
     _, errors = lab.sweep(*given, "search.max_failure_rate=0.6", status=1)
     assert errors.splitlines()[-1].startswith(
@@ -86,7 +86,7 @@ def test_the_same_error_of_the_first_trials_ends_the_sweep(lab: "Lab") -> None:
     assert "the first 3 trials failed with the same error" in errors
     assert errors.count("the second line") == 1
     assert [trial.state.name for trial in lab.study.trials] == ["FAIL"] * 3
-    # Nothing has been mended: the same command burns no more of the budget.
+    # Nothing has been fixed: the same command uses no more of the budget.
     lab.sweep(*given, "search.max_failures_in_a_row=3", status=1)
     assert len(lab.study.trials) == 3
     (lab.log / "broken").unlink()
@@ -212,7 +212,7 @@ def test_points_above_a_bound_are_never_the_best(lab: "Lab") -> None:
     table = lab.table
     assert list(table.columns[3:6]) == ["toy/score", "feasible", "seconds"]
     assert list(table["feasible"]) == list(table["stage.toy.y"] <= 1)
-    # Points that a person names come first.
+    # Enqueued points come first.
     points = [tuple(trial.params.values()) for trial in lab.study.trials]
     assert points[:2] == [(2.0, 2.0), (1.9, 1.0)]
     first = lab.study.trials[0].constraints
@@ -308,7 +308,7 @@ def test_the_wilcoxon_pruner_skips_remaining_repeats(lab: "Lab") -> None:
     # Seed by seed, whatever order they ended in.
     assert trials[0].intermediate_values == {seed: 3.0 + seed for seed in range(8)}
     assert trials[0].value == 6.5
-    # Four runs that are all worse than the best say so at p = 1/16.
+    # Four runs that are all worse than the best give p = 1/16.
     assert trials[2].intermediate_values == {seed: 1.0 + seed for seed in range(4)}
     assert len(lab.calls) == 8 + 8 + 4
     assert "2 of 3 trials finished" in said

@@ -1,4 +1,4 @@
-"""The fork server on a machine with a GPU, played by a device file and a recording torch.cuda."""
+"""The fork server on a machine with a GPU, simulated by a device file and a mocked torch.cuda."""
 
 import logging
 import multiprocessing
@@ -14,7 +14,7 @@ import torch
 from stagesweep.hardware import detection
 from stagesweep.sweep.engine import slots
 
-# What initialises CUDA, on torch 2.11 with CUDA 13. `is_available` does without NVML's check.
+# Calls that initialise CUDA on torch 2.11 with CUDA 13; `is_available` does so without NVML.
 INITIALISE = (
     "is_bf16_supported",
     "get_device_properties",
@@ -27,7 +27,7 @@ Answer = tuple[list[str], str | None]
 
 
 def begin_server(pipe: "Connection[Any, Any]", devices: Path, modules: list[str]) -> None:
-    """Warm up as the server does, in a process of its own; send who initialised CUDA."""
+    """Warm up as the server does, in another process; send the package that initialised CUDA."""
     initialised: list[str] = []
 
     def initialise(name: str) -> Callable[..., Any]:

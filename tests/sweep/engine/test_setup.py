@@ -1,4 +1,4 @@
-"""What is checked before the first trial."""
+"""Checks before the first trial."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the controller reads is that of the trials, whatever is swept."""
+"""The controller has the settings of the trials, whatever is swept."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ EXPERIMENTS = {
 
 @pytest.fixture
 def read(tmp_path: Path) -> Iterator[Read]:
-    """The config of a sweep, with what it reads from its trials."""
+    """The config of a sweep, with the settings of its trials."""
     register.register()
     (tmp_path / "experiment").mkdir()
     for name, text in EXPERIMENTS.items():

@@ -31,7 +31,7 @@ WHERE = [
 
 
 class Watching:
-    """A callback that remembers what it was told."""
+    """A callback that records its calls."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []
@@ -44,7 +44,7 @@ class Watching:
 
 
 def task(cfg: DictConfig) -> Any:
-    """Give what a task can see."""
+    """Return everything that a task can see."""
     log.info("at work")
     if cfg.seed == 3:
         raise UserError("seed=3 is wrong")
@@ -56,7 +56,7 @@ def task(cfg: DictConfig) -> Any:
 
 @pytest.fixture(autouse=True)
 def undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Logging and Hydra's config are those of the process."""
+    """Restore logging and Hydra's config after each test."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
@@ -67,7 +67,7 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def work(folder: Path, *watching: Watching) -> SweepContext:
-    """The work of a sweep there, as it comes to another process."""
+    """The context of a sweep in the folder, as another process receives it."""
     register.register()
     callbacks = Callbacks()
     callbacks.callbacks = []
@@ -87,7 +87,7 @@ def test_a_job_writes_and_sees_what_hydra_provides(tmp_path: Path) -> None:
     before = Path.cwd()
     cfg, hydra, *rest = run_task(work(ours), 7, "7", ["seed=2", FIXED[0]])
     known, shown, *others = run_task(work(theirs, watching), 7, "7", ["seed=2", FIXED[0]])
-    assert watching.told[0] == 7  # Hydra ran that one
+    assert watching.told[0] == 7  # run by Hydra
     assert watching.told[1][0] == known
     assert cfg == known
     assert cfg.seed == 2

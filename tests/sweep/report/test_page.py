@@ -1,4 +1,4 @@
-"""The report: what it says, that it is one safe file, and how it looks."""
+"""The report: its content, its safety as a single file, and its look."""
 
 import json
 import re
@@ -29,7 +29,7 @@ HOSTILE = "<script>alert('x')</script> & \"$\\frac{1}{2}$\" --> <b>"
 
 
 class Page(HTMLParser):
-    """What a report shows: its tables by heading, links, scripts, text."""
+    """The content of a report: tables by heading, links, scripts, text."""
 
     VOID = frozenset({"meta", "br", "wbr"})
 
@@ -382,12 +382,12 @@ def test_chromium_draws_it(make: Make, tmp_path: Path, size: str) -> None:
         timeout=120,
         check=True,
     )
-    assert "CONSOLE" not in said.stderr  # no error of the script, nothing refused
+    assert "CONSOLE" not in said.stderr  # no error in the script, nothing blocked
     assert picture.stat().st_size > 20_000
     dom = subprocess.run(
         [*common, *own, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True
     )
-    assert 'data-ready="true"' in dom.stdout  # the script was let in by the page's own policy
+    assert 'data-ready="true"' in dom.stdout  # the page's own policy allows the script
 
 
 # ------------------------------------------------------------------------------ other programs

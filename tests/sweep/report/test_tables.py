@@ -1,4 +1,4 @@
-"""What a sweep prints, against values worked out by hand."""
+"""The printed tables of a sweep, against values computed by hand."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +60,12 @@ def test_seeds_become_a_mean_and_an_interval(make: Make) -> None:
         (accuracies.mean(), low, high)
     )
     head, *lines = (line.split() for line in tables.with_intervals(found).splitlines())
-    assert head == ["method", "split", "acc", "only_val"]  # the others tell no methods apart
+    assert head == [
+        "method",
+        "split",
+        "acc",
+        "only_val",
+    ]  # the others do not differ between methods
     mean, half = f"{accuracies.mean():.3f}", f"{high - accuracies.mean():.3f}"
     assert lines == [
         ["model", "train", mean, "±", half],

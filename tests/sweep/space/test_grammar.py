@@ -1,4 +1,4 @@
-"""What is written as a space is read as it is meant, or refused in a line."""
+"""The grammar of a search space: valid text is parsed, invalid text is one line."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What Hydra reads from a text that was typed is what a trial gets."""
+"""A trial gets the value that Hydra reads from the typed text."""
 
 from typing import Any
 

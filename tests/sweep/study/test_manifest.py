@@ -1,4 +1,4 @@
-"""What a sweep was begun with is kept, and what has changed since is said line by line."""
+"""The manifest of a sweep, and the lines about changes since its start."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -24,7 +24,7 @@ def same(study: optuna.Study, url: str) -> list[FrozenTrial]:
 
 
 def plain(trial: FrozenTrial) -> dict[str, object]:
-    """All that a trial says, but for its id in the storage."""
+    """The content of a trial, without its id in the storage."""
     names = "number state values datetime_start datetime_complete constraints params distributions"
     names += " user_attrs system_attrs intermediate_values"
     found = {name: getattr(trial, name) for name in names.split()}
@@ -47,7 +47,7 @@ def test_memory_and_disk_agree_after_every_write(tmp_path: Path) -> None:
         trial.report(0.25, 1)
         trial.set_user_attr("overrides", ("x=1", "c=a"))
         assert same(study, url)[number].user_attrs == {"overrides": ["x=1", "c=a"]}
-        if number != 1:  # one stays under way
+        if number != 1:  # one is still running
             study.tell(trial, float(number))
             assert same(study, url)[number].value == number
     again = optuna.load_study(study_name="s", storage=SingleWriterStorage(url))
@@ -85,7 +85,7 @@ def test_a_block_is_written_at_once_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert len(other.get_trials()) == 1
-    # Nothing is held back after it.
+    # Later writes are immediate.
     again = optuna.create_study(
         study_name="s", storage=SingleWriterStorage(url), load_if_exists=True
     )

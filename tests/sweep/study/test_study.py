@@ -1,4 +1,4 @@
-"""What a study knows of the files that its trials read."""
+"""Files that trials of a study have read."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -119,7 +119,7 @@ def test_the_library_is_the_sum_of_the_genes_that_are_kept() -> None:
 def test_variable_genes_are_selected_on_training_cells() -> None:
     cells = table()
     dense = cells.counts.toarray()
-    dense[:, 3] *= np.arange(240) % 5  # far from Poisson
+    dense[:, 3] *= np.arange(240) % 5  # clearly not Poisson
     test = np.isin(cells.obs.index, SingleCell(cells, NAMED).ids("test"))
     dense[:, 8] = np.where(test, dense[:, 8] * (np.arange(240) % 9), dense[:, 8])
     cells.counts = csr_matrix(dense)
