@@ -103,7 +103,7 @@ def test_impossible_settings(settings: dict[str, Any], said: str) -> None:
 
 
 class Card:
-    """Simulate a GPU with `gb` of memory, with or without bf16."""
+    """Simulates a GPU with that much memory, with or without bf16."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, gigabytes: float, bf16: bool) -> None:
         about = SimpleNamespace(total_memory=gigabytes * 1e9)

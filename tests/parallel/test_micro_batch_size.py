@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Small(nn.Module):
-    """A model with memory for `room` samples in training; counts its calls, has norm and dropout."""
+    """A model with memory for `room` samples in training; counts calls; has norm and dropout."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
