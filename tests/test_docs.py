@@ -259,7 +259,7 @@ def test_the_examples_of_contributing_pass_all_tests(contributed: Path) -> None:
     own = "wine or linear or sparsity or embed or laptop or reached"
     places = [name for name in files("CONTRIBUTING.md") if name.startswith("tests/")]
     assert {Path(name).parent.name for name in places} == {"wine", "stage"}
-    places += ["tests/configs", "tests/test_docs.py", "tests/test_rules.py"]
+    places += [f"tests/test_{name}.py" for name in ("conf", "conf_headers", "docs", "rules")]
     process = python(contributed, "-m", "pytest", "-q", "-k", own, *places)
     assert process.returncode == 0, process.stdout
 

@@ -55,7 +55,7 @@ def test_weights_of_a_part_are_loaded_into_it(tmp_path: Path, caplog: Any) -> No
     before = patients.weight.clone()
     init_from(patients, tmp_path / "weights.pt", logging.getLogger(), "patients")
     assert torch.equal(patients.weight, before)
-    assert "nothing of model.patients" in caplog.text
+    assert "no weights of model.patients" in caplog.text
 
 
 LAB = """

@@ -177,7 +177,7 @@ def test_importances_need_trials(make: Make) -> None:
     maker = make()
     for number in range(3):
         maker.trial({"lr": 0.1 * (number + 1)}, [number])
-    assert "Importances need more trials: 3 of at least 4" in shown(maker.folder).text
+    assert "Importances need more trials: 3 of at least 10" in shown(maker.folder).text
 
 
 def test_many_trials_have_their_importances_by_another_method(

@@ -369,7 +369,7 @@ def test_public_names_exist(compose: Compose) -> None:
     assert {"hardware/auto", "hardware/cpu"} <= set(options())
     assert {"rtx5090_32gb", "a100_40gb", "a100_80gb", "h100_80gb", "h200_141gb"} <= set(CARDS)
     assert "path" in list(compose("experiment=audiogram").data)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     scripts = re.findall(r'^(stagesweep\S*) = "', (root / "pyproject.toml").read_text(), re.M)
     assert {"stagesweep", "stagesweep-store"} <= set(scripts)
     assert "STAGESWEEP_STORE" in (SRC / "store" / "store.py").read_text()
