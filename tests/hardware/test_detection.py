@@ -4,7 +4,6 @@ import pytest
 
 from stagesweep.config.schema import Hardware
 from stagesweep.hardware import detection
-from stagesweep.sweep.engine.slots import local_slots
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, ["1", "3"]), ("0,1,2", ["1"]), ("2", [])])
@@ -20,10 +19,3 @@ def test_gpu_ids_are_those_of_the_slot_in_a_trial(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "0,1,2,3")
     detection.set_visible_gpus(settings)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(expected)
-
-
-def test_a_slot_holds_the_gpus_that_its_trial_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detection, "has_gpu_driver", lambda: True)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    found = local_slots("auto", Hardware(devices=2))
-    assert [each.environment["CUDA_VISIBLE_DEVICES"] for each in found] == ["0,1", "2,3"]

@@ -1,11 +1,9 @@
-"""Losses of predictions with a variance, and of groups."""
+"""Gaussian likelihood with a predicted variance."""
 
-import pytest
 import torch
 from torch.distributions import Normal
 
 from stagesweep.loss.beta_nll import BetaNLL
-from stagesweep.loss.info_nce import InfoNCE
 
 
 def outputs(n: int = 6, width: int = 4) -> dict[str, torch.Tensor]:
@@ -34,16 +32,3 @@ def test_at_beta_one_the_mean_learns_as_from_a_squared_error() -> None:
     assert mean.grad is not None
     wanted = (mean - o["x/target"]) * o["x/observed"]
     torch.testing.assert_close(mean.grad, wanted.detach())
-
-
-def test_samples_of_a_group_are_not_negatives_of_each_other() -> None:
-    """The loss depends on the distance to other patients, not on the number of samples of one."""
-    points = torch.nn.functional.normalize(torch.randn(5, 3), dim=1)
-    group = torch.tensor([0, 0, 0, 1, 2])
-    total, n = InfoNCE("patient", 0.5)({"projection": points}, {"patient": group})
-    s = (points @ points.T / 0.5).exp()
-    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
-    costs = [-(s[a, b] / (s[a, b] + s[a, 3] + s[a, 4])).log() for a, b in pairs]
-    assert total == pytest.approx(float(sum(costs) / 2), rel=1e-5)
-    assert n == 3, "a patient's only sample has no positive"
-    assert InfoNCE.whole_batch == ("projection",)

@@ -89,11 +89,6 @@ class TestRows:
         assert [row[name] for name in "abc"] == [None, None, 1.0]
         assert scalars(writer) == {"fit/c": [(2, 1.0)]}
 
-    def test_a_half_written_last_row_is_left_out(self, tmp_path: Path) -> None:
-        path = tmp_path / "metrics.jsonl"
-        path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "trai')
-        assert read_rows(path) == [{"step": 1}, {"step": 2}]
-
     def test_rewinding_keeps_rows_that_are_not_written_again(
         self, tmp_path: Path, writer: TensorBoardWriter
     ) -> None:
@@ -186,11 +181,6 @@ class TestHistogram:
         assert event.step == 7
         assert event.histogram_value.num == 6
         assert event.histogram_value.max == pytest.approx(inner.weight.max().item())
-
-
-def test_the_rows_of_a_reused_stage_are_in_tensorboard(writer: TensorBoardWriter) -> None:
-    writer.row({"stage": "a", "kind": "epoch", "epoch": 1, "step": 3, "loss": 1.5, "b": None})
-    assert scalars(writer) == {"a/loss": [(3, 1.5)]}
 
 
 def test_the_progress_bar_is_hidden_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

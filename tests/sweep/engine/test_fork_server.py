@@ -1,6 +1,5 @@
 """The fork server on a machine with a GPU, simulated by a device file and a mocked torch.cuda."""
 
-import logging
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -86,30 +85,3 @@ def test_a_package_that_initialises_cuda_is_named(
     (package / "gpu.py").write_text(f"import torch\n{line}\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert server(tmp_path, "eager_package.gpu")[1] == culprit
-
-
-@pytest.mark.parametrize("package", [None, "eager_package"])
-def test_trials_are_spawned_if_cuda_is_initialised(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, package: str | None
-) -> None:
-    monkeypatch.setattr(detection, "has_gpu_driver", lambda: True)
-    monkeypatch.setattr(slots, "_call_in_process", lambda *_: package)
-    backend = object.__new__(slots.SlotBackend)
-    backend._forkserver = multiprocessing.get_context("forkserver")
-    with caplog.at_level(logging.WARNING):
-        methods = {backend.context.get_start_method() for _ in range(2)}
-    assert methods == {"spawn" if package else "forkserver"}
-    assert [record.message.partition(" ")[0] for record in caplog.records] == [package] * bool(
-        package
-    )
-
-
-def test_cuda_initialised_without_torch_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CuPy and others initialise CUDA without torch."""
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    from stagesweep.sweep.engine import cuda_guard
-
-    assert cuda_guard.initialised_by() is None
-    with open(__file__):  # noqa: PTH123
-        monkeypatch.setattr(cuda_guard, "DRIVER_FILE", str(Path(__file__).resolve()))
-        assert cuda_guard.initialised_by() == "an imported package"

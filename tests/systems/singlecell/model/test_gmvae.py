@@ -5,7 +5,6 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 from stagesweep.base.spec import Features, Spec
 from stagesweep.base.view import Batch
 from stagesweep.systems.singlecell.model.gmvae import GMVAE, GaussianMixturePrior, SparseDropout
-from stagesweep.systems.singlecell.normalise import log_normalise
 
 SPEC = Spec({"counts": Features(tuple("abcdefghijkl"), low=0.0, unit="count")}, labels={"label": 3})
 
@@ -72,13 +71,6 @@ def test_loading_weights_changes_the_number_of_components() -> None:
     torch.testing.assert_close(second(batch())["assignment"], first(batch())["assignment"])
     first.clusters.set_centres(torch.zeros(2, 4))
     torch.testing.assert_close(first(batch())["assignment"], torch.full((7, 2), 0.5))
-
-
-def test_log_normalisation_is_per_ten_thousand_counts() -> None:
-    given = batch()
-    expected = given["counts"] / given["counts"].sum(1, keepdim=True) * 10_000
-    found = log_normalise(given["counts"], given["library"])
-    torch.testing.assert_close(found.expm1(), expected, rtol=1e-4, atol=1e-2)
 
 
 def test_sparse_dropout_is_dropout_of_nonzero_values() -> None:
