@@ -71,7 +71,8 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-# Errors of a disk, whatever the run does: full, read-only, broken, or no longer mounted.
+# Errors that count as failures of the disk, not of the run: full, read-only, broken, or no longer
+# mounted.
 DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO} | {errno.ESTALE, errno.ENODEV, errno.ENXIO}
 )

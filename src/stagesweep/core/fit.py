@@ -114,7 +114,7 @@ class Loop:
         self.tracker.check(metric_names(self.loss.terms))
         seed_everything(self.seed)
         self.checkpoints.restore()
-        self.rows.rewind(state.epoch, state.step)  # drops what is logged again
+        self.rows.rewind(state.epoch, state.step)  # drops rows that are logged again
         stage, visible = self.rows.stage, self.group.is_main
         with signals.deferred(), progress_bar(stage, state.step, visible) as bar:
             while state.epoch < settings.epochs and not state.finished:

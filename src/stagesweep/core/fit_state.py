@@ -183,7 +183,7 @@ class FitCheckpoints:
             last = self.full_weights()
             if self.group.is_main:
                 checkpoint.save(self.folder / "last.pt", {"model": last})
-        if not self.group.is_main:  # the run goes on in the main process
+        if not self.group.is_main:  # only the main process continues the run
             return state.summary
         if select == "last":
             if state.ema is not None or self.fsdp is not None:

@@ -91,7 +91,7 @@ def by_name(outputs: Mapping[str, Value], columns: Mapping[str, Value]) -> dict[
 
 
 def pick(names: Collection[str], there: Mapping[str, Value]) -> dict[str, Value]:
-    """The entries of `names`; UserError lists what there is."""
+    """The entries of `names`; UserError lists the known names."""
     for name in names:
         if name not in there:
             have = ", ".join(sorted(n for n in there if not n.startswith("input/")))

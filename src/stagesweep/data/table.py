@@ -1,4 +1,4 @@
-"""Reads CSV files and reports what is wrong with them."""
+"""Reads CSV files and reports errors in them."""
 
 import csv
 import zlib

@@ -27,7 +27,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def drop_frames(error: BaseException) -> None:
-    """Drop what the failed call of an error that was handled still holds.
+    """Free the objects that the traceback of a handled error still holds.
 
     The frames in its traceback keep their tensors for as long as anything refers to the error, and
     often one of these frames does.

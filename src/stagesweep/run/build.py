@@ -32,7 +32,7 @@ def build(path: str, node: Any, **arguments: Any) -> Any:
 
 
 def check_built(path: str, node: Any, built: Any) -> None:
-    """Check that what a target returned is what its key expects; UserError if it is not."""
+    """Raise UserError if a target returned an object of another kind than its key expects."""
     key = path.partition(".")[0]
     name = node.get("_target_", "") if isinstance(node, Mapping) else ""
     if key == "data":

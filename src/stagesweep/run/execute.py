@@ -17,9 +17,9 @@ from stagesweep.run.runner import Objective, run_stages
 def execute(cfg: DictConfig) -> Objective:
     """Execute a config in Hydra's output folder; return the value of its objective.
 
-    Writes ``result.json`` there, whatever happens. Returns a list of values when
-    ``objective.metric`` is a list, None when the run was pruned. Raises UserError for what the
-    user can fix, Interrupted (exit status 130, 138 or 143) after a signal.
+    Always writes ``result.json`` there. Returns a list of values when ``objective.metric`` is a
+    list, None when the run was pruned. Raises UserError for errors that the user can fix,
+    Interrupted (exit status 130, 138 or 143) after a signal.
     """
     settings = hardware_settings(cfg)
     detection.set_visible_gpus(settings)

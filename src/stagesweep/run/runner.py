@@ -38,7 +38,7 @@ Objective = float | list[float] | None
 
 
 def run_stages(cfg: DictConfig, fingerprints: dict[str, str]) -> Objective:
-    """Run every stage of a valid config in this process; see `execute` for what is returned."""
+    """Run every stage of a valid config in this process; see `execute` for the returned value."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     runner = Runner(cfg, fingerprints, folder, overrides=as_typed(hydra.overrides.task))

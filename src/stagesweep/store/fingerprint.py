@@ -29,7 +29,7 @@ from stagesweep.base.files import explained
 _OWN = __name__.partition(".")[0]
 
 # Code that composes, writes, locks or logs, and computes no number: a new version of it must not
-# invalidate finished stages. The inputs of a stage cover what the config code makes of a config.
+# invalidate finished stages. The inputs of a stage cover the result of the config code.
 CHANGES_NO_RESULT = frozenset(
     {
         "filelock",

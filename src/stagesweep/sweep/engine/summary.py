@@ -1,4 +1,4 @@
-"""The end of a sweep: its tables and report, what it prints, and whether it has failed."""
+"""The end of a sweep: its tables and report, its printed lines, and whether it has failed."""
 
 import logging
 from collections.abc import Iterator

@@ -27,7 +27,7 @@ from stagesweep.data.table import numeric_columns, read_table, require_columns
 LOWEST, HIGHEST = 0.0, 100.0
 # A threshold beyond these, in dB SPL, was not measured: no equipment is that soft or that loud.
 POSSIBLE = (-20.0, 140.0)
-IDS = ("unique", "merge")  # what can be done with ids that occur twice
+IDS = ("unique", "merge")  # values of `duplicates` that accept repeated ids
 SPLITS = ("train", "val", "test")
 Values = NDArray[np.float64]
 Codes = NDArray[np.int64]
