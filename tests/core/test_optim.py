@@ -43,7 +43,7 @@ class TestFreeze:
         freeze(model, ["encoder.*", "decoder.*"], ["*.bias"])
         assert trained(model) == {"encoder.0.weight", "decoder.weight"}
 
-    def test_what_an_earlier_fit_froze_is_trained_again(self, tiny: Make) -> None:
+    def test_parameters_frozen_by_an_earlier_fit_are_trained(self, tiny: Make) -> None:
         model = tiny()
         freeze(model, ["*"], ["encoder.*"])
         freeze(model, ["*"], [])
@@ -160,7 +160,7 @@ class TestOptimizer:
             build_optimizer(model, settings)
 
     @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "RMSprop", "NAdam", "Adagrad"])
-    def test_any_optimizer_of_torch_takes_what_it_knows(self, tiny: Make, name: str) -> None:
+    def test_any_torch_optimizer_gets_its_own_settings(self, tiny: Make, name: str) -> None:
         settings = schema.Optimizer(_target_=f"torch.optim.{name}", betas=(0.8, 0.9))
         optimizer = build_optimizer(tiny(), settings)
         defaults = optimizer.defaults

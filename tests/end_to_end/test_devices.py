@@ -129,7 +129,7 @@ def test_two_processes_have_the_curve_of_one(digits: Path) -> None:
     assert statuses(digits / "two") == ["ran"] * 3
 
 
-def test_only_one_of_them_writes(digits: Path) -> None:
+def test_only_the_main_process_writes(digits: Path) -> None:
     one, two = (
         sorted(path.relative_to(digits / name) for path in (digits / name).rglob("*.*"))
         for name in ("one", "two")

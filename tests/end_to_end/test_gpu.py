@@ -17,7 +17,7 @@ pytestmark = [
 SHORT = ("experiment=tiny", "~stage.init_clusters", "~stage.joint", "~stage.evaluate")
 
 
-def test_three_slots_share_one_card(cold: Command, tmp_path: Path) -> None:
+def test_three_slots_share_one_gpu(cold: Command, tmp_path: Path) -> None:
     said = cold(
         "-m", *SHORT, "objective.metric=pretrain/val_loss", "stage.pretrain.epochs=2",
         "seed=0,1,2,3,4,5", "sweep.slots=3", "hydra.sweep.dir=sweep", CUDA_VISIBLE_DEVICES="0",

@@ -222,7 +222,7 @@ def test_an_error_among_stored_stages_is_reported(
     assert not (finished / "bad" / "result.json").exists()
 
 
-def test_the_reason_of_a_failure_is_its_one_line(start: Start, tmp_path: Path) -> None:
+def test_the_reason_of_a_failure_is_its_message(start: Start, tmp_path: Path) -> None:
     fault = ("stage.baselines.methods=[dbscan]", "~stage.pretrain", "~stage.choose_clusters")
     rest = ("~stage.init_clusters", "~stage.joint", "~stage.evaluate", "~stage.figures")
     wanted = "objective.metric=baselines/k"

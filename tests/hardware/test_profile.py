@@ -170,7 +170,7 @@ def test_a_gpu_that_matches_is_not_mentioned(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 @pytest.mark.parametrize("tf32", [None, True, False])
-def test_tf32_goes_with_a_lower_precision_unless_the_profile_says(
+def test_tf32_follows_the_precision_unless_it_is_set(
     monkeypatch: pytest.MonkeyPatch, precision: Precision, tf32: bool | None
 ) -> None:
     Card(monkeypatch, 42.4, bf16=True)
@@ -222,7 +222,7 @@ def test_a_searched_micro_batch_has_no_bound() -> None:
     [(None, 5_000, 1), (None, 2_000_000, CORES), (3, 5_000, 3), (3, 2_000_000, 3)],
 )
 @pytest.mark.usefixtures("threads")
-def test_threads_follow_the_model_unless_the_profile_says(
+def test_threads_follow_the_model_unless_they_are_set(
     wanted: int | None, parameters: int, expected: int
 ) -> None:
     resolve(Hardware(device=Device.cpu, threads=wanted)).set_threads(parameters)
@@ -256,7 +256,7 @@ def _own_flags() -> Iterator[None]:
 @pytest.mark.gpu
 @GPU
 @pytest.mark.usefixtures("_own_flags")
-def test_on_a_gpu_fp32_is_fp32_unless_the_profile_says_tf32() -> None:
+def test_on_a_gpu_fp32_is_exact_unless_tf32_is_set() -> None:
     def error() -> float:
         torch.manual_seed(0)
         one, other = torch.randn(2, 256, 256, device="cuda").unbind()

@@ -39,7 +39,7 @@ def test_profiling_changes_no_result(bench: "Bench", tmp_path: Path) -> None:
     assert loop.state.summary == plain.state.summary
 
 
-def test_nothing_is_written_unless_the_profile_says(bench: "Bench", tmp_path: Path) -> None:
+def test_nothing_is_written_without_profiling(bench: "Bench", tmp_path: Path) -> None:
     traced(bench.loop(), tmp_path / "profile", on=False)
     assert not (tmp_path / "profile").exists()
 

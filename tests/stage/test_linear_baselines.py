@@ -3,7 +3,7 @@ import numpy as np
 from stagesweep.stage.linear_baselines import Logistic, Ridge
 
 
-def test_linear_baselines_learn_what_is_linear() -> None:
+def test_linear_baselines_learn_linear_relations() -> None:
     draw = np.random.default_rng(0)
     x = draw.normal(size=(200, 5))
     shares = np.clip(0.5 + 0.1 * x[:, :1], 0, 1)

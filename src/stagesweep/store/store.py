@@ -226,7 +226,7 @@ class Entry:
             link(path, target / name)
 
     def discard(self) -> None:
-        """Remove the entry if it exists. It is renamed first, so that no process sees a part of it."""
+        """Remove the entry if it exists; renamed first, so that no process sees a part of it."""
         trash = self._trash / f"{self.fingerprint}-{secrets.token_hex(8)}"
         with explained(self.path):
             if self.path.exists():

@@ -78,7 +78,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_trials_that_differ_in_what_the_controller_reads_are_refused(read: Read, case: str) -> None:
+def test_trials_that_differ_in_settings_of_the_controller_are_refused(
+    read: Read, case: str
+) -> None:
     arguments, line = REFUSED[case]
     with pytest.raises(UserError) as caught:
         read(*arguments)

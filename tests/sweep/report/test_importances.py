@@ -11,7 +11,7 @@ from stagesweep.sweep.report.loading import read
 Make = Callable[..., Any]
 
 
-def test_importances_find_what_matters(make: Make) -> None:
+def test_importances_find_the_parameter_that_matters(make: Make) -> None:
     maker = make()
     for number in range(20):
         params = {"matters": 0.01 * 1.5**number, "other": 0.1 + 7 * number % 5}

@@ -214,7 +214,7 @@ def test_repeats_have_intervals(make: Make) -> None:
 # ------------------------------------------------------------------------------ reuse
 
 
-def test_what_reuse_saved(make: Make, tmp_path: Path) -> None:
+def test_time_saved_by_reuse(make: Make, tmp_path: Path) -> None:
     a, b, c = (letter * 32 for letter in "abc")
     maker = make()
     maker.trial({"lr": 0.1}, [0.5], stages=[stage("one", "ran", 100, a)])

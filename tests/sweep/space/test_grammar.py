@@ -15,7 +15,7 @@ TREE = {"a": "choice(x, y)", "b": "choice(1, 2, 3)", "c": "range(0, 4)", "d": "c
 # ------------------------------------------------------------------------------ the grammar
 
 
-def test_yaml_and_command_line_are_one_grammar() -> None:
+def test_yaml_and_command_line_share_one_grammar() -> None:
     texts = {
         "lr": "tag(log, interval(1e-4, 1e-2))",
         "weight": "interval(0, 1)",

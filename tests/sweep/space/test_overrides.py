@@ -32,7 +32,7 @@ def read(line: str) -> Any:
 
 @settings(max_examples=500, deadline=None)
 @given(values=st.lists(VALUES, min_size=2, max_size=2, unique_by=lambda v: repr(read(f"k={v}"))))
-def test_a_trial_gets_what_was_typed(values: list[str]) -> None:
+def test_a_trial_gets_the_typed_value(values: list[str]) -> None:
     wanted = [read(f"k={value}") for value in values]
     (parameter,) = parse({}, [f"k={','.join(values)}"]).parameters
     texts = [parameter.overrides(value) for value in parameter.values()]

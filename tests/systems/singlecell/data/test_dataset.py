@@ -130,7 +130,7 @@ def test_variable_genes_are_selected_on_training_cells() -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_backed_file_gives_what_memory_gives(write: Write, dense: bool) -> None:
+def test_a_backed_file_gives_the_same_as_memory(write: Write, dense: bool) -> None:
     cells = table()
     path = write(cells, X=cells.counts.toarray()) if dense else write(cells)
     ours, backed, given = (
