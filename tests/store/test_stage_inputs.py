@@ -1,8 +1,11 @@
 """The inputs of each stage, as covered by its fingerprint."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
@@ -10,6 +13,7 @@ from stagesweep.base.errors import UserError
 from stagesweep.config import schema
 from stagesweep.config.nodes import hardware_settings
 from stagesweep.hardware.numerics import numerics
+from stagesweep.store.listed_files import listed_files
 from stagesweep.store.stage_inputs import hash_path, inputs, relevant
 
 
@@ -70,6 +74,53 @@ def test_a_data_file_counts_by_content_not_path(tmp_path: Path) -> None:
     assert hash_path(tmp_path) != before
     with pytest.raises(UserError, match=r"no such file or folder: .*nowhere"):
         hash_path(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "jsonl", "semicolon.csv"])
+def test_files_that_a_table_names_count_by_name_size_and_time(
+    compose: Any, tmp_path: Path, kind: str
+) -> None:
+    table, first, second = tmp_path / f"t.{kind}", tmp_path / "a, 1.wav", tmp_path / "b.wav"
+    rows = pd.DataFrame({"wav": [first.name, second.name, "gone.wav"], "transcript": "x"})
+    if kind == "jsonl":
+        rows.to_json(table, orient="records", lines=True)
+    else:
+        rows.to_csv(table, sep=";" if kind == "semicolon.csv" else ",", index=False)
+    for path in (first, second):
+        path.write_text("sound")
+    words = ("experiment=speech_digits", f"data.path={table}", "data.columns.path=wav")
+
+    def found() -> dict[str, Any]:
+        return stage_inputs(compose(*words, "hardware.device=cpu"))["base"]["data"]
+
+    before = found()
+    assert found() == before
+    second.write_text("other")  # of the same size
+    os.utime(second, ns=(1, 1))
+    replaced = found()
+    assert {key for key in before if replaced[key] != before[key]} == {"files"}
+    (tmp_path / "gone.wav").write_text("sound")
+    assert found() not in (before, replaced)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    now = found()
+    for path in (table, first, second, tmp_path / "gone.wav"):
+        shutil.move(path, elsewhere)
+    words = (words[0], f"data.path={elsewhere / table.name}", words[2])
+    assert found() == now, "the place of the folder does not count"
+
+
+def test_a_table_that_cannot_be_read_names_no_files(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    assert listed_files(table, "path") == []
+    table.write_bytes(b"path\n\xff\n")
+    assert listed_files(table, "path") == []
+    table.write_text("other\nx\n")
+    assert listed_files(table, "path") == []
+    table.with_suffix(".jsonl").write_text("{broken\n")
+    assert listed_files(table.with_suffix(".jsonl"), "path") == []
+    table.with_suffix(".jsonl").write_text("[1]\n")
+    assert listed_files(table.with_suffix(".jsonl"), "path") == []
 
 
 def test_a_fit_inside_another_stage_counts_with_its_loss_terms(compose: Any) -> None:

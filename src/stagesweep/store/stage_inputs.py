@@ -1,7 +1,7 @@
 """The inputs of each stage, by its config, and the fingerprints of the stages."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from stagesweep.base.errors import MissingFile
 from stagesweep.config import schema
 from stagesweep.config.nodes import has_parts, target_names
 from stagesweep.store.fingerprint import ImportCache, fingerprint
+from stagesweep.store.listed_files import listed_files
 
 
 def fingerprints(cfg: DictConfig, numerics: Mapping[str, Any]) -> dict[str, str]:
@@ -89,11 +90,27 @@ def _with_content(node: Any, required: Collection[str] = ()) -> Any:
     """Replace the paths in a node by content hashes. The files of ``required`` keys must exist."""
     if not isinstance(node, dict):
         return node
-    found = dict(node)
+    return node | {key: digest for key, (_, digest) in file_hashes(node, required).items()}
+
+
+def file_hashes(node: Any, required: Collection[str] = ()) -> dict[str, tuple[str, str]]:
+    """What a node of data or of a model reads: key -> what it is called, and a hash of it.
+
+    Where ``columns.path`` names a column of files (recordings, images), these are the key
+    ``files``. Their names, sizes and times count, as for a folder.
+    """
+    if not isinstance(node, dict):
+        return {}
+    found: dict[str, tuple[str, str]] = {}
     for key in FILES:
-        value = found.get(key)
+        value = node.get(key)
         if isinstance(value, str) and (key in required or Path(value).exists()):
-            found[key] = hash_path(Path(value))
+            found[key] = value, hash_path(Path(value))
+    columns = node.get("columns")
+    if "path" in found and isinstance(columns, dict) and columns.get("path"):
+        table = Path(node["path"])
+        names = listed_files(table, str(columns["path"]))
+        found["files"] = f"files that {table} names", hash_stats(table.parent, names)
     return found
 
 
@@ -122,5 +139,16 @@ def hash_path(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     files = sorted(p for p in path.rglob("*") if p.is_file())
-    stats = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+    return hash_stats(path, [str(file.relative_to(path)) for file in files])
+
+
+def hash_stats(folder: Path, names: Iterable[str]) -> str:
+    """Hash names, sizes and times (ns) of files of a folder; of one that is missing, its name."""
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            stat = (folder / name).stat()
+            digest.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode())
+        except OSError:
+            digest.update(repr((name, None)).encode())
+    return digest.hexdigest()

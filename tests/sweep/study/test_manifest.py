@@ -92,6 +92,16 @@ def test_a_file_counts_by_its_content(compose: "Compose", tmp_path: Path) -> Non
     assert manifest.changes(SPACE, now, before) == [f"content of {table}"]
 
 
+def test_files_that_a_table_names_count(compose: "Compose", tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("path,transcript\na.wav,x\n")
+    config = compose("experiment=speech_digits", f"data.path={table}")
+    before = manifest.about(SPACE, config)
+    (tmp_path / "a.wav").write_text("sound")
+    now = manifest.about(SPACE, config)
+    assert manifest.changes(SPACE, now, before) == [f"content of files that {table} names"]
+
+
 def test_settings_that_change_no_result_are_not_changes(compose: "Compose") -> None:
     """How often something is written, and threads, may differ between two starts."""
     plain = manifest.plain(compose("experiment=tiny"))

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text
 from stagesweep.store.fingerprint import sources
-from stagesweep.store.stage_inputs import code_modules, hash_path, relevant
+from stagesweep.store.stage_inputs import code_modules, file_hashes, hash_path, relevant
 from stagesweep.sweep.space.space import Space
 
 # How many changed modules an error names.
@@ -99,9 +99,14 @@ def code(shared: Mapping[str, Any]) -> dict[str, str]:
 
 
 def files(shared: Mapping[str, Any]) -> dict[str, str]:
-    """A hash of each input file of the trials: data and weights."""
-    paths = [shared.get("data", {}).get("path"), shared.get("init_from")]
-    return {str(p): hash_path(Path(p)) for p in paths if p is not None and Path(p).exists()}
+    """A hash of each input file of the trials: data, checkpoints and weights."""
+    model = shared.get("model", {})
+    nodes = [shared.get("data"), model, *(model.values() if isinstance(model, dict) else ())]
+    found = dict(pair for node in nodes for pair in file_hashes(node).values())
+    weights = shared.get("init_from")
+    if weights is not None and Path(weights).exists():
+        found[str(weights)] = hash_path(Path(weights))
+    return found
 
 
 def refuse_changed(folder: Path, lines: list[str]) -> UserError:
