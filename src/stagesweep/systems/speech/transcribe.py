@@ -1,5 +1,6 @@
 """Decode the clips of a split."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from stagesweep.core.predict import to_device
 from stagesweep.hardware.out_of_memory import OutOfMemoryRetry
 from stagesweep.parallel.micro_batches import split as split_batch
+from stagesweep.systems.speech.data.dataset import Speech
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -37,20 +39,28 @@ def transcribe(
             experts.append(own)
             chances.append(gate)
     run.measured["oom"] += retry.events
-    rows = pd.DataFrame({"clip": view["clip"].numpy(), "said": said})
-    first = ~rows["clip"].duplicated().to_numpy()
-    joined = rows.groupby("clip", sort=False)["said"].agg(" ".join)
-    clips = data.clips.iloc[joined.index]
-    table = pd.DataFrame(
+    clip = view["clip"].numpy()
+    first = ~pd.Series(clip).duplicated().to_numpy()
+    table = joined(data, clip, said)
+    table.insert(0, "split", split)
+    return table.assign(expert=np.concatenate(experts)[first]), np.concatenate(chances)[first]
+
+
+def joined(data: Speech, clip: np.ndarray[Any, Any], said: Sequence[str]) -> pd.DataFrame:
+    """A row for each clip: id, speaker, stratum, reference and hypothesis (both normalised).
+
+    `clip` (n,) is the clip of each window, `said` what was heard in it.
+    """
+    rows = pd.DataFrame({"clip": clip, "said": list(said)})
+    whole = rows.groupby("clip", sort=False)["said"].agg(" ".join)
+    clips = data.clips.iloc[whole.index]
+    return pd.DataFrame(
         {
-            "split": split,
             **{name: clips[name].to_numpy(str) for name in ("id", "speaker", "stratum")},
             "reference": clips["reference"].to_numpy(str),
-            "hypothesis": [data.normalise(text) for text in joined],
-            "expert": np.concatenate(experts)[first],
+            "hypothesis": [data.normalise(text) for text in whole],
         }
     )
-    return table, np.concatenate(chances)[first]
 
 
 def decoded(

@@ -43,7 +43,7 @@ def test_an_interrupted_extraction_goes_on_to_the_same_numbers(
     tiny: MixtureWhisper, speech_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = speech_run(model=tiny, number=1)
-    Extract(every=4)(whole)
+    Extract(every=4, states=True)(whole)
     run = speech_run(model=tiny, number=2)
     encode, calls = Extract.encode, []
 
@@ -55,15 +55,16 @@ def test_an_interrupted_extraction_goes_on_to_the_same_numbers(
 
     monkeypatch.setattr(Extract, "encode", dying)
     with pytest.raises(KeyboardInterrupt):
-        Extract(every=4)(run)
+        Extract(every=4, states=True)(run)
     assert len(calls) == 4
     again = speech_run(model=tiny, number=2)
     assert any((again._entry.path / "checkpoints").rglob("*.*"))
-    Extract(every=4)(again)
+    Extract(every=4, states=True)(again)
     total = -(-int((whole.load("extracted.csv")["split"] == "train").sum()) // 4)
     total += -(-int((whole.load("extracted.csv")["split"] == "val").sum()) // 4)
     assert len(calls) == 4 + total - 3, "what was done was not done again"
-    np.testing.assert_array_equal(*left(whole, "pooled.npy"), *left(again, "pooled.npy"))
+    for name in ("pooled.npy", "states.npy", "frames.npy"):
+        np.testing.assert_array_equal(*left(whole, name), *left(again, name))
     pd.testing.assert_frame_equal(whole.load("extracted.csv"), again.load("extracted.csv"))
 
 

@@ -1,6 +1,7 @@
 """Epochs over a stratified subset of the training clips."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from stagesweep.base.view import View
 from stagesweep.systems.speech.data.split import stratified
 
 
+@dataclass
 class Subset:
     """Each epoch has the same `samples`, an equal share of every stratum, in a random order.
 
@@ -16,8 +18,8 @@ class Subset:
     nested: that of fewer samples is part of that of more.
     """
 
-    def __init__(self, samples: float | int | None = None, seed: int = 0) -> None:
-        self.samples, self.seed = samples, seed
+    samples: float | int | None = None
+    seed: int = 0
 
     def rows(self, view: View) -> Tensor:
         """The rows (n,) of the subset, in order."""

@@ -70,6 +70,8 @@ class MixtureWhisper(nn.Module):
         self.mixture: Mixture = "routed"
         # The slow reference: every expert hears every clip, the weights are the same.
         self.all_rows = False
+        # Whether clips are also decoded when the model is evaluated.
+        self.decodes = False
         self._checkpointed = False
         self.begin_epoch(1, 1)
         self.keep_base = keep_base
@@ -117,7 +119,8 @@ class MixtureWhisper(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`gate` (B, E), log-probabilities of the experts, and for batches that have more than
         `pooled` vectors: `logits` (B, K, T, V), `experts` (B, K) and `weights` (B, K), which add up
-        to one, and `pooled` (B, width).
+        to one, and `pooled` (B, width). In evaluation with `decodes` also `heard` (B, L), the
+        tokens that are decoded greedily, padded to the most there can be.
 
         Where the batch says which `expert` (B,) a clip has, it has that one (K = 1).
         """
@@ -136,23 +139,33 @@ class MixtureWhisper(nn.Module):
                 use_cache=False,
             ).last_hidden_state
             logits = self.whisper.proj_out(hidden)
-        return {
+        found = {
             "logits": logits.unflatten(0, (len(states), many)),
             "experts": experts,
             "weights": weights,
             "gate": chances.clamp_min(1e-20).log(),
             "pooled": pooled,
         }
+        if self.decodes and not self.training:
+            heard = self.decode(states, experts, chances)
+            rest = (0, self.room - heard.shape[1])
+            found["heard"] = nn.functional.pad(heard, rest, value=self.spec.tokens.pad)
+        return found
 
     def encode(self, batch: Batch) -> Tensor:
         """Encoder states (B, positions, width): those of the batch, or of its `mel`.
 
         No gradient is kept for an encoder that is not trained.
         """
-        if "states" in batch:
-            return batch["states"].float()
         encoder = self.whisper.model.encoder
         trained = any(parameter.requires_grad for parameter in encoder.parameters())
+        if "states" in batch:
+            if trained and self.training:
+                raise UserError(
+                    "an encoder cannot be trained on states that it has left; freeze it (train: "
+                    '[gate.*, "*.A.*", "*.B.*"] of the fit), or set stage.extract.states=false'
+                )
+            return batch["states"].float()
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             states: Tensor = encoder(batch["mel"]).last_hidden_state
         return states
@@ -222,28 +235,36 @@ class MixtureWhisper(nn.Module):
 
         Greedy for one beam, else beam search, by transformers' `generate`.
         """
+        states = self.encode(batch)
+        chances = self.chances(self.pool(states, batch["frames"]))
+        experts, _ = self.choose(chances, batch.get("expert"))
+        return self.decode(states, experts, chances, beams), experts[:, 0], chances
+
+    @property
+    def room(self) -> int:
+        """How many tokens the decoder can write after the prefix."""
+        return int(self.whisper.config.max_target_positions) - len(self.spec.tokens.prefix)
+
+    def decode(self, states: Tensor, experts: Tensor, chances: Tensor, beams: int = 1) -> Tensor:
+        """Tokens (B, L) after the prefix that are heard in encoder states, padded."""
         with needed():
             from transformers.generation.utils import GenerationMixin
             from transformers.modeling_outputs import BaseModelOutput
         tokens = self.spec.tokens
-        states = self.encode(batch)
-        chances = self.chances(self.pool(states, batch["frames"]))
-        experts, _ = self.choose(chances, batch.get("expert"))
         prefix = torch.tensor([tokens.prefix], device=states.device).expand(len(states), -1)
-        room = self.whisper.config.max_target_positions - len(tokens.prefix)
         with self.route.by(**self._ways(experts, chances, beams)):
             found = GenerationMixin.generate(
                 self.whisper,
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 decoder_input_ids=prefix,
-                max_new_tokens=room,
+                max_new_tokens=self.room,
                 num_beams=beams,
                 do_sample=False,
                 pad_token_id=tokens.pad,
                 eos_token_id=tokens.end,
                 use_cache=True,
             )
-        return cast(Tensor, found)[:, len(tokens.prefix) :], experts[:, 0], chances
+        return cast(Tensor, found)[:, len(tokens.prefix) :]
 
     @contextmanager
     def mixed(self, mixture: Mixture) -> Iterator[None]:

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from stagesweep.stage.fit import Fit
 from stagesweep.systems.speech.model.mixture import Mixture, is_expert
 from stagesweep.systems.speech.stage.experts import digest_of, digest_of_clips, settings_of
+from stagesweep.systems.speech.stage.fits import heard, measured
 from stagesweep.systems.speech.transcribe import transcribe
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class AdapterBaselines(Fit):
         """Return the losses of each: ``<method>_train_loss`` and ``<method>_val_loss``."""
         found: list[pd.DataFrame] = []
         metrics: dict[str, float] = {}
-        views = {split: run.data.split(split) for split in ("train", "val")}
+        views = {split: heard(run, split) for split in ("train", "val")}
         clips = {split: digest_of_clips(view) for split, view in views.items()}
         base = {n: v for n, v in run.model.state_dict().items() if not is_adapter(n)}
         model: Any = run.build_model()
@@ -59,10 +60,11 @@ class AdapterBaselines(Fit):
                 "model": str(run.cfg.model),
             }
             settings = replace(self, train=["gate.*", "*.A.*", "*.B.*"], freeze=[])
-            with model.mixed(method):
+            with model.mixed(method), measured(run, model, settings):
                 own, _ = run.fit_apart(
                     model, settings, f"{run.stage}_{method}", views, inputs, names
                 )
+            with model.mixed(method):
                 found += self.told(run, model, method)
             metrics |= {f"{method}_{n}": own[n] for n in ("train_loss", "val_loss") if n in own}
         with model.mixed("none"):

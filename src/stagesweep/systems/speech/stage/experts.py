@@ -14,6 +14,7 @@ from stagesweep.systems.speech.data.sampler import Subset
 from stagesweep.systems.speech.data.windows import SpeechView
 from stagesweep.systems.speech.model.mixture import is_expert
 from stagesweep.systems.speech.stage.cluster import Found
+from stagesweep.systems.speech.stage.fits import heard, measured
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -64,9 +65,10 @@ class PretrainExperts(Fit):
                 "model": str(run.cfg.model),
             }
             settings = replace(plain, train=[f"*.A.{expert}", f"*.B.{expert}"], freeze=[])
-            metrics, status = run.fit_apart(
-                model, settings, f"{run.stage}_{expert}", own, inputs, names
-            )
+            with measured(run, model, settings):
+                metrics, status = run.fit_apart(
+                    model, settings, f"{run.stage}_{expert}", own, inputs, names
+                )
             counts[status] += 1
             rows.append((len(own["train"]), metrics))
         run.save_weights()
@@ -90,13 +92,14 @@ class PretrainExperts(Fit):
 
     def metric_names(self, terms: Any) -> set[str] | None:
         """Metrics this stage gives."""
-        return {"train_loss", "val_loss", "trained", "reused", "fewest_clips"}
+        known = {"train_loss", "val_loss", "trained", "reused", "fewest_clips"}
+        return None if self.metrics else known
 
 
 def labelled(run: "Context", split: str, rows: Tensor) -> SpeechView:
     """Some clips of a split with the column `cluster`, which is found for those that have none."""
     model: Any = run.model
-    view: SpeechView = run.data.split(split)
+    view = heard(run, split)
     table = run.load("clusters.csv")
     known = table[table["split"] == split]
     cluster = np.full(len(view), -1, np.int64)
@@ -111,7 +114,9 @@ def labelled(run: "Context", split: str, rows: Tensor) -> SpeechView:
         others = run.prepared(chosen.take(unknown))
         with torch.inference_mode():
             for batch in run.progress(others.batches(32), f"clusters of {split}"):
-                batch = {n: batch[n].to(run.device) for n in ("mel", "frames")}
+                batch = {
+                    n: batch[n].to(run.device) for n in ("mel", "states", "frames") if n in batch
+                }
                 pooled.append(model.pool(model.encode(batch), batch["frames"]).float().cpu())
         codes[unknown] = torch.from_numpy(found.assign(torch.cat(pooled).numpy())[0])
     return chosen.with_columns({"cluster": codes})

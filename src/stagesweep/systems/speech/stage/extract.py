@@ -34,8 +34,8 @@ class Extract:
     """Leave the mean encoder state of `samples` training clips (see `Subset`) and of all of val.
 
     Leaves ``pooled.npy`` (n, width), fp32, and ``extracted.csv``, which says what each row is. With
-    `states` also the encoder's whole output, ``states.npy`` (n, positions, width) in fp16, from
-    which experts and the joint training can learn without the encoder.
+    `states` also the encoder's whole output, ``states.npy`` (n, positions, width) in fp16, and
+    ``frames.npy`` (n,): later fits read these instead of the clips, and leave the encoder out.
 
     Every `every` clips what is done is on disk, and a run that was killed goes on from there with
     the same numbers. Memory does not grow with the number of clips.
@@ -53,11 +53,12 @@ class Extract:
         model: Any = run.model
         model.eval()
         table = self.table(run)
-        shapes: dict[str, tuple[int, ...]] = {"pooled.npy": (model.whisper.config.d_model,)}
+        width, n = model.whisper.config.d_model, len(table)
+        files = {"pooled.npy": Rows(run.file("pooled.npy"), (n, width), np.dtype(np.float32))}
         if self.states:
-            positions = model.whisper.config.max_source_positions
-            shapes["states.npy"] = (positions, *shapes["pooled.npy"])
-        files = {name: Rows(run.file(name), (len(table), *shape)) for name, shape in shapes.items()}
+            shape = (n, model.whisper.config.max_source_positions, width)
+            files["states.npy"] = Rows(run.file("states.npy"), shape, np.dtype(np.float16))
+            files["frames.npy"] = Rows(run.file("frames.npy"), (n,), np.dtype(np.int64))
         progress = Progress(run.file("progress.json", "checkpoints"))
         if progress.done == 0:
             for rows in files.values():
@@ -73,7 +74,7 @@ class Extract:
                     raise signals.stop(signum)
         run.save("extracted.csv", table)
         run.forget_checkpoints()
-        return {"clips": float(len(table)), "width": float(shapes["pooled.npy"][0])}
+        return {"clips": float(n), "width": float(width)}
 
     def table(self, run: "Context") -> pd.DataFrame:
         """What is to be extracted: split, row in the split, id, speaker and stratum."""
@@ -115,6 +116,7 @@ class Extract:
         """The vectors of a chunk, and its states, in batches of `size`."""
         model: Any = run.model
         profile, pooled, states = run.profile, list[Tensor](), list[Tensor]()
+        frames = batch["frames"].numpy()
         with torch.inference_mode():
             for part in split_batch(batch, size):
                 part = to_device(part, profile.device)
@@ -126,7 +128,9 @@ class Extract:
                 if self.states:
                     states.append(found.half().cpu())
         vectors = {"pooled.npy": torch.cat(pooled).numpy()}
-        return vectors | ({"states.npy": torch.cat(states).numpy()} if self.states else {})
+        if self.states:
+            vectors |= {"states.npy": torch.cat(states).numpy(), "frames.npy": frames}
+        return vectors
 
     def metric_names(self) -> set[str] | None:
         """Metrics this stage gives."""
@@ -136,15 +140,13 @@ class Extract:
 class Rows:
     """A .npy file that is written some rows at a time, and never held in memory."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        self.path, self.shape = path, shape
-        self.dtype = np.dtype(np.float32 if len(shape) == 2 else np.float16)
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.path, self.shape, self.dtype = path, shape, dtype
 
     def create(self) -> None:
         """Make the file, of full length."""
         with explained(self.path):
             whole = np.lib.format.open_memmap(self.path, "w+", self.dtype, self.shape)
-            self.offset = whole.offset
             del whole
 
     def write(self, row: int, values: NDArray[Any]) -> None:

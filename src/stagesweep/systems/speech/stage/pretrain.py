@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagesweep.stage.fit import Fit
 from stagesweep.systems.speech.data.split import TYPICAL
+from stagesweep.systems.speech.stage.fits import measured
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -23,7 +24,7 @@ class Pretrain(Fit):
         names = [name for name in TYPICAL if name in run.data.splits]
         chosen = TYPICAL if len(names) == len(TYPICAL) else ("train", "val")
         views = dict(zip(("train", "val"), map(run.data.split, chosen), strict=True))
-        with model.mixed("none"):
+        with model.mixed("none"), measured(run, model, self):
             metrics = run.fit(model, self, run.stage, views)
         run.save_weights()
         return metrics
