@@ -20,6 +20,7 @@ from fits import (
     Everything,
     Make,
     Scripted,
+    Tiny,
     curve,
     rows,
     same,
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 from stagesweep.base import signals
 from stagesweep.base.errors import Interrupted, UserError
-from stagesweep.base.view import View
+from stagesweep.base.view import Batch, View
 from stagesweep.config import schema
 from stagesweep.config.schema import Decay, EarlyStop, Mode, Precision, Schedule, Weight
 from stagesweep.core import checkpoint
@@ -47,8 +48,43 @@ SGD = schema.Optimizer(_target_="torch.optim.SGD", lr=0.05, weight_decay=0.0)
 CONSTANT = Schedule(decay=Decay.constant)
 
 
+class Curriculum(Tiny):
+    """Is told of each epoch, and computes something else in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, int]] = []
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        self.told.append((epoch, epochs))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            name: value * (1 + self.told[-1][0]) for name, value in super().forward(batch).items()
+        }
+
+
 class TestTraining:
     def test_a_fit_equals_a_hand_written_loop(
+    def test_a_model_is_told_of_each_epoch_also_when_it_goes_on_within_one(
+        self, bench: "Bench"
+    ) -> None:
+        whole, cut, rest = (self.curriculum() for _ in range(3))
+        bench.loop(model=whole, name="whole", augment=At()).run()
+        assert whole.told == [(0, 3), (1, 3), (2, 3)]
+        # Five steps are an epoch.
+        with pytest.raises(Interrupted), signals.handled():
+            bench.loop(model=cut, name="cut", augment=At(7, do=terminate)).run()
+        bench.loop(model=rest, name="cut", augment=At()).run()
+        assert rest.told == [(1, 3), (2, 3)]
+        assert same(weights(whole), weights(rest))
+
+    @staticmethod
+    def curriculum() -> Curriculum:
+        torch.manual_seed(1)
+        return Curriculum()
+
+    def test_it_is_the_loop_one_writes_by_hand(
         self, bench: "Bench", tiny: Make, make_batch: Columns
     ) -> None:
         schedule = Schedule(warmup=1.0, min_lr=0.001)

@@ -10,8 +10,9 @@ import torch
 from hydra.utils import execution_whitelist
 
 from stagesweep.base.errors import UserError
-from stagesweep.config import trust
+from stagesweep.config import schema, trust
 from stagesweep.run.context import Context
+from stagesweep.stage.fit import Fit
 from stagesweep.store.store import Store
 from stagesweep.tracking.tensorboard import TensorBoardWriter
 
@@ -44,6 +45,45 @@ def test_artifacts_are_loaded_as_saved(run: Context) -> None:
 
 
 def test_a_model_has_the_same_initial_weights_whenever_it_is_built(run: Context) -> None:
+def test_a_file_that_a_stage_writes_itself_is_found_by_its_name(run: Context) -> None:
+    path = run.file("deep/large.npy")
+    np.save(path, np.arange(4))
+    assert np.load(run.find("deep/large.npy")).tolist() == [0, 1, 2, 3]
+    assert run.file("progress.json", "checkpoints").parent.name == "checkpoints"
+    run.file("progress.json", "checkpoints").write_text("{}")
+    assert not run.has("progress.json"), "progress is no artifact"
+    run.forget_checkpoints()
+    assert not run.file("progress.json", "checkpoints").exists()
+    with pytest.raises(UserError, match=r"stage pretrain needs 'x.npy', which no stage before it"):
+        run.find("x.npy")
+
+
+def test_a_fit_apart_is_reused_alone(run: Context) -> None:
+    data, model = run.data, run.model
+    settings = Fit(epochs=1, batch_size=32, loss={"reconstruction": schema.Weight()})
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [name for name in start if name.startswith("encoder.")]
+
+    def fit(number: int, clips: int) -> tuple[dict[str, float], str]:
+        rows = torch.arange(clips)
+        views = {split: data.split(split).take(rows) for split in ("train", "val")}
+        model.load_state_dict(start)
+        return run.fit_apart(model, settings, f"pretrain_{number}", views, {"n": clips}, names)
+
+    first = [fit(0, 32), fit(1, 32)]
+    trained = {name: model.state_dict()[name].clone() for name in names}
+    assert [status for _, status in first] == ["trained", "trained"]
+    assert [fit(0, 32)[1], fit(1, 64)[1]] == ["reused", "trained"], "its data alone has changed"
+    metrics, status = fit(1, 32)
+    assert (metrics, status) == (first[1][0], "reused")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[name] if name in names else start[name])
+    assert len(run.history("pretrain_1")) == 1, "its rows are there once"
+    run.seed += 1
+    assert fit(0, 32)[1] == "trained", "with another seed it is another fit"
+
+
+def test_a_model_is_the_same_whenever_it_is_built(run: Context) -> None:
     first = run.build_model().state_dict()
     torch.rand(3)
     state = torch.get_rng_state()
