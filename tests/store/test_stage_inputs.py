@@ -110,6 +110,46 @@ def test_files_that_a_table_names_count_by_name_size_and_time(
     assert found() == now, "the place of the folder does not count"
 
 
+def test_a_checkpoint_counts_by_its_files_or_its_name(compose: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,transcript\n")
+    (tmp_path / "whisper").mkdir()
+    (tmp_path / "whisper" / "model.safetensors").write_text("one")
+
+    def found(path: Path | str) -> tuple[Any, Any]:
+        words = ("experiment=speech_full", f"data.path={tmp_path / 't.csv'}", f"model.path={path}")
+        stage = stage_inputs(compose(*words, "hardware.device=cpu"))["extract"]
+        return stage["model"]["path"], stage["data"]["pretrained"]
+
+    first = found(tmp_path / "whisper")
+    (tmp_path / "whisper").rename(tmp_path / "other")
+    assert found(tmp_path / "other") == first
+    (tmp_path / "other" / "model.safetensors").write_text("three")
+    second = found(tmp_path / "other")
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+    assert found("openai/whisper-tiny") == ("openai/whisper-tiny",) * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("model.rank=4", {"extract"}),
+        ("model.experts=4", {"extract"}),
+        ("model.k=1", {"extract", "cluster"}),
+        ("model.temperature=[4,1]", {"extract", "cluster"}),
+        ("stage.cluster.reduce=none", {"extract", "gate", "experts", "asr", "evaluate", "figures"}),
+        ("model.path=other", set()),
+    ],
+)
+def test_a_stage_may_name_keys_of_the_model_that_it_does_not_use(
+    compose: Any, tmp_path: Path, override: str, same: set[str]
+) -> None:
+    (tmp_path / "t.csv").write_text("path,transcript\n")
+    words = ("experiment=speech_full", f"data.path={tmp_path / 't.csv'}", "hardware.device=cpu")
+    before, after = (stage_inputs(compose(*each)) for each in (words, (*words, override)))
+    assert {name for name in before if before[name] == after[name]} == same
+
+
 def test_a_table_that_cannot_be_read_names_no_files(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     assert listed_files(table, "path") == []

@@ -72,12 +72,15 @@ def relevant(node: Any) -> Any:
 
 
 def _relevant_model(model: Any, stage: Any) -> Any:
-    """The model config that a stage reads: all of it, or the parts that the stage names.
+    """The model config that a stage reads: all of it but the keys in ``model_unused`` of the stage,
+    or the parts that the stage names.
 
     Parts that an earlier stage has read are covered by the fingerprint of that stage.
     """
     if not has_parts(model):
-        return _with_content(relevant(model))
+        unused = (stage.get("model_unused") or ()) if isinstance(stage, DictConfig) else ()
+        found = _with_content(relevant(model))
+        return {key: value for key, value in found.items() if key not in unused}
     return {part: _with_content(relevant(model[part])) for part in sorted(_parts(stage))}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stagesweep.systems.speech.data.dataset import Speech
+from stagesweep.systems.speech.model.build import whisper_tiny
 from stagesweep.systems.speech.model.mixture import MixtureWhisper
 from stagesweep.systems.speech.stage.extract import Extract
 
@@ -77,3 +78,20 @@ def test_a_subset_of_train_and_all_of_val(
     train = table[table["split"] == "train"]
     assert train["stratum"].value_counts().tolist() == [2, 2, 2, 2]
     assert (table["split"] == "val").sum() == len(small.split("val"))
+
+
+def test_what_is_said_to_change_nothing_changes_nothing(small: Speech, speech_run: Any) -> None:
+    other: dict[str, Any] = {
+        "experts": 2, "k": 1, "rank": 3, "alpha": 1.0, "dropout": 0.5, "hidden": 4,
+        "curriculum": (0, 0), "temperature": (9, 9), "noise": 1.0,
+    }  # fmt: skip
+    assert set(other) == set(Extract().model_unused)
+    found = []
+    cases: tuple[dict[str, Any], ...] = ({}, other)
+    for number, settings in enumerate(cases):
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+        run = speech_run(model=whisper_tiny(small.spec, **sizes, **settings), number=number)
+        Extract()(run)
+        found += left(run, "pooled.npy")
+    np.testing.assert_array_equal(*found)

@@ -75,7 +75,10 @@ def test_error_rates_while_training_are_those_of_the_evaluation(
 ) -> None:
     run = speech_run(model=tiny, number=1)
     start = {name: value.clone() for name, value in tiny.state_dict().items()}
-    settings: dict[str, Any] = {"best": {"val_wer": schema.Mode.min}, "metrics": {"rates": ErrorRates()}}
+    settings: dict[str, Any] = {
+        "best": {"val_wer": schema.Mode.min},
+        "metrics": {"rates": ErrorRates()},
+    }
     stage = TrainJointly(**FIT, **settings)
     metrics = stage(run)
     assert not tiny.decodes

@@ -1,6 +1,7 @@
 """The stage that groups clips by what the encoder makes of them: one cluster for each expert."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +38,8 @@ class Cluster:
     A clip that is noise, or that was not clustered, belongs to the nearest cluster; soft targets
     are softmax(-d² / temperature), d² in units of its mean over the training clips.
 
+    `model_unused` are keys of the model that change nothing here, as of `Extract`.
+
     Leaves ``clusters.csv`` (a row for each of ``extracted.csv`` with its `cluster` and whether it
     is `noise`) and ``clusters.npz`` (`soft` (n, E), and what `assign` needs for other clips).
     """
@@ -47,6 +50,7 @@ class Cluster:
     min_cluster_size: int = 5
     fewer: Literal["shrink", "spectral", "fail"] = "shrink"
     temperature: float = 0.5
+    model_unused: Sequence[str] = ("k", "alpha", "dropout", "curriculum", "temperature", "noise")
 
     def __call__(self, run: "Context") -> dict[str, float]:
         """Return how many clusters there are, the share of noise, the smallest and largest share,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,12 +39,18 @@ class Extract:
 
     Every `every` clips what is done is on disk, and a run that was killed goes on from there with
     the same numbers. Memory does not grow with the number of clips.
+
+    `model_unused` are keys of the model that change nothing here: an extraction is reused whatever
+    they are. What the encoder makes of a clip depends on no expert.
     """
 
     samples: float | int | None = None
     states: bool = False
     batch_size: int = 64
     every: int = 100
+    model_unused: Sequence[str] = (
+        "experts", "k", "rank", "alpha", "dropout", "hidden", "curriculum", "temperature", "noise",
+    )  # fmt: skip
 
     def __call__(self, run: "Context") -> dict[str, float]:
         """Return how many clips there are, and how wide their vectors are."""
