@@ -8,6 +8,7 @@ import torch
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import schema
+from stagesweep.config.nodes import hardware_settings
 from stagesweep.config.schema import Device, Hardware, Precision
 from stagesweep.hardware import profile as profile_module
 from stagesweep.hardware.profile import CORES, choose_device, resolve
@@ -211,6 +212,24 @@ def test_the_smallest_bound_of_a_stage_is_its_micro_batch(
 
 
 def test_a_searched_micro_batch_has_no_bound() -> None:
+@pytest.mark.parametrize(
+    ("profile", "gate", "others"),
+    [("a100_40gb", 512, 4), ("a100_80gb", 1024, 8), ("h100_80gb", 2048, 12)],
+)
+@pytest.mark.usefixtures("threads")
+def test_profiles_bound_the_stages_of_speech_as_its_recipe_advises(
+    compose: Any, profile: str, gate: int, others: int
+) -> None:
+    words = (f"hardware={profile}", "hardware.device=cpu", "hardware.strict=false")
+    cfg = compose("experiment=speech_full", "data.path=table.csv", *words)
+    machine = resolve(hardware_settings(cfg))
+    found = {name: machine.for_stage(f"speech_full/{name}").micro_batch for name in cfg.stage}
+    assert found["gate"] == gate
+    assert found["experts"] == found["asr"] == others
+    assert cfg.stage.asr.batch_size == 16, "of a step, whatever the profile"
+
+
+def test_one_that_is_found_by_trying_has_no_bound() -> None:
     settings = Hardware(device=Device.cpu, micro_batch="auto", micro_batches=BOUNDS)
     machine = resolve(settings).for_stage("speech/gating")
     assert machine.search_micro_batch
