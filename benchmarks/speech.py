@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,9 @@ def train(made: MixtureWhisper, batch: dict[str, Tensor], all_rows: bool = False
     (total / weight).backward()
 
 
-def report(steps: dict[str, Callable[[], object]], rounds: int, against: str) -> None:
+def report(steps: Mapping[str, Callable[[], object]], rounds: int, against: str) -> None:
     """Medians of each, and how many times faster than `against`."""
-    for name, (median, ratio) in turns(steps, rounds, against).items():
+    for name, (median, ratio) in turns(dict(steps), rounds, against).items():
         print(f"{name:24}{median * 1e3:10.1f} ms   {1 / ratio:7.2f} x as fast", flush=True)
 
 
