@@ -65,7 +65,6 @@ class Curriculum(Tiny):
 
 
 class TestTraining:
-    def test_a_fit_equals_a_hand_written_loop(
     def test_a_model_is_told_of_each_epoch_also_when_it_goes_on_within_one(
         self, bench: "Bench"
     ) -> None:
@@ -84,7 +83,7 @@ class TestTraining:
         torch.manual_seed(1)
         return Curriculum()
 
-    def test_it_is_the_loop_one_writes_by_hand(
+    def test_a_fit_equals_a_hand_written_loop(
         self, bench: "Bench", tiny: Make, make_batch: Columns
     ) -> None:
         schedule = Schedule(warmup=1.0, min_lr=0.001)

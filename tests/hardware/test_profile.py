@@ -211,7 +211,6 @@ def test_the_smallest_bound_of_a_stage_is_its_micro_batch(
     assert resolve(settings).for_stage(stage).micro_batch == expected
 
 
-def test_a_searched_micro_batch_has_no_bound() -> None:
 @pytest.mark.parametrize(
     ("profile", "gate", "others"),
     [("a100_40gb", 512, 4), ("a100_80gb", 1024, 8), ("h100_80gb", 2048, 12)],
@@ -229,7 +228,7 @@ def test_profiles_bound_the_stages_of_speech_as_its_recipe_advises(
     assert cfg.stage.asr.batch_size == 16, "of a step, whatever the profile"
 
 
-def test_one_that_is_found_by_trying_has_no_bound() -> None:
+def test_a_searched_micro_batch_has_no_bound() -> None:
     settings = Hardware(device=Device.cpu, micro_batch="auto", micro_batches=BOUNDS)
     machine = resolve(settings).for_stage("speech/gating")
     assert machine.search_micro_batch

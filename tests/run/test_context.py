@@ -44,7 +44,6 @@ def test_artifacts_are_loaded_as_saved(run: Context) -> None:
         run.load("other.json")
 
 
-def test_a_model_has_the_same_initial_weights_whenever_it_is_built(run: Context) -> None:
 def test_a_file_that_a_stage_writes_itself_is_found_by_its_name(run: Context) -> None:
     path = run.file("deep/large.npy")
     np.save(path, np.arange(4))
@@ -83,7 +82,7 @@ def test_a_fit_apart_is_reused_alone(run: Context) -> None:
     assert fit(0, 32)[1] == "trained", "with another seed it is another fit"
 
 
-def test_a_model_is_the_same_whenever_it_is_built(run: Context) -> None:
+def test_a_model_has_the_same_initial_weights_whenever_it_is_built(run: Context) -> None:
     first = run.build_model().state_dict()
     torch.rand(3)
     state = torch.get_rng_state()
