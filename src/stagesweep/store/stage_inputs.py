@@ -62,13 +62,16 @@ def relevant(node: Any) -> Any:
     """A config node as plain values, without the fields that change no result."""
     if not isinstance(node, DictConfig):
         return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    kind = OmegaConf.get_type(node)
-    skipped = (
-        {f.name for f in fields(kind) if not f.metadata.get("fingerprint", True)}
-        if kind is not None and is_dataclass(kind)
-        else set()
-    )
+    skipped = fields_without_effect(node)
     return {str(k): relevant(v) for k, v in node.items() if k not in skipped}
+
+
+def fields_without_effect(node: DictConfig) -> set[str]:
+    """The fields of a config node that change no result."""
+    kind = OmegaConf.get_type(node)
+    if kind is None or not is_dataclass(kind):
+        return set()
+    return {f.name for f in fields(kind) if not f.metadata.get("fingerprint", True)}
 
 
 def _relevant_model(model: Any, stage: Any) -> Any:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ TREES = st.dictionaries(KEYS, PLAIN, max_size=4)
 
 def about(config: dict[str, Any]) -> dict[str, Any]:
     identity = {"code": {"toy": "1", "torch": "2"}, "files": {"data.csv": "3"}}
-    return {"space": SPACE.fingerprint(), "config": config, **identity}
+    return {"space": SPACE.fingerprint(), "config": config, **identity, "environment": {}}
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -102,12 +103,47 @@ def test_files_that_a_table_names_count(compose: "Compose", tmp_path: Path) -> N
     assert manifest.changes(SPACE, now, before) == [f"content of files that {table} names"]
 
 
+def test_a_swept_file_counts_by_its_content(compose: "Compose", tmp_path: Path) -> None:
+    names = ["a b.csv", "c,d=ü.csv"]
+    for name in names:
+        (tmp_path / name).write_text("a")
+    swept = parse({}, ["data.path=" + ",".join(f"'{tmp_path / name}'" for name in names)])
+    config = compose("experiment=audiogram")
+    before = manifest.about(swept, config)
+    assert sorted(before["files"]) == [str(tmp_path / name) for name in names]
+    (tmp_path / names[1]).write_text("b")
+    now = manifest.about(swept, config)
+    assert manifest.changes(swept, now, before) == [f"content of {tmp_path / names[1]}"]
+
+
+def test_an_interpolation_is_not_what_it_gives(
+    compose: "Compose", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its value may depend on a swept key, and only a trial knows `hydra:job.num`."""
+    key, rate = "stage.pretrain.optimizer.lr", "stage.joint.optimizer.lr"
+    linked = compose("experiment=tiny", f"{key}=${{{rate}}}")
+    number = compose("experiment=tiny", f"{key}={linked.stage.joint.optimizer.lr}")
+    assert manifest.plain(linked) == manifest.plain(number)
+    was, now = (manifest.about(SPACE, each) for each in (number, linked))
+    (line,) = manifest.changes(SPACE, now, was)
+    assert line.endswith(f", is ${{{rate}}}")
+    in_trial = compose("experiment=tiny", "seed=${hydra:job.num}", "init_from=${oc.env:START}")
+    monkeypatch.setenv("START", "a")
+    before = manifest.about(SPACE, in_trial)
+    assert before["config"]["seed"] == "${hydra:job.num}"
+    monkeypatch.setenv("START", "b")
+    now = manifest.about(SPACE, in_trial)
+    assert manifest.changes(SPACE, now, before) == ["environment variable START"]
+    assert "joint" in before["config"]["stage"]
+    assert before["code"]
+
+
 def test_settings_that_change_no_result_are_not_changes(compose: "Compose") -> None:
     """How often something is written, and threads, may differ between two starts."""
-    plain = manifest.plain(compose("experiment=tiny"))
+    plain = manifest.as_typed(compose("experiment=tiny"))
     same = ("stage.joint.save_every=7", "hardware.threads=2")
-    assert manifest.plain(compose("experiment=tiny", *same)) == plain
-    assert manifest.plain(compose("experiment=tiny", "stage.joint.epochs=7")) != plain
+    assert manifest.as_typed(compose("experiment=tiny", *same)) == plain
+    assert manifest.as_typed(compose("experiment=tiny", "stage.joint.epochs=7")) != plain
 
 
 def test_the_refusal_names_the_remedies() -> None:

@@ -124,7 +124,7 @@ def validate_sweep(config: DictConfig, space: Space, launcher: Launcher, backend
         # Composition raises the same error as for a single run.
         context: Any = getattr(launcher, "hydra_context", None)
         context.config_loader.load_sweep_config(config, [f"{key}=null"])
-    if swept & OmegaConf.missing_keys(config):
+    if any(is_missing(config, key) for key in swept):
         return
     if isinstance(backend, SlotBackend):  # its server has imported torch; this process need not
         backend.call(validate_config, config)
@@ -151,9 +151,25 @@ def validate_config(config: DictConfig) -> None:
 
 def is_unknown_key(config: DictConfig, key: str) -> bool:
     """Whether the config has no such key."""
-    parent, _, leaf = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
+    node, leaf = parent(config, key)
     return key[0].isalpha() and isinstance(node, DictConfig) and leaf not in node.keys()  # noqa: SIM118
+
+
+def is_missing(config: DictConfig, key: str) -> bool:
+    """Whether a key has no value yet (``???``).
+
+    `OmegaConf.missing_keys` would resolve the typed overrides, which are below ``hydra``.
+    """
+    node, leaf = parent(config, key)
+    return isinstance(node, DictConfig) and OmegaConf.is_missing(node, leaf)
+
+
+def parent(config: DictConfig, key: str) -> tuple[Any, str]:
+    """The node that a key is in, and its name there."""
+    path, _, leaf = key.rpartition(".")
+    if not path:
+        return config, leaf
+    return OmegaConf.select(config, path, throw_on_resolution_failure=False), leaf
 
 
 def check_study_name(name: str) -> None:

@@ -1,17 +1,29 @@
 """The manifest of a sweep (``sweep.yaml``): its settings, code and data, to detect changes."""
 
+import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text
 from stagesweep.store.fingerprint import sources
-from stagesweep.store.stage_inputs import code_modules, file_hashes, hash_path, relevant
+from stagesweep.store.stage_inputs import (
+    code_modules,
+    fields_without_effect,
+    file_hashes,
+    hash_path,
+    relevant,
+)
+from stagesweep.sweep.space.overrides import read_overrides
 from stagesweep.sweep.space.space import Space
 
 # How many changed modules an error names.
@@ -31,12 +43,13 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def about(space: Space, config: DictConfig) -> dict[str, Any]:
     """Everything that the results of a sweep depend on, as plain values."""
-    shared = plain(config)
+    typed, shared = as_typed(config), plain(config)
     return {
         "space": space.fingerprint(),
-        "config": shared,
+        "config": typed,
         "code": code(shared),
-        "files": files(shared),
+        "files": files(shared, space),
+        "environment": environment([typed, space.fingerprint(), space.fixed]),
     }
 
 
@@ -50,6 +63,8 @@ def changes(space: Space, now: Mapping[str, Any], before: Mapping[str, Any]) -> 
         for key in differing(old, new)
     ]
     lines += [f"content of {path}" for path in differing(before["files"], now["files"])]
+    names = differing(before["environment"], now["environment"])
+    lines += [f"environment variable {name}" for name in names]
     if names := differing(before["code"], now["code"]):
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         lines.append(f"code of {', '.join(names[:NAMED])}{more}")
@@ -69,21 +84,39 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
     return {k: v for each in below for k, v in each.items()}
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The config of all trials as plain values. Interpolations of swept keys stay unresolved."""
-    keys = ("seed", "init_from", "model", "data", "loss", "stage", "hardware", "objective")
-    found: dict[str, Any] = {}
-    for key in keys:
-        if OmegaConf.is_missing(config, key):
-            continue
-        try:
-            found[key] = relevant(config[key])
-        except Exception:
-            found[key] = OmegaConf.to_container(config[key], resolve=False)
+# What the trials of a sweep share.
+SHARED = ("seed", "init_from", "model", "data", "loss", "stage", "hardware", "objective")
+
+
+def as_typed(config: DictConfig) -> dict[str, Any]:
+    """The config of all trials as plain values, its interpolations as they were typed.
+
+    What an interpolation gives may depend on a swept key, so only a trial resolves it.
+    """
+    raw: Any = OmegaConf.to_container(config)
+    found = {key: _as_typed(config, key, raw[key]) for key in SHARED if raw[key] != "???"}
     if config.search.constraints:
         found["search.constraints"] = OmegaConf.to_container(config.search.constraints)
     loaded: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return loaded
+
+
+def _as_typed(parent: DictConfig, key: Any, raw: Any) -> Any:
+    """A plain value without the fields that change no result."""
+    if not isinstance(raw, dict):
+        return raw
+    node = parent[key]
+    skipped = fields_without_effect(node)
+    return {str(k): _as_typed(node, k, value) for k, value in raw.items() if k not in skipped}
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The config of all trials, resolved where it does not depend on a swept or missing value."""
+    found: dict[str, Any] = {}
+    for key in SHARED:
+        with suppress(OmegaConfBaseException):
+            found[key] = relevant(config[key])
+    return found
 
 
 def code(shared: Mapping[str, Any]) -> dict[str, str]:
@@ -98,15 +131,28 @@ def code(shared: Mapping[str, Any]) -> dict[str, str]:
     return {name: found[name] for name in sorted(found)}
 
 
-def files(shared: Mapping[str, Any]) -> dict[str, str]:
+def files(shared: Mapping[str, Any], space: Space) -> dict[str, str]:
     """A hash of each input file of the trials: data, checkpoints and weights."""
     model = shared.get("model", {})
     nodes = [shared.get("data"), model, *(model.values() if isinstance(model, dict) else ())]
     found = dict(pair for node in nodes for pair in file_hashes(node).values())
-    weights = shared.get("init_from")
-    if weights is not None and Path(weights).exists():
-        found[str(weights)] = hash_path(Path(weights))
-    return found
+    paths = [shared.get("init_from")]
+    for parameter in space.parameters:
+        if parameter.name in ("data.path", "init_from"):
+            lines = [line for value in parameter.values() for line in parameter.overrides(value)]
+            paths += [override.value() for override in read_overrides(lines)]
+    there = sorted({path for path in paths if isinstance(path, str) and Path(path).exists()})
+    return found | {path: hash_path(Path(path)) for path in there}
+
+
+def environment(texts: Any) -> dict[str, str | None]:
+    """A hash of each environment variable that the texts name: its value may be a secret."""
+    names = set(re.findall(r"\$\{oc\.env:\s*([^\s,}]+)", json.dumps(texts)))
+    values = {name: os.environ.get(name) for name in sorted(names)}
+    return {
+        name: None if value is None else hashlib.sha256(value.encode()).hexdigest()
+        for name, value in values.items()
+    }
 
 
 def refuse_changed(folder: Path, lines: list[str]) -> UserError:
