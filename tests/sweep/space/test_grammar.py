@@ -47,6 +47,18 @@ def test_the_command_line_wins() -> None:
     assert parse(space, ["d=6"]).fixed == ["d=6"]
     assert parse({}, ["a=1", "a=1,2"]).fixed == []
     assert parse({}, ["a=1,2", "a=1"]).distributions == {}
+    assert parse({}, ["a=1,2", "a=1"]).fixed == ["a=1"]
+
+
+def test_an_override_stays_where_it_was_typed() -> None:
+    """Of a key and its parent, the later wins; what was not typed comes last."""
+    lists = {"m": "1,2"}
+    space = parse(lists, ["s={x:1},{x:2}", "k=0", "s.x=5", "n=1,2"], variants={"no": ["~s.y"]})
+    point = {"m": 1, "s": "{x:2}", "n": 2, "ablation": "no"}
+    given = space.arguments(space.overrides(point))
+    assert given == ["s={x:2}", "k=0", "s.x=5", "n=2", "~s.y", "m=1"]
+    whole = space.arguments(space.overrides(point | {"ablation": "full"}))
+    assert whole == ["s={x:2}", "k=0", "s.x=5", "n=2", "m=1"]
 
 
 def test_values_keep_their_type() -> None:

@@ -206,21 +206,16 @@ class Controller:
         self.continue_trial(trial)
 
     def jobs(self, trial: Trial) -> list[Job]:
-        """The jobs of a trial: one, or one for each repeat.
-
-        The trial's overrides come last, so that an ablation can remove a key that the command line
-        sets.
-        """
+        """The jobs of a trial: one, or one for each repeat."""
         timeout, number = self.settings.timeout, trial.number
-        fixed = self.study.space.fixed
+        lines = self.study.space.arguments(trial.overrides)
         if self.settings.repeats == 1:
-            return [Job(number, str(number), [*fixed, *trial.overrides], timeout)]
+            return [Job(number, str(number), lines, timeout)]
         first = int(self.config.seed)
         seeds = [f"seed={first + n}" for n in range(self.settings.repeats)]
-        fixed = [each for each in fixed if not each.startswith("seed=")]
+        lines = [each for each in lines if not each.startswith("seed=")]
         return [
-            Job(number, f"{number}/{n}", [*fixed, *trial.overrides, seed], timeout, n)
-            for n, seed in enumerate(seeds)
+            Job(number, f"{number}/{n}", [*lines, seed], timeout, n) for n, seed in enumerate(seeds)
         ]
 
     def continue_trial(self, trial: Trial) -> None:

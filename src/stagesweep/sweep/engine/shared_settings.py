@@ -43,7 +43,7 @@ def share(config: DictConfig, space: Space, launcher: Launcher, done: Collection
     label, first = "", dict[str, Any]()
     for other, overrides in alternatives(config, space, done):
         try:
-            values = settings(compose(launcher, config, [*space.fixed, *overrides]))
+            values = settings(compose(launcher, config, space.arguments(overrides)))
         except (HydraException, OmegaConfBaseException) as error:
             if "before the sweep starts" in str(error):  # hydra.launcher, and what Hydra built
                 raise UserError(f"{other}: {error}") from error

@@ -59,8 +59,14 @@ def parse(
     for each in parameters:
         _refuse_duplicates(each)
     parameters = _conditional(parameters, when or {}, fixed)
-    lines = [each for each in overrides if last[_key(each)] is each] + typed
-    return Space(tuple(parameters), [str(each.input_line) for each in lines if _key(each) in fixed])
+    given = [each for each in overrides if last[_key(each)] is each and _key(each) in fixed]
+    places: dict[str, int] = {}
+    for each in typed:
+        if each.is_sweep_override():
+            places[each.get_key_element()] = len(given)
+        elif _key(each) in fixed:
+            given.append(each)
+    return Space(tuple(parameters), [str(each.input_line) for each in given], places)
 
 
 def _key(override: Override) -> str:

@@ -4,9 +4,10 @@ A Space is plain data. It reads no file, and asks an Optuna trial only for value
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -21,11 +22,13 @@ from stagesweep.sweep.space.parameter import Parameter, describe
 class Space:
     """The parameters of a sweep, and the overrides that all points share (``fixed``).
 
-    A parameter with a condition comes after the parameter that the condition names.
+    A parameter with a condition comes after the parameter that the condition names. ``places`` has
+    the keys that the command line sweeps: before which of ``fixed`` each was typed.
     """
 
     parameters: tuple[Parameter, ...]
     fixed: list[str]
+    places: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -39,6 +42,17 @@ class Space:
     def overrides(self, params: Mapping[str, Any]) -> list[str]:
         """The overrides of a point, given its values by parameter."""
         return self._walk(lambda parameter: params[parameter.name])
+
+    def arguments(self, overrides: Sequence[str]) -> list[str]:
+        """All overrides of a trial, with its own in the places where their keys were typed.
+
+        Of a key and its parent, the later wins. Overrides that were not typed come last, so that an
+        ablation can remove a key that the command line sets.
+        """
+        last = len(self.fixed) + 1
+        own = [(self.places.get(each.partition("=")[0], last), 0, each) for each in overrides]
+        shared = [(place, 1, each) for place, each in enumerate(self.fixed)]
+        return [each for *_, each in sorted(own + shared, key=itemgetter(0, 1))]
 
     def key(self, params: Mapping[str, Any]) -> tuple[str, ...]:
         """The identity of a point: points with equal keys have the same config."""
