@@ -359,7 +359,8 @@ class Search:
     n_trials: int = bounded(20, ge=1)
     seed: int = bounded(0, ge=0)
     study: str = "${study_of:${hydra:runtime.choices.search},${hydra:overrides.task}}"
-    space: dict[str, str] = field(default_factory=dict)
+    # Key -> its values, as text of Hydra's sweep grammar or as a list.
+    space: dict[str, Any] = field(default_factory=dict)
     # Groups of keys whose lists of values vary together.
     zip: list[list[str]] = field(default_factory=list)
     # Keys of the space that exist only where another has a value: key -> "other=value[,value]".

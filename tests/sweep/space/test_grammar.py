@@ -68,6 +68,17 @@ def test_values_keep_their_type() -> None:
     json.dumps(list(space.points(10)))
 
 
+def test_a_list_of_yaml_is_a_choice() -> None:
+    values = ["a, b", "1e-3", 1, True, None, ["x y", 2], "${seed}", "interval(0, 1)"]
+    space = parse({"v": values, "n": 5, "one": ["x"]}, [])
+    texts = [space.overrides(point)[0] for point in space.points(10)]
+    assert texts == [
+        *("v='a, b'", "v='1e-3'", "v=1", "v=true", "v=null", "v=['x y',2]", "v=${seed}"),
+        "v='interval(0, 1)'",
+    ]
+    assert space.fixed == ["n=5"]
+
+
 # ------------------------------------------------------------------------------ zipped
 
 
@@ -133,7 +144,7 @@ def test_an_ablation_of_each_point() -> None:
 
 # ------------------------------------------------------------------------------ errors
 
-ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
+ERRORS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "unreadable": (
         {"lr": "interval(0, 1"},
         {},
@@ -179,6 +190,18 @@ ERRORS: dict[str, tuple[Mapping[str, str], Mapping[str, Any], str]] = {
         {},
         "n=tag(log, range(1, 9)): only an interval has tags; for a log scale write "
         "'n=tag(log, interval(a, b))', for whole numbers 'tag(log, int(interval(a, b)))'",
+    ),
+    "a misspelt tag of a list": (
+        {"n": "tag(lgo, choice(1, 2))"},
+        {},
+        "n=tag(lgo, choice(1, 2)): only an interval has tags; for a log scale write "
+        "'n=tag(log, interval(a, b))', for whole numbers 'tag(log, int(interval(a, b)))' "
+        "(lgo: did you mean 'log'?)",
+    ),
+    "an empty list": (
+        {"n": []},
+        {},
+        "search.space: n is an empty list; name its values",
     ),
     "twice": ({"n": "1,2,1"}, {}, "n lists 1 twice; name every value once"),
     "zip: unequal": (

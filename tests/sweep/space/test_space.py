@@ -91,6 +91,31 @@ def test_an_enqueued_point_is_read_as_the_study_stores_it() -> None:
     assert space.point({"t": True, "lr": "1e-3"}) == {"t": True, "lr": 0.001}
 
 
+@pytest.mark.parametrize(
+    ("values", "given", "override"),
+    [
+        ("'a b.csv','c,d=ü.csv'", "c,d=ü.csv", "k='c,d=ü.csv'"),
+        ("'a b.csv','c,d=ü.csv'", "'c,d=ü.csv'", "k='c,d=ü.csv'"),
+        ("plateau,cosine", "'plateau'", "k=plateau"),
+        ("'plateau','cosine'", "plateau", "k='plateau'"),
+        ("1e-3,1", "0.001", "k=0.001"),
+        ("1,'1'", "1", "k='1'"),
+        ("1,'1'", 1, "k=1"),
+        ("1,true", True, "k=true"),
+        ("[1,2],['a b',c]", ["a b", "c"], "k=['a b',c]"),
+        ("[1,2],['a b',c]", "[1, 2]", "k=[1,2]"),
+        ("{a:1},{a:null}", {"a": None}, "k={a:null}"),
+        ("${seed},1", "${seed}", "k=${seed}"),
+        ('"\'",x', "'", 'k="\'"'),
+    ],
+)
+def test_a_named_point_may_be_quoted_text_or_a_list(
+    values: str, given: object, override: str
+) -> None:
+    space = parse({}, [f"k={values}"])
+    assert space.overrides(space.point({"k": given})) == [override]
+
+
 # ------------------------------------------------------------------------------ grids
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import FrameType
 
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from stagesweep.base.errors import EnvironmentFailure, Interrupted, NotFinite, UserError
 from stagesweep.base.signals import SIGNALS
@@ -41,8 +41,7 @@ def sweep(
 ) -> None:
     """Run a sweep, or continue it; UserError if no trial could run with this config."""
     typed = setup.share_settings(config, launcher, arguments)
-    settings = OmegaConf.to_object(config.search)
-    assert isinstance(settings, Search)
+    settings = setup.search_settings(config)
     space, points = setup.search_space(config, sweeper, settings, arguments)
     shared_settings.share(config, space, launcher, done=typed)
     modes = objectives(config.objective)

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from stagesweep.sweep.engine import shared_settings
 from stagesweep.sweep.engine.backends import Backend
 from stagesweep.sweep.engine.slots import SlotBackend
 from stagesweep.sweep.space.grammar import ABLATION, parse
-from stagesweep.sweep.space.overrides import read_overrides
+from stagesweep.sweep.space.overrides import quoted, read_overrides
 from stagesweep.sweep.space.space import Space
 from stagesweep.sweep.study import manifest
 from stagesweep.sweep.study.url import without_password
@@ -50,12 +51,24 @@ def share_settings(
     return {key for parameter in space.parameters for key in parameter.keys}
 
 
+def search_settings(config: DictConfig) -> Search:
+    """The settings of a search. Space and points are as typed: only a trial resolves them."""
+    raw: Any = OmegaConf.to_container(config.search)
+    typed = {key: raw[key] for key in ("space", "enqueue")}
+    others = {f.name: config.search[f.name] for f in fields(Search) if f.name not in typed}
+    read = {
+        name: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        for name, value in others.items()
+    }
+    return Search(**typed, **read)
+
+
 def search_space(
     config: DictConfig, sweeper: DictConfig, settings: Search, arguments: Sequence[str]
 ) -> tuple[Space, list[dict[str, Any]] | None]:
     """The space of a sweep and, for a grid, its points; UserError if there is nothing to search."""
     space = parse(
-        config.search.space,
+        settings.space,
         trial_overrides(arguments),
         zipped=settings.zip,
         when=settings.when,
@@ -217,11 +230,10 @@ def choose_folder(
             sweeper.study_name = f"{name}_{count}"
     # An override, because each trial is composed anew: without it a swept experiment would have a
     # folder for each of its values.
-    quoted = str(folder).replace("'", r"\'")
     with read_write(config.hydra), read_write(config.search):
         config.hydra.sweep.dir = str(folder)
         config.search.study = sweeper.study_name
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
     return folder, before is not None and not changes
 
 

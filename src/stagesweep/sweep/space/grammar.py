@@ -25,7 +25,7 @@ FULL = "full"
 
 
 def parse(
-    space: Mapping[str, str],
+    space: Mapping[str, Any],
     arguments: Sequence[str],
     *,
     zipped: Sequence[Sequence[str]] = (),
@@ -36,7 +36,7 @@ def parse(
     """Parse a space (``search.space``). Overrides of the command line take precedence.
 
     Args:
-        space: key -> its values, as override text.
+        space: key -> its values, as override text or as a list.
         arguments: overrides of the command line.
         zipped: groups of keys whose lists of values are zipped (``search.zip``).
         when: key -> the condition ``parent=value[,value]`` under which it exists.
@@ -47,7 +47,7 @@ def parse(
         UserError: for a space that is wrong; one line names the key and the remedy.
 
     """
-    overrides = read_overrides([f"{key}={text}" for key, text in space.items()])
+    overrides = read_overrides([f"{key}={_text(key, value)}" for key, value in space.items()])
     typed = read_overrides(arguments)
     last = {_key(override): override for override in (*overrides, *typed)}
     swept = {key: override for key, override in last.items() if override.is_sweep_override()}
@@ -67,6 +67,16 @@ def parse(
         elif _key(each) in fixed:
             given.append(each)
     return Space(tuple(parameters), [str(each.input_line) for each in given], places)
+
+
+def _text(key: str, value: Any) -> str:
+    """The values of a key of the space as override text. A list is a choice."""
+    if not isinstance(value, list):
+        return as_text(value)
+    if not value:
+        raise UserError(f"search.space: {key} is an empty list; name its values")
+    texts = [as_text(choice_text(each)) for each in value]
+    return ",".join(texts) if len(texts) > 1 else f"choice({texts[0]})"  # choice() takes no null
 
 
 def _key(override: Override) -> str:

@@ -19,6 +19,28 @@ def read_overrides(lines: Sequence[str]) -> list[Override]:
         raise UserError(explain(error) or str(error)) from error
 
 
+def read_text(given: Any) -> Any:
+    """The value of a text as an override would have it; anything else as it is."""
+    if not isinstance(given, str):
+        return given
+    try:
+        override = OverridesParser.create().parse_override(f"k={given}")
+    except HydraException:
+        return given
+    return given if override.is_sweep_override() else override.value()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are the same: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    return bool(one == other or (one != one and other != other))
+
+
 def value_of(override: Override) -> str:
     """The value of an override as text. Equal values have equal texts."""
     value = override.value()

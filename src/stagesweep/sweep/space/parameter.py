@@ -14,7 +14,7 @@ from optuna.distributions import (
 from optuna.trial import BaseTrial
 
 from stagesweep.base.errors import UserError
-from stagesweep.sweep.space.overrides import as_text, read_overrides, value_of
+from stagesweep.sweep.space.overrides import as_text, read_text, same
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,21 @@ class Parameter:
         raise TypeError(self.distribution)
 
     def read(self, given: Sequence[Any]) -> Any:
-        """The value that sets the keys to the given values. Raises UserError when there is none."""
-        texts = tuple(
-            value_of(override) for override in read_overrides([f"x={as_text(v)}" for v in given])
-        )
+        """The value that sets the keys to the given values. Raises UserError when there is none.
+
+        Text is a value, or how an override would write it: ``a b``, ``'a b'``, ``1e-3``.
+        """
         if isinstance(self.distribution, CategoricalDistribution):
-            every = {tuple(self.settings(value).values()): value for value in self.values()}
-            if texts in every:
-                return every[texts]
+            plain = self.lines is None
+            for wanted in (given, [read_text(each) for each in given]):
+                for value in self.values():
+                    own = self.settings(value).values()
+                    if all(map(same, wanted, map(read_text, own) if plain else own)):
+                        return value
         elif self._in_range(given[0]):
             return self.distribution.to_external_repr(float(given[0]))
         raise UserError(
-            f"{self.name}={','.join(texts)} is not in the space; "
+            f"{self.name}={','.join(map(as_text, given))} is not in the space; "
             f"it is {self.name}={describe(self.distribution)}"
         )
 
