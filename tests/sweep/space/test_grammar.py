@@ -73,7 +73,7 @@ def test_a_list_of_yaml_is_a_choice() -> None:
     space = parse({"v": values, "n": 5, "one": ["x"]}, [])
     texts = [space.overrides(point)[0] for point in space.points(10)]
     assert texts == [
-        *("v='a, b'", "v='1e-3'", "v=1", "v=true", "v=null", "v=['x y',2]", "v=${seed}"),
+        *("v='a, b'", "v='1e-3'", "v=1", "v=true", "v=null", "v=[x y,2]", "v=${seed}"),
         "v='interval(0, 1)'",
     ]
     assert space.fixed == ["n=5"]
