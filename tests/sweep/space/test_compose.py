@@ -1,16 +1,22 @@
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, RunMode
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from stagesweep.config import register
+from stagesweep.config.register import study_name
+from stagesweep.sweep.engine import worker
 from stagesweep.sweep.space.compose import (
     SweepContext,
     compose,
@@ -19,6 +25,9 @@ from stagesweep.sweep.space.compose import (
     sweep_context,
     with_example,
 )
+from stagesweep.sweep.space.grammar import parse
+from stagesweep.sweep.space.overrides import quoted
+from stagesweep.sweep.space.space import Space
 
 FIRST = ["stage.joint.optimizer.lr=0.001", "stage.joint.epochs=3", "seed=1", "experiment=digits"]
 FIXED = ["experiment=digits"]
@@ -111,25 +120,141 @@ def test_a_config_equals_that_of_hydra(
     assert OmegaConf.is_struct(made)
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+# ------------------------------------------------------------------------------ any text
+
+BATCH = 10
+GROUP = "{value: null, fit: {epochs: 3, lr: 0.1, sizes: [1, 2]}}"
+SMALL = "\n".join(["search: {study: s}", "seed: 0", *(f"g{n}: {GROUP}" for n in range(BATCH))])
+ODD = "a'b\"c,{d}=é&$x [y]"
+WORDS = st.text("abü ñ日&=,:'\"\\[]{}()#;1.-", max_size=6).map(quoted)
+NUMBERS = st.integers(-99, 99).map(str) | st.floats(-1e3, 1e3).map(repr)
+PLAIN = ["word", "two words", "a\\,b", "a\\=b", "null", "true", "1e-3", "a/b.csv", '"it\'s"', "nan"]
+INTERPOLATIONS = [
+    *("${seed}", "${.epochs}", "${..value}", "${hydra:job.num}", "${hydra:runtime.output_dir}"),
+    *("${oc.env:ODD}", "'${oc.env:ODD} ü'", "'\\${seed}'", "${no.such}", "${hydra.job.num}"),
+]
+SINGLE = WORDS | NUMBERS | st.sampled_from(PLAIN) | st.sampled_from(INTERPOLATIONS)
+LISTS = st.lists(SINGLE, max_size=3).map(lambda items: f"[{','.join(items)}]")
+DICTS = st.dictionaries(st.sampled_from(["epochs", "lr"]), SINGLE | LISTS).map(
+    lambda items: f"{{{','.join(f'{key}:{value}' for key, value in items.items())}}}"
 )
-@given(
-    rate=st.floats(1e-6, 1.0),
-    epochs=st.integers(1, 1000),
-    seed=st.integers(0, 2**31),
-    path=st.text("ab c,=[]{}:/'\"\\$", max_size=6),
+# A key, and one or two values of it.
+Line = tuple[str, list[str]]
+
+
+def read(text: str) -> Any:
+    """The value that Hydra reads."""
+    return OverridesParser.create().parse_override(f"k={text}").value()
+
+
+def values(kinds: st.SearchStrategy[str]) -> st.SearchStrategy[list[str]]:
+    return st.lists(kinds, min_size=1, max_size=2, unique_by=lambda text: repr(read(text)))
+
+
+LINES = st.lists(
+    st.tuples(st.sampled_from(["value", "fit.lr", "fit.sizes", "+new"]), values(SINGLE | LISTS))
+    | st.tuples(st.sampled_from(["fit", "value", "+new"]), values(DICTS)),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda line: line[0],
 )
-def test_any_value(work: SweepContext, rate: float, epochs: int, seed: int, path: str) -> None:
-    quoted = "'" + path.replace("\\", "").replace("'", "").replace("$", "") + "'"
-    then = [f"stage.joint.optimizer.lr={rate}", f"stage.joint.epochs={epochs}", f"seed={seed}"]
-    first = [*FIRST[:3], "init_from=null", *FIXED]
-    then += [f"init_from={quoted}", *FIXED]
-    ready = having(work, first)
-    made = compose(ready, then)
-    assert made is ready.like
-    expected = plainly(work, then)
-    assert text(made) == text(expected)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Line]:
+    """Ten command lines at once, each for a part of the config: Hydra takes long to compose it."""
+    groups = [draw(LINES) for _ in range(BATCH)]
+    named = [
+        (f"{'+' * key.startswith('+')}g{n}.{key.lstrip('+')}", texts)
+        for n, lines in enumerate(groups)
+        for key, texts in lines
+    ]
+    return [*named, ("seed", ["1", "2"])]
+
+
+def typed(lines: Sequence[Line]) -> list[str]:
+    return [f"{key}={','.join(texts)}" for key, texts in lines]
+
+
+def picked(lines: Sequence[Line], last: bool) -> list[str]:
+    """The overrides of the first or of the last point, as a user types them for a single run."""
+    return [f"{key}={texts[-1 if last else 0]}" for key, texts in lines]
+
+
+def of_point(space: Space, last: bool) -> list[str]:
+    """The overrides of the same point, as a trial gets them."""
+    point = {each.name: each.values()[-1 if last else 0] for each in space.parameters}
+    return space.arguments(space.overrides(point))
+
+
+def seen_by_task(config: DictConfig) -> list[tuple[str, str]]:
+    """What a task can see of each part of its config: as it is, and resolved."""
+    found = []
+    for name, part in config.items():
+        try:
+            resolved = repr(OmegaConf.to_container(part, resolve=True)) if name != "seed" else part
+        except OmegaConfBaseException as error:
+            resolved = str(error)
+        found.append((str(OmegaConf.to_container(config)[name]), resolved))
+    return found
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SweepContext]:
+    """A sweep over a small config, whose trials return what they see of it."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "config.yaml").write_text(SMALL)
+    with (
+        initialize_config_dir(str(folder), job_name="stagesweep"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("ODD", ODD)
+        patch.setattr(worker, "configure_log", lambda *_: None)
+        patch.setattr(worker, "load_task", lambda _: seen_by_task)
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration(
+            "config", [f"hydra.sweep.dir={folder}", "hydra.output_subdir=null"], RunMode.MULTIRUN
+        )
+        context = HydraContext(config_loader=loader, callbacks=None)  # type: ignore[arg-type]
+        yield sweep_context(context, master, ("there", "task"))
+    HydraConfig.instance().cfg = None
+
+
+def by_hydra(small: SweepContext, lines: list[str]) -> list[tuple[str, str]]:
+    """What a task sees of the config that Hydra composes of these overrides."""
+    config = plainly(small, lines)
+    with open_dict(config):
+        config.hydra.job.update(num=7, id="7")
+        config.hydra.runtime.output_dir = str(small.folder / "7")
+        HydraConfig.instance().cfg = config.copy()
+        del config["hydra"]
+    return seen_by_task(config)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lines=batches())
+def test_a_trial_gets_what_hydra_makes_of_any_text(small: SweepContext, lines: list[Line]) -> None:
+    space = parse({}, typed(lines))
+    ready = having(small, of_point(space, last=False))
+    expected = by_hydra(small, picked(lines, last=True))
+    assert worker.run_task(ready, 7, "7", of_point(space, last=True)) == expected
+    for key, texts in lines:
+        assert len({study_name("grid", [f"{key}={text}"]) for text in texts}) == len(texts)
+
+
+@settings(max_examples=20, deadline=None)
+@given(lines=LINES, data=st.data())
+def test_other_results_have_another_study(
+    small: SweepContext, lines: list[Line], data: st.DataObject
+) -> None:
+    """In another order, the same overrides have the same name, and may give other results."""
+    lines = [(f"{'+' * key.startswith('+')}g0.{key.lstrip('+')}", texts) for key, texts in lines]
+    other = data.draw(st.permutations(lines))
+    one, two = parse({}, typed(lines)), parse({}, typed(other))
+    assert study_name("grid", typed(lines)) == study_name("grid", typed(other))
+    if one.fingerprint() == two.fingerprint():
+        for last in (False, True):
+            assert by_hydra(small, of_point(one, last)) == by_hydra(small, of_point(two, last))
 
 
 def test_a_wrong_value_is_refused(work: SweepContext) -> None:

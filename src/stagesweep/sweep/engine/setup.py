@@ -137,7 +137,8 @@ def validate_sweep(config: DictConfig, space: Space, launcher: Launcher, backend
         # Composition raises the same error as for a single run.
         context: Any = getattr(launcher, "hydra_context", None)
         context.config_loader.load_sweep_config(config, [f"{key}=null"])
-    if any(is_missing(config, key) for key in swept):
+    # A key that is added has no value here either, and others may refer to it.
+    if any(key.startswith("+") or is_missing(config, key) for key in swept):
         return
     if isinstance(backend, SlotBackend):  # its server has imported torch; this process need not
         backend.call(validate_config, config)
@@ -207,6 +208,8 @@ def choose_folder(
     base, on_change = Path(config.hydra.sweep.dir), config.sweep.on_change
     if on_change not in ("refuse", "continue", "new"):
         raise UserError(f"sweep.on_change={on_change} must be refuse, continue or new")
+    if "?" in str(base) and str(sweeper.storage).startswith("sqlite"):
+        raise UserError(f"hydra.sweep.dir={base}: a URL ends at '?'; name the folder without it")
     folder, count, name, changes = base, 1, str(sweeper.study_name), list[str]()
     while (before := manifest.read(folder)) is not None:
         changes = manifest.changes(space, about, before)

@@ -66,7 +66,21 @@ def parse(
             places[each.get_key_element()] = len(given)
         elif _key(each) in fixed:
             given.append(each)
-    return Space(tuple(parameters), [str(each.input_line) for each in given], places)
+    lines = [str(each.input_line) for each in given]
+    return Space(tuple(parameters), lines, places, _order(typed))
+
+
+def _order(typed: Sequence[Override]) -> tuple[str, ...]:
+    """The keys whose order matters: those that set a whole mapping, and those within it."""
+    keys = [(_key(each), "{" in str(each.input_line)) for each in typed]
+    pairs = [
+        (whole, key)
+        for whole, is_mapping in keys
+        for key, _ in keys
+        if is_mapping and key.startswith(f"{whole}.")
+    ]
+    tied = {key for pair in pairs for key in pair}
+    return tuple(key for key, _ in keys if key in tied)
 
 
 def _text(key: str, value: Any) -> str:

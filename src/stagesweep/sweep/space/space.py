@@ -23,12 +23,14 @@ class Space:
     """The parameters of a sweep, and the overrides that all points share (``fixed``).
 
     A parameter with a condition comes after the parameter that the condition names. ``places`` has
-    the keys that the command line sweeps: before which of ``fixed`` each was typed.
+    the keys that the command line sweeps: before which of ``fixed`` each was typed. ``order`` has
+    keys in the order in which they were typed, where it matters.
     """
 
     parameters: tuple[Parameter, ...]
     fixed: list[str]
     places: Mapping[str, int] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -98,8 +100,8 @@ class Space:
         return self._points({}, {}, self.parameters)
 
     def fingerprint(self) -> dict[str, str]:
-        """The space as plain data, independent of the order of parameters."""
-        said = {}
+        """The space as plain data. The order of parameters counts only where it matters."""
+        said = {"order of overrides": ", ".join(self.order)} if self.order else {}
         for each in self.parameters:
             where = f" where {each.when}" if each.when else ""
             said[each.name] = describe(each.distribution) + where

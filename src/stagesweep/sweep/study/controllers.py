@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages import BaseStorage, get_storage
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from stagesweep.base.errors import EnvironmentFailure, UserError
-from stagesweep.sweep.study.storage import SingleWriterStorage, reopen_failed
+from stagesweep.sweep.study.storage import SingleWriterStorage, open_database, reopen_failed
 from stagesweep.sweep.study.url import password, without_password
 
 if TYPE_CHECKING:
@@ -54,14 +54,14 @@ class Coordinator:
         """Open the storage of the study. Hold the lock: this creates missing tables."""
         if not self.shared:
             return SingleWriterStorage(self.url)
-        return get_storage(RDBStorage(self.url, engine_kwargs=dict(self.options)))
+        return get_storage(open_database(self.url, **self.options))
 
     def reopen_failed(self, study_name: str) -> list[int]:
         """Make the failed trials of a study running ones again; returns their numbers.
 
         Hold the lock. Other controllers that run at the moment do not see it.
         """
-        engine = self.engine if self.shared else RDBStorage(self.url).engine
+        engine = self.engine if self.shared else open_database(self.url).engine
         if not sqlalchemy.inspect(engine).has_table("trials"):
             return []
         return reopen_failed(engine, study_name)

@@ -25,6 +25,11 @@ from stagesweep.base.errors import UserError
 from stagesweep.sweep.study.url import without_password
 
 
+def open_database(url: str, **options: Any) -> RDBStorage:
+    """Optuna's storage of a URL. Optuna formats it, so braces in a folder's name are doubled."""
+    return RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=options)
+
+
 def read_only(file: Path) -> RDBStorage:
     """A storage that cannot change the file, nor create one."""
     uri = f"file:{quote(str(file.absolute()))}?mode=ro"
@@ -42,7 +47,7 @@ def load_recorded(folder: Path, url: str | None) -> Study:
         raise UserError(f"no study in {folder}; a sweep's folder holds a study.db")
     place = str(file) if url is None or file.exists() else url
     try:
-        storage = read_only(file) if place != url else RDBStorage(place)
+        storage = read_only(file) if place != url else open_database(place)
         names = get_all_study_names(storage)
         if folder.name in names or len(names) == 1:
             name = folder.name if folder.name in names else names[0]
@@ -96,7 +101,7 @@ class SingleWriterStorage(InMemoryStorage):
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self.database = RDBStorage(url)
+        self.database = open_database(url)
         self._tables = compat.optuna_tables()
         self._connection: Connection | None = None
         self._study_name: str | None = None
