@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import options
@@ -42,6 +43,16 @@ LINES = {
     "model=???": "In 'config': You must specify 'model', e.g, model=<OPTION>; Available options: ",
     "=3": "Config group override must be a string or a list. Got int",
 }
+
+
+def test_hydras_settings_are_read_by_its_resolver(compose: Compose) -> None:
+    config = compose("experiment=tiny", "seed=${hydra.job.num}")
+    with pytest.raises(OmegaConfBaseException) as caught:
+        _ = config.seed
+    assert explain(caught.value) == (
+        "seed: Interpolation key 'hydra.job.num' not found; settings of Hydra are read by "
+        "${hydra:job.num}"
+    )
 
 
 @pytest.mark.parametrize("override", LINES)

@@ -90,6 +90,8 @@ def _key_error(key: str, error: OmegaConfBaseException) -> str:
         return f"unknown key '{key}': {hint}{remedy}"
     text = str(error).splitlines()[0]
     if isinstance(error, InterpolationKeyError):
+        if own := re.search(r"'hydra\.([^']+)' not found", text):
+            return f"{key}: {text}; settings of Hydra are read by ${{hydra:{own[1]}}}"
         return f"{key}: {text}; put that back, or give {key} a value of its own"
     return f"{key} must not be null" if "is not Optional" in text else f"{key}: {text}"
 
