@@ -8,15 +8,28 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import register
-from stagesweep.sweep.engine.setup import check_study_name, validate_sweep
+from stagesweep.sweep.engine.setup import (
+    check_study_name,
+    is_missing,
+    is_unknown_key,
+    validate_sweep,
+)
 from stagesweep.sweep.space.grammar import parse
 
 
-def test_a_key_without_a_value_can_be_swept() -> None:
-    given = ["experiment=audiogram", "data.path=a.csv,b.csv"]
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["experiment=audiogram", "data.path=a.csv,b.csv"],
+        # A relative interpolation means nothing in the list of typed overrides.
+        ["experiment=audiogram", "data.path=a.csv,b.csv", "stage.joint.epochs=${.batch_size}"],
+    ],
+)
+def test_a_key_without_a_value_can_be_swept(given: list[str]) -> None:
     register.register()
     with initialize_config_dir(str(register.folder()), job_name="stagesweep"):
         loader = GlobalHydra.instance().config_loader()
@@ -27,6 +40,13 @@ def test_a_key_without_a_value_can_be_swept() -> None:
             validate_sweep(config, parse({}, given), launcher, launcher)
         finally:
             HydraConfig.instance().cfg = None
+
+
+def test_keys_are_found_without_resolving_any() -> None:
+    config = OmegaConf.create({"a": {"b": "???", "c": "${.x}"}, "d": "${e}", "f": "???"})
+    assert [is_missing(config, key) for key in ("a.b", "f")] == [True, True]
+    assert not any(is_missing(config, key) for key in ("a.c", "a.x", "d", "d.e", "g.h"))
+    assert [is_unknown_key(config, key) for key in ("a.b", "a.x", "d.e")] == [False, True, False]
 
 
 def test_an_invalid_study_name_is_refused() -> None:

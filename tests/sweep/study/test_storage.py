@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from stagesweep.sweep.study.storage import SingleWriterStorage, read_only
+from stagesweep.sweep.study.storage import SingleWriterStorage, open_database, read_only
 
 
 def same(study: optuna.Study, url: str) -> list[FrozenTrial]:
@@ -29,6 +29,13 @@ def plain(trial: FrozenTrial) -> dict[str, object]:
     names += " user_attrs system_attrs intermediate_values"
     found = {name: getattr(trial, name) for name in names.split()}
     return {k: dict(sorted(v.items())) if isinstance(v, dict) else v for k, v in found.items()}
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a{b} c,ü#%20=&[x]"
+    folder.mkdir()
+    open_database(f"sqlite:///{folder / 'study.db'}")
+    assert [path.name for path in folder.iterdir()] == ["study.db"]
 
 
 def test_memory_and_disk_agree_after_every_write(tmp_path: Path) -> None:

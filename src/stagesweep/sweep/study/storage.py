@@ -26,8 +26,15 @@ from stagesweep.sweep.study.url import without_password
 
 
 def open_database(url: str, **options: Any) -> RDBStorage:
-    """Optuna's storage of a URL. Optuna formats it, so braces in a folder's name are doubled."""
-    return RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=options)
+    """Optuna's storage of a URL. The path of an SQLite file may have any signs but ``?``.
+
+    SQLAlchemy would decode ``%``, and Optuna would replace what is in braces.
+    """
+    path = url.removeprefix("sqlite:///")
+    if path == url or "?" in path:
+        return RDBStorage(url, engine_kwargs=options)
+    connect = partial(sqlite3.connect, path, check_same_thread=False)
+    return RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect, **options})
 
 
 def read_only(file: Path) -> RDBStorage:
