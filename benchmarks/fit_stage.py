@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ def fits(cfg: DictConfig) -> list[str]:
     ]
 
 
+@lru_cache(maxsize=1)
+def built_data(node: str) -> Any:
+    """The data set of a config node in YAML; built once for neighbouring stages that share it."""
+    return build("data", OmegaConf.create(node))
+
+
 class FitStage:
     """The data, model, loss terms and settings of one fit stage, without the stages before it."""
 
@@ -46,7 +52,7 @@ class FitStage:
         self.stage, self.profile = stage, profile
         seed_everything(0)
         with execution_whitelist(trust.trusted()):
-            self.data: Any = build("data", cfg.data)
+            self.data: Any = built_data(OmegaConf.to_yaml(cfg.data, resolve=True))
             self.settings: schema.Fit = build_stage(stage, cfg.stage[stage])
             part = self.settings.part
             node = cfg.model if part is None else cfg.model[part]

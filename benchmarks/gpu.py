@@ -37,6 +37,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": Precision.bf16, "tf32": True},
     "bf16, compiled": {"precision": Precision.bf16, "tf32": True, "compile": True},
 }
+# Overrides of a smoke run, for experiments that simulate more data than it needs.
+SMALL = {
+    "audiogram_simulated": ["data.animals=400"],
+    "speech": ["data.clips=2", "data.typical_clips=2"],
+}
 # Minimum number of timed steps.
 STEPS = 200
 
@@ -73,9 +78,7 @@ class Bench:
         self.say(f"| experiment | batch | {' | '.join(variants)} |")
         self.say("|---" * (2 + len(variants)) + "|")
         for name in names:
-            given = self.data.get(name, [])
-            if self.small and name == "audiogram_simulated":
-                given = ["data.animals=400"]
+            given = SMALL.get(name, []) if self.small else self.data.get(name, [])
             cfg = composed(f"experiment={name}", *given)
             if OmegaConf.missing_keys(cfg):
                 self.say(f"| {name} | needs `--data {name}=<file>` |" + " |" * len(variants))
