@@ -1,5 +1,7 @@
 """Every error of composition becomes one line with the key and the remedy."""
 
+import logging.config
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +43,8 @@ LINES = {
     "+stage.joint.loss.kll={weight: 1}": "cannot add 'stage.joint.loss.kll' like this; use "
     "'+stage.joint.loss={kll: {weight: 1}}'",
     "model=???": "In 'config': You must specify 'model', e.g, model=<OPTION>; Available options: ",
+    "seed='a\nb'": r"seed: Value 'a\nb' of type 'str' could not be converted to Integer",
+    "seed='a\nb'c": r"cannot read 'seed='a\nb'c': extraneous input 'c' expecting <EOF>",
     "=3": "Config group override must be a string or a list. Got int",
 }
 
@@ -62,6 +66,37 @@ def test_composition(compose: Compose, override: str) -> None:
     line = explain(caught.value)
     assert line is not None
     assert line.startswith(LINES[override])
+    assert "\n" not in line
+
+
+FILES = {
+    b"a: 1\nb: [1\n": r"did not find expected ',' or ']' \(line 3, column 1\)",
+    b"a: 1\0": "unacceptable character",
+    b"a: \xff": "'utf-8' codec can't decode byte 0xff",
+    b"a: 1\na: 2": r"found duplicate key a \(line 2, column 1\)",
+    b"defaults: 3": "defaults",
+}
+
+
+def test_a_logging_that_python_refuses_is_one_line() -> None:
+    with pytest.raises(ValueError, match="Unable to configure root logger") as caught:
+        logging.config.dictConfig({"version": 1, "root": {"level": "loud"}})
+    assert explain(caught.value) == (
+        "hydra.hydra_logging or hydra.job_logging: Unable to configure root logger: Unknown level: "
+        "'loud'"
+    )
+
+
+@pytest.mark.parametrize("content", FILES, ids=repr)
+def test_a_config_file_that_cannot_be_read_is_named(
+    compose: Compose, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_bytes(content)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        compose("experiment=tiny", "model=mine", folders=[tmp_path])
+    line = explain(caught.value) or ""
+    assert re.match(f"cannot read {tmp_path}/model/mine.yaml: .*{FILES[content]}", line), line
     assert "\n" not in line
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from stagesweep.base.errors import UserError
 from stagesweep.run import artifacts
 
 
@@ -22,6 +23,15 @@ def test_each_format_is_read_as_it_was_written(tmp_path: Path) -> None:
     table = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
     artifacts.write(tmp_path / "a.csv", table)
     pd.testing.assert_frame_equal(artifacts.read(tmp_path / "a.csv"), table)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.json", "a.csv"])
+def test_a_damaged_artifact_is_named_with_the_remedy(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'"\xff\n1,2')
+    with pytest.raises(UserError, match=f"{name}, which an earlier stage left, is damaged: .*; set "
+                       "resume=never, or .*verify --repair") as error:  # fmt: skip
+        artifacts.read(tmp_path / name)
+    assert "\n" not in str(error.value)
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:

@@ -31,6 +31,27 @@ def optuna_distribution(override: Any) -> Any:
     return create_optuna_distribution_from_override(override)
 
 
+# ------------------------------------------------------------------------------------ Hydra
+
+_CONFIG_LOADER = "hydra._internal.config_repository"
+
+
+def config_being_loaded(error: BaseException) -> str | None:
+    """The config file that Hydra was loading when the error was raised; None if it was not.
+
+    Hydra lets errors of the file pass as they are, and most of them do not name it.
+    """
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        loads = frame.f_code.co_name == "load_config" and frame.f_locals.get("source")
+        if loads and frame.f_globals.get("__name__") == _CONFIG_LOADER:
+            name = str(frame.f_locals["config_path"])
+            found = f"{loads.path}/{name.removesuffix('.yaml')}.yaml"
+        trace = trace.tb_next
+    return found
+
+
 # ------------------------------------------------------------------------------------ torch
 
 # The first optimizer that a process builds imports this module, which takes about a second.

@@ -49,6 +49,10 @@ class MissingFile(UserError):
         return MissingFile, (str(self), self.path)
 
 
+class FailedTrials(UserError):
+    """Trials of a sweep failed alike; the message is all of their error, of one line or several."""
+
+
 class Interrupted(UserError):
     """A signal stopped the run (Ctrl-C, SIGTERM, SIGUSR1); its last checkpoint is saved."""
 

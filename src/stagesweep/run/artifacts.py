@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text, atomic_write
+from stagesweep.data.arrays import read_arrays
 
 
 def write(path: Path, value: Any) -> None:
@@ -28,12 +30,17 @@ def write(path: Path, value: Any) -> None:
 
 
 def read(path: Path) -> Any:
-    """Read an artifact as it was given to `write`."""
-    match path.suffix:
-        case ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        case ".json":
-            return json.loads(path.read_text())
-        case _:
-            return pd.read_csv(path)
+    """Read an artifact as it was given to `write`; UserError when it is damaged."""
+    try:
+        match path.suffix:
+            case ".npz":
+                return read_arrays(path)
+            case ".json":
+                return json.loads(path.read_text())
+            case _:
+                return pd.read_csv(path)
+    except (UserError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}, which an earlier stage left, is damaged: {' '.join(str(error).split())}; set "
+            "resume=never, or remove what is damaged with stagesweep-store verify --repair"
+        ) from error

@@ -16,7 +16,13 @@ from types import FrameType
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
-from stagesweep.base.errors import EnvironmentFailure, Interrupted, NotFinite, UserError
+from stagesweep.base.errors import (
+    EnvironmentFailure,
+    FailedTrials,
+    Interrupted,
+    NotFinite,
+    UserError,
+)
 from stagesweep.base.signals import SIGNALS
 from stagesweep.config.schema import Search, objectives
 from stagesweep.sweep.engine import setup, shared_settings, summary
@@ -315,7 +321,7 @@ class Controller:
         log_file = self.study.folder / str(last.number) / "trial.log"
         more = f" (its log: {log_file})" if log_file.exists() else ""
         self.stop_early(
-            UserError(
+            FailedTrials(
                 f"the first {count} trials failed with the same error{more}: {error}; fix it and "
                 "add search.retry_failed=true, or continue with search.max_failures_in_a_row=0"
             )

@@ -238,6 +238,33 @@ def test_invalid_files(tmp_path: Path, write: Write) -> None:
         SingleCell(wrong, NAMED, layer="umi")
 
 
+@pytest.mark.parametrize("backed", [False, True])
+@pytest.mark.parametrize(
+    "member", ["X/indices", "X/indptr", "X/data", "obs/_index/values", "var/_index/values"]
+)
+def test_a_file_whose_parts_do_not_go_together_is_refused(
+    write: Write, member: str, backed: bool
+) -> None:
+    h5py = pytest.importorskip("h5py")
+    path = write(table())
+    with h5py.File(path, "r+") as root:
+        values = root[member][:]
+        del root[member]
+        # An index beyond the genes would be read from memory of others.
+        root[member] = values + 1000 if member == "X/indices" else values[:-3]
+        root[member].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    with pytest.raises(UserError, match=r"cells.h5ad is (not a readable \.h5ad file|damaged)"):
+        SingleCell(path, NAMED, backed=backed)
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_counts_too_large_for_fp32_are_refused(write: Write, backed: bool) -> None:
+    counts = table().counts.astype(np.float64)
+    counts.data[0] = 1e300
+    with pytest.raises(UserError, match=r"cells.h5ad holds inf \(gene 'g\d+'\)"):
+        SingleCell(write(table(), X=counts), NAMED, backed=backed)
+
+
 def test_a_column_that_is_missing_names_the_nearest() -> None:
     with pytest.raises(
         UserError, match=r"no obs column 'kinds' in t; the nearest are kind, .*label"

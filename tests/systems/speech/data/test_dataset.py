@@ -55,6 +55,14 @@ def test_a_table_of_json_lines_is_read_alike(write_clips: Write, tmp_path: Path)
     first, second = read((path, columns)), read((lines, columns))
     for split in first.splits:
         assert first.ids(split).tolist() == second.ids(split).tolist()
+    # Other characters that end a line may be in a string.
+    lines.write_text(
+        "".join(json.dumps({**r, "note": "a\u2028b\x85"}, ensure_ascii=False) + "\n" for r in rows)
+    )
+    assert len(read((lines, columns)).clips) == 24
+    lines.write_bytes(b'{"path": "\xe9"}')
+    with pytest.raises(UserError, match=r"table.jsonl is not a readable text file \(UTF-8\)"):
+        read((lines, columns))
     lines.write_text("{broken\n")
     with pytest.raises(UserError, match=r"table.jsonl, line 1 is not valid JSON"):
         read((lines, columns))
@@ -191,6 +199,27 @@ def test_features_stand_in_for_audio(tmp_path: Path) -> None:
     table.assign(row=99).to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(UserError, match=r"line 2: row 99 is not in .*f.npz, which has 12"):
         read((tmp_path / "t.csv", columns), features=str(tmp_path / "f.npz"))
+
+
+FRAMES, OFFSETS = np.zeros((60, 13), np.float32), np.array([0, 20, 40, 60])
+WRONG = {
+    "shape": (FRAMES[0], OFFSETS, "must be finite numbers"),
+    "nan": (FRAMES * np.nan, OFFSETS, "must be finite numbers"),
+    "text": (FRAMES.astype(str), OFFSETS, "must be finite numbers"),
+    "fractions": (FRAMES, OFFSETS + 0.5, "offsets must be integers that rise from 0 to 60"),
+    "order": (FRAMES, OFFSETS[::-1].copy(), "offsets must be integers"),
+    "beyond": (FRAMES, OFFSETS * 2, "offsets must be integers"),
+    "few": (FRAMES, OFFSETS[:1], "offsets must be integers"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_features_of_another_shape_are_refused(tmp_path: Path, kind: str) -> None:
+    frames, offsets, text = WRONG[kind]
+    np.savez(tmp_path / "f.npz", cepstra=frames, offsets=offsets)
+    table = pd.DataFrame({"transcript": ["one"] * 3, "row": ["0", "1", "2"]})
+    with pytest.raises(UserError, match=f"data.features=.*f.npz: .*{text}"):
+        Speech(table, Columns("transcript", row="row"), features=str(tmp_path / "f.npz"))
 
 
 def test_windows_are_read_one_by_one(small: Speech) -> None:

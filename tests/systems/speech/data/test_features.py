@@ -54,7 +54,7 @@ def test_a_clip_is_heard_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda c: c[:-7], lambda c: c[:40] + b"x" + c[41:], lambda c: b""]
+    "damage", [lambda c: c[:-7], lambda c: c[:40] + b"x" + c[41:], lambda c: b"", lambda c: c[:5]]
 )
 def test_a_damaged_file_is_computed_again(tmp_path: Path, damage: Any) -> None:
     clips = Noise()
@@ -65,6 +65,12 @@ def test_a_damaged_file_is_computed_again(tmp_path: Path, damage: Any) -> None:
     np.testing.assert_array_equal(heard.features(0, 0.0, 0.5), first)
     assert clips.heard == 2
     assert features._read(file) is not None
+
+
+def test_more_bands_than_the_audio_has_are_said_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    assert LogMel(bands=40, rate=4000, frames=20).of(np.ones(400, np.float32)).shape[1] == 40
+    (line,) = caplog.messages
+    assert line.startswith("data.bands=40 are more than audio of 4000 Hz can tell apart")
 
 
 def test_cepstra_are_scaled_clip_by_clip() -> None:

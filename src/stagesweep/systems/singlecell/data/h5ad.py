@@ -63,27 +63,23 @@ def read_h5ad(path: str, layer: str | None = None) -> CountTable:
     """
     with optional_dependency():
         import anndata
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # files of older anndata versions are fine
-        try:
-            cells = anndata.read_h5ad(path)
-        except Exception as error:  # h5py and anndata raise many kinds
+    with readable(path):
+        cells = anndata.read_h5ad(path)
+        parts: dict[str, Any] = {
+            name: (values, cells.var_names) for name, values in cells.layers.items()
+        }
+        if cells.raw is not None:
+            parts["raw"] = (cells.raw.X, cells.raw.var_names)
+        layers = parts.items()
+        count_layer = next((name for name, (values, _) in layers if are_counts(values[:10])), None)
+        if layer is not None:
+            require_layer(layer, list(parts), path)
+        values, genes = (cells.X, cells.var_names) if layer is None else parts[layer]
+        if values is None:
             raise UserError(
-                f"{path} is not a readable .h5ad file (anndata): {one_line(error)}"
-            ) from error
-    parts: dict[str, Any] = {
-        name: (values, cells.var_names) for name, values in cells.layers.items()
-    }
-    if cells.raw is not None:
-        parts["raw"] = (cells.raw.X, cells.raw.var_names)
-    layers = parts.items()
-    count_layer = next((name for name, (values, _) in layers if are_counts(values[:10])), None)
-    if layer is not None:
-        require_layer(layer, list(parts), path)
-    values, genes = (cells.X, cells.var_names) if layer is None else parts[layer]
-    if values is None:
-        raise UserError(f"{path} has no X; name the layer that holds counts with data.layer=...")
-    counts = csr_matrix(values, dtype=np.float32)
+                f"{path} has no X; name the layer that holds counts with data.layer=..."
+            )
+        counts = checked(csr_matrix(values, dtype=np.float32), len(cells.obs), len(genes))
     return CountTable(path, [str(gene) for gene in genes], cells.obs, counts, count_layer)
 
 
@@ -98,6 +94,10 @@ class BackedFile:
         self.name = path
         self._group = {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
         self._handle: tuple[int, Any] = (0, None)
+        with readable(path):
+            self._open(path, layer)
+
+    def _open(self, path: str, layer: str | None) -> None:
         with optional_dependency():
             from anndata.io import read_elem
         root = self._root()
@@ -119,6 +119,11 @@ class BackedFile:
             )
         sparse = kind == "csr_matrix"
         self._pointers = root[self._group]["indptr"][:].astype(np.int64) if sparse else None
+        rows = len(root[self._group] if self._pointers is None else self._pointers[1:])
+        if rows != len(self.obs):
+            raise UserError(
+                f"{path} is damaged: it has {rows} rows of counts, and {len(self.obs)} cells"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the file handle, for worker processes."""
@@ -129,17 +134,22 @@ class BackedFile:
         order = np.argsort(rows, kind="stable")
         wanted = rows[order]
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > MAX_GAP) + 1)
-        found = vstack([self._read(run[0], run[-1] + 1)[run - run[0]] for run in runs], "csr")
+        with readable(self.name):
+            found = vstack([self._read(run[0], run[-1] + 1)[run - run[0]] for run in runs], "csr")
         return found[np.argsort(order)]
 
     def _read(self, first: int, last: int) -> csr_matrix:
         matrix, width = self._root()[self._group], len(self.genes)
         if self._pointers is None:
-            return csr_matrix(matrix[first:last].astype(np.float32))
+            dense = csr_matrix(matrix[first:last].astype(np.float32))
+            return checked(dense, last - first, width)
         start, stop = self._pointers[first], self._pointers[last]
         values = matrix["data"][start:stop].astype(np.float32)
         pointers = self._pointers[first : last + 1] - start
-        return csr_matrix((values, matrix["indices"][start:stop], pointers), (last - first, width))
+        sparse = csr_matrix(
+            (values, matrix["indices"][start:stop], pointers), (last - first, width)
+        )
+        return checked(sparse, last - first, width)
 
     def _root(self) -> Any:
         """The open file; a forked process opens it again, because handles do not survive a fork."""
@@ -147,10 +157,7 @@ class BackedFile:
         if process != os.getpid():
             with optional_dependency():
                 import h5py
-            try:
-                root = h5py.File(self.name, "r")
-            except OSError as error:
-                raise UserError(f"{self.name} is not a readable .h5ad file (HDF5)") from error
+            root = h5py.File(self.name, "r")
             if not {"X", "obs", "var"} <= set(root) or not root["obs"].attrs.get("encoding-type"):
                 raise UserError(
                     f"{self.name} lacks X, obs or var as anndata 0.7 or newer writes them; set "
@@ -206,6 +213,29 @@ def optional_dependency() -> Iterator[None]:
             f"this data set needs {error.name}, which is not installed: "
             'pip install "stagesweep[singlecell]"'
         ) from error
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Context for reading a file; UserError names it when it is damaged or foreign."""
+    try:
+        # Warnings: files of older anndata versions are fine, and values are checked later.
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # h5py and anndata raise many kinds
+        raise UserError(
+            f"{path} is not a readable .h5ad file (anndata): {one_line(error)}"
+        ) from error
+
+
+def checked(counts: csr_matrix, cells: int, genes: int) -> csr_matrix:
+    """The counts; ValueError unless their shape and all their indices are those of the file."""
+    if counts.shape != (cells, genes):
+        raise ValueError(f"counts of shape {counts.shape} of {cells} cells and {genes} genes")
+    counts.check_format(full_check=True)
+    return counts
 
 
 def require_layer(layer: str, layers: list[str], source: str) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Features
+from stagesweep.data.arrays import read_arrays
 from stagesweep.data.table import require_columns
 from stagesweep.systems.speech.data import audio, split
 from stagesweep.systems.speech.data.features import (
@@ -24,6 +25,7 @@ from stagesweep.systems.speech.data.features import (
     Files,
     Heard,
     LogMel,
+    check_cepstra,
     folder,
 )
 from stagesweep.systems.speech.data.split import SPLITS, Codes
@@ -229,11 +231,7 @@ class Speech:
         """Read a file of features and find each clip in it."""
         if "row" not in self.clips:
             raise UserError(f"data.features={path} needs data.columns.row: the column of its rows")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = dict(arrays)
-        except (OSError, ValueError) as error:
-            raise UserError(f"data.features={path} is no readable .npz file: {error}") from error
+        found = read_arrays(Path(path))
         frames = found.get("cepstra", found.get("features"))
         if frames is None or "offsets" not in found:
             have = ", ".join(found)
@@ -241,8 +239,8 @@ class Speech:
                 f"data.features={path} needs the arrays 'cepstra' or 'features', and 'offsets'; "
                 f"it has {have}"
             )
+        offsets = check_cepstra(frames, found["offsets"], path)
         rows = pd.to_numeric(self.clips["row"], errors="coerce").fillna(-1).to_numpy(np.int64)
-        offsets = found["offsets"].astype(np.int64)
         for row in np.flatnonzero((rows < 0) | (rows >= len(offsets) - 1))[:1]:
             raise UserError(
                 f"{self.source_name}, line {self.clips['line'][row]}: row "
@@ -416,7 +414,9 @@ class _Some:
 def _window(checkpoint: str | None, bands: int, rate: int, seconds: float) -> LogMel:
     """The features of the checkpoint, or else those that are set."""
     if checkpoint is None:
-        if rate % RATE or round(seconds * RATE) % 2 or seconds <= 0:
+        if bands < 1:
+            raise UserError(f"data.bands={bands} must be at least 1")
+        if rate < 1 or rate % RATE or round(seconds * RATE) % 2 or seconds <= 0:
             raise UserError(
                 f"data.rate={rate} must be a multiple of {RATE} and data.seconds={seconds} of "
                 "0.02: windows are of pairs of frames of 10 ms"

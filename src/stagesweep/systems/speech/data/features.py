@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import secrets
+import warnings
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,9 +60,18 @@ class LogMel:
             )
         kind: Any = WhisperFeatureExtractor
         hop = self.rate // RATE
-        return kind(
-            feature_size=self.bands, sampling_rate=self.rate, hop_length=hop, n_fft=5 * hop // 2
-        )
+        with warnings.catch_warnings(record=True) as empty:
+            warnings.simplefilter("always")
+            found = kind(
+                feature_size=self.bands, sampling_rate=self.rate, hop_length=hop, n_fft=5 * hop // 2
+            )
+        if empty:
+            log.warning(
+                "data.bands=%d are more than audio of %d Hz can tell apart: some stay empty",
+                self.bands,
+                self.rate,
+            )
+        return found
 
     def of(self, wave: audio.Wave) -> Frames:
         """Features (frames, bands) of samples (n,), one row for each 10 ms of them and one more,
@@ -177,6 +187,26 @@ class Cepstra:
         return self.frames[first + round(start * RATE) : min(first + round(stop * RATE), last)]
 
 
+def check_cepstra(frames: NDArray[Any], offsets: NDArray[Any], path: str) -> NDArray[np.int64]:
+    """The offsets as integers; UserError unless both arrays are as `Cepstra` takes them."""
+    if frames.ndim != 2 or frames.dtype.kind not in "fiu" or not np.isfinite(frames).all():
+        raise UserError(
+            f"data.features={path}: the features must be finite numbers (frames, bands)"
+        )
+    if (
+        offsets.ndim != 1
+        or offsets.dtype.kind not in "iu"
+        or len(offsets) < 2
+        or not 0 <= offsets[0] <= offsets[-1] <= len(frames)
+        or (offsets[1:] < offsets[:-1]).any()
+    ):
+        raise UserError(
+            f"data.features={path}: offsets must be integers that rise from 0 to {len(frames)}, the "
+            "number of frames"
+        )
+    return offsets.astype(np.int64)
+
+
 def padded(frames: Frames, length: int) -> NDArray[np.float32]:
     """Features (bands, length) as a model takes them; the last of `frames` pads the rest."""
     own = frames[:length].T.astype(np.float32)
@@ -196,12 +226,13 @@ def _read(path: Path) -> Frames | None:
         content = path.read_bytes()
     except OSError:
         return None
-    head = np.frombuffer(content[:12], np.uint32)
     body = content[12:]
-    if len(head) < 3 or zlib.crc32(body) != head[0] or len(body) != 2 * head[1] * head[2]:
-        log.warning("%s is damaged and is computed again", path)
-        return None
-    return np.frombuffer(body, np.float16).reshape(int(head[1]), int(head[2]))
+    if len(content) >= 12:
+        checksum, *shape = np.frombuffer(content[:12], np.uint32).tolist()
+        if zlib.crc32(body) == checksum and len(body) == 2 * shape[0] * shape[1]:
+            return np.frombuffer(body, np.float16).reshape(shape)
+    log.warning("%s is damaged and is computed again", path)
+    return None
 
 
 def _write(path: Path, frames: Frames) -> None:

@@ -17,8 +17,13 @@ def read_clips(path: str) -> pd.DataFrame:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"no file {file}; give the table to read with data.path=...")
+    try:
+        # Not splitlines(): a string may hold other characters that end a line.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a readable text file (UTF-8): {error}") from error
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
