@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-gpu test-extras check format bench bench-sweep bench-gpu clean
+.PHONY: help setup demo test test-gpu fuzz test-extras check format bench bench-sweep bench-gpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -26,6 +26,11 @@ test: $(READY)  ## run the tests (real data: set STAGESWEEP_TEST_DATA)
 
 test-gpu: $(READY)  ## run the tests that need a GPU, one by one: they share its memory
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m gpu
+
+# Again with the same inputs: make fuzz SEED=1 (the seed that was printed).
+SECONDS ?= 60
+fuzz: $(READY)  ## try random and damaged inputs: make fuzz SECONDS=600
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 # In an environment of its own: what is optional must not be needed by the other tests. Of Ray only
 # what runs tasks: what its dashboard wants does not go with the other pins.

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from conftest import Warm
 
@@ -36,21 +37,18 @@ def one(number: int, seed: int, bench: Bench, kinds: Sequence[str]) -> tuple[str
     turn, place = divmod(number, READ_EACH * len(READERS) + 1)
     folder = bench.folder / str(number)
     if place:
-        kind: Callable[..., object] = READERS[place % len(READERS)]
+        kind: Callable[..., Any] = READERS[place % len(READERS)]
     else:
         kind = COMMANDS[turn % len(COMMANDS)]
     if kinds and kind.__name__ not in kinds:
         return kind.__name__, ""
     folder.mkdir()
     try:
-        if place:
-            answer = readers.read(chance, folder, kind)  # type: ignore[arg-type]
-        else:
-            answer = str(kind(chance, folder, bench))
+        own = readers.read(chance, folder, kind) if place else kind(chance, folder, bench)
     except Fault as fault:
         raise Fault(f"{kind.__name__}, input {number} of seed {seed}: {fault}") from fault
     shutil.rmtree(folder)
-    return kind.__name__, answer
+    return kind.__name__, own
 
 
 def fuzz(

@@ -175,8 +175,7 @@ def results(folder: Path) -> Any:
     files = sorted(folder.rglob("result.json"))
     return {
         str(file.relative_to(folder)): [
-            {k: v for k, v in stage["metrics"].items()}
-            for stage in json.loads(file.read_text())["stages"]
+            dict(stage["metrics"]) for stage in json.loads(file.read_text())["stages"]
         ]
         for file in files
     }
@@ -249,8 +248,9 @@ def helps(chance: Chance, folder: Path, bench: Bench) -> str:
         ["--help"], ["--hydra-help"], ["--version"], ["--cfg", "job"], ["--cfg", "all"],
         ["--cfg", "job", "--resolve"], ["--cfg", "job", "-p", "stage.joint"],
         ["--cfg", "hydra", "-p", "no.such"], ["--cfg", "x"], ["--info"], ["--info", "defaults"],
-        ["--info", "defaults-tree"], ["--info", "plugins"], ["--info", "x"], ["--info", "searchpath"],
-        ["--info", "config"], ["-sc", "install=bash"], ["-sc", "query=bash"], ["-sc", "x"], ["--no-such"],
+        ["--info", "defaults-tree"], ["--info", "plugins"], ["--info", "x"],
+        ["--info", "searchpath"], ["--info", "config"], ["-sc", "install=bash"],
+        ["-sc", "query=bash"], ["-sc", "x"], ["--no-such"],
         ["--config-name", "x"], ["--config-path", "x"], ["--config-dir", "no such"], ["-h"], ["-c"],
         ["--experimental-rerun", "x"], ["--run", "--multirun"], ["-x"], ["--"], ["--package"],
     )  # fmt: skip

@@ -1,13 +1,16 @@
 """Names of parameters are checked before the first stage trains."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.utils import execution_whitelist
 
 from stagesweep.base.errors import UserError
 from stagesweep.config import trust
+from stagesweep.core import checkpoint
 from stagesweep.run.context import Context
 from stagesweep.run.model_checks import check_fits
 
@@ -34,6 +37,17 @@ def test_a_later_stage_is_checked_at_the_start(compose: Any, override: str, line
     with pytest.raises(UserError) as caught:
         check_fits(Context(compose("experiment=digits", override)))
     assert str(caught.value).startswith(line)
+
+
+def test_initial_weights_are_checked_at_the_start(compose: Any, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    config = compose("experiment=digits", f"init_from={file}")
+    checkpoint.save(file, {"model": {"encoder.0.weight": torch.zeros(2)}})
+    with pytest.raises(UserError, match=r"weights\.pt fits no parameter of this model"):
+        check_fits(Context(config))
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"cannot read checkpoint .*weights.pt: truncated"):
+        check_fits(Context(config))
 
 
 def test_the_name_of_a_module_selects_all_its_parameters(compose: Any) -> None:

@@ -85,20 +85,30 @@ def part_weights(state: Mapping[str, Any], part: str | None) -> dict[str, Any]:
     return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
 
 
+def fitting_weights(model: nn.Module, path: Path, part: str | None) -> dict[str, Any]:
+    """The tensors of a checkpoint that have the name and shape of one of the model.
+
+    Empty if the checkpoint has nothing of this part of the model; UserError when nothing fits.
+    """
+    state = part_weights(checkpoint.load(path)["model"], part)
+    own = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if not fitting and (state or part is None):
+        raise UserError(f"init_from={path} fits no parameter of this model; compare model=")
+    return fitting
+
+
 def init_from(model: nn.Module, path: Path, log: logging.Logger, part: str | None = None) -> None:
     """Load every parameter of the same name and shape from the checkpoint of another run.
 
     Logs which parameters keep their initial values; UserError when nothing fits. A part of the
     model that the checkpoint does not have keeps all of them.
     """
-    state = part_weights(checkpoint.load(path)["model"], part)
-    if part is not None and not state:
+    own = model.state_dict()
+    fitting = fitting_weights(model, path, part)
+    if not fitting:
         log.warning("init_from: %s has no weights of model.%s, left as initialised", path, part)
         return
-    own = model.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    if not fitting:
-        raise UserError(f"init_from={path} fits no parameter of this model; compare model=")
     model.load_state_dict(fitting, strict=False)
     missing = sorted(set(own) - set(fitting))
     log.info("init_from: %d of %d tensors from %s", len(fitting), len(own), path)

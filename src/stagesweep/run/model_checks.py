@@ -1,4 +1,4 @@
-"""Checks the fits of a run against its model, before the first stage trains."""
+"""Checks fits and initial weights against the model, before the first stage trains."""
 
 from typing import TYPE_CHECKING
 
@@ -11,19 +11,21 @@ from stagesweep.base.seeding import rng_state, set_rng_state
 from stagesweep.config import nodes, schema
 from stagesweep.config.stage_checks import fits_of
 from stagesweep.core import optim
-from stagesweep.run.build import build
+from stagesweep.run.build import build, fitting_weights
+from stagesweep.store.stage_inputs import initial_weights
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
 
 
 def check_fits(run: "Context") -> None:
-    """Check parameters that fits name (train, freeze, groups); UserError with the key.
+    """Check parameters that fits name (train, freeze, groups), and `init_from`; UserError.
 
     Leaves out fits on data that an earlier stage makes, which size the model, and models that
     cannot be built on the meta device.
     """
     models: dict[str | None, nn.Module | None] = {}
+    weights = initial_weights(run.cfg)
     for name, node in run.cfg.stage.items():
         stage = OmegaConf.to_object(node)
         part = getattr(stage, "part", None)
@@ -34,7 +36,9 @@ def check_fits(run: "Context") -> None:
             if settings.view is not None or (own is None and nodes.has_parts(run.cfg.model)):
                 continue
             if own not in models:
-                models[own] = _on_meta(run, own)
+                models[own] = model = _on_meta(run, own)
+                if model is not None and weights is not None:
+                    fitting_weights(model, weights, own)
             if (model := models[own]) is not None:
                 check_fit(path, model, settings)
 

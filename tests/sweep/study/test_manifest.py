@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stagesweep.base.errors import UserError
 from stagesweep.sweep.space.grammar import parse
 from stagesweep.sweep.study import manifest
 
@@ -29,9 +30,34 @@ def about(config: dict[str, Any]) -> dict[str, Any]:
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert manifest.read(tmp_path) is None
-    given_ = {"command": "stagesweep -m n=1,2", **about({"seed": 0, "model": {"a": [1, None]}})}
+    given_ = {
+        "command": "stagesweep -m n=1,2",
+        "study": "grid",
+        **about({"seed": 0, "model": {"a": [1, None]}}),
+    }
     manifest.write(tmp_path, given_)
     assert manifest.read(tmp_path) == given_
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"study: [1", "expected ',' or '\\]'"),
+        (b"study: a\0", "unacceptable character"),
+        (b"\xff\xfe\xff", "can't decode"),
+        (b"", "it names no study"),
+        (b"- 1", "it names no study"),
+        (b"study: 3", "it names no study"),
+        (b"study: a\nconfig: b", "config is no mapping"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "sweep.yaml").write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"sweep\.yaml is damaged: .*{reason}.*search.study"
+    ) as error:
+        manifest.read(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @given(TREES)

@@ -36,9 +36,27 @@ def write(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the sweep in a folder; None for a new sweep."""
+    """The manifest of the sweep in a folder; None for a new sweep, UserError if it is damaged."""
     file = folder / "sweep.yaml"
-    return yaml.safe_load(file.read_text()) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _damaged(file, " ".join(str(error).split())) from error
+    if not isinstance(found, dict) or not isinstance(found.get("study"), str):
+        raise _damaged(file, "it names no study")
+    for key in ("space", "config", "code", "files"):
+        if not isinstance(found.get(key, {}), dict):
+            raise _damaged(file, f"{key} is no mapping")
+    return found
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(
+        f"{file} is damaged: {reason}; put it back, or name another sweep with "
+        "search.study=<name> (finished stages are not trained again)"
+    )
 
 
 def about(space: Space, config: DictConfig) -> dict[str, Any]:

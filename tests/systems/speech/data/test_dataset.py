@@ -108,6 +108,11 @@ def test_a_long_clip_is_refused_cut_or_split(write_clips: Write, tmp_path: Path)
             assert (batch["labels"][batch["clip"] == 5] == IGNORED).all()
 
 
+def test_split_clips_alone_are_nothing_to_train_on(write_clips: Write) -> None:
+    with pytest.raises(UserError, match=r"every training clip is longer than the 0.1 s .*long=cut"):
+        read(write_clips(), seconds=0.1, long="split")
+
+
 def broken(kind: str, folder: Path) -> Callable[[pd.DataFrame], Any]:
     """Break the second clip in some way."""
 

@@ -137,6 +137,12 @@ class Speech:
         rows = self._split(fractions, split_by, hold_out, shared_speakers, split_seed)
         kept = split.stratified(self._codes["stratum"][rows["train"]], fraction, split_seed)
         self._rows = rows | {"train": rows["train"][kept]}
+        if all(len(self.pieces[row]) > 1 for row in self._rows["train"]):
+            raise UserError(
+                f"{self.source_name}: every training clip is longer than the "
+                f"{window.frames / RATE:g} s that the model hears, and windows of a clip are never "
+                "trained on; raise data.seconds, or set data.long=cut"
+            )
         self._tokenize(pretrained, language, vocabulary)
         self._describe(window)
         self._heard: Heard | Cepstra

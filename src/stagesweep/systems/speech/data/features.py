@@ -201,8 +201,8 @@ def check_cepstra(frames: NDArray[Any], offsets: NDArray[Any], path: str) -> NDA
         or (offsets[1:] < offsets[:-1]).any()
     ):
         raise UserError(
-            f"data.features={path}: offsets must be integers that rise from 0 to {len(frames)}, the "
-            "number of frames"
+            f"data.features={path}: offsets must be integers that rise from 0 to {len(frames)}, "
+            "the number of frames"
         )
     return offsets.astype(np.int64)
 
