@@ -20,7 +20,8 @@ HOSTILE = (
     "interval(0,1)", "interval(1,0)", "glob(*)", "shuffle(1,2)", "tag(x,1)",
     "tag(log,interval(0,1))", "int(1.5)", "float(abc)",
     "sort(2,1)", "extend_list(1)", "../../x",
-    "/dev/null", "~", "???", "_target_", "{_target_: os.system, command: id}", "a" * 3000, "\t", "a\nb", "$(id)", ";", "#",
+    "/dev/null", "~", "???", "_target_", "{_target_: os.system, command: id}", "a" * 300,
+    "\t", "a\nb", "$(id)", ";", "#",
     "%s", "{0}", "!!python/object:os.system", "2026-01-01", "0x10", "-0.0", "1,,2", ",", "(", ")",
     "<script>", "--", "-m", "*",
 )  # fmt: skip
