@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,17 @@ def test_a_run_names_its_folder_by_experiment_time_and_host(cold: Command, tmp_p
     assert {"config.yaml", ".hydra", "run.log", "result.json"} <= {p.name for p in folder.iterdir()}
     assert "joint/val_loss" in (folder / "run.log").read_text()
     assert [path.name for path in tmp_path.iterdir() if path.name != "store"] == ["outputs"]
+
+
+def test_a_signal_before_the_first_stage_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = import_module("stagesweep.cli")
+    with pytest.raises(SystemExit) as caught:
+        cli.stop(signal.SIGTERM, None)
+    assert (caught.value.code, capsys.readouterr().err) == (143, "stagesweep: stopped by SIGTERM\n")
+    # Another process of the same run says nothing: the main one does.
+    monkeypatch.setattr(cli.launch, "is_follower", lambda: True)
+    with pytest.raises(SystemExit):
+        cli.stop(signal.SIGTERM, None)
+    assert capsys.readouterr().err == ""

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 import hydra
@@ -34,7 +35,7 @@ def main() -> None:
     143: interrupted by a signal; the same command resumes.
     """
     for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, lambda number, _: sys.exit(128 + number))
+        signal.signal(signum, stop)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     try:
         if launch.is_follower():
@@ -74,6 +75,13 @@ def job(cfg: DictConfig) -> float | list[float] | None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise UserError(line) from error  # fails this trial; the sweep continues
         leave(line)
+
+
+def stop(signum: int, _: FrameType | None) -> NoReturn:
+    """Exit upon a signal that comes before the first stage, or after the last."""
+    if launch.is_follower():  # the main process says why
+        sys.exit(128 + signum)
+    leave(f"stopped by {signal.Signals(signum).name}", 128 + signum)
 
 
 def leave(line: str, status: int = 1) -> NoReturn:
