@@ -1,28 +1,41 @@
 """SIGKILL at random moments of runs of several stages: ``python -m benchmarks.kills``.
 
-A run that was killed is started again by the same command, until it ends; then another begins. At
-the end its results are compared with those of a run that nobody disturbed, bit by bit. Each run is
-the real command in a process forked from a warm one, as in the tests.
+A run that was killed is started again with the same config, until it ends; then another begins. At
+the end its results are compared with those of a run that nobody disturbed, bit by bit. The config
+is composed once; each start is a forked process that executes it as the command does.
 """
 
+import gc
 import json
+import os
+import pkgutil
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import execution_whitelist
+from omegaconf import OmegaConf, open_dict, read_write
 
+import stagesweep
 from benchmarks.sweep.lab import ROOT, machine, options, verdict
-
-sys.path.append(str(ROOT / "tests"))
-if TYPE_CHECKING:
-    from conftest import Process
+from stagesweep.base import compat
+from stagesweep.config import register, trust
+from stagesweep.config.nodes import hardware_settings
+from stagesweep.hardware import environment
+from stagesweep.hardware.throughput import SPEED
+from stagesweep.run.execute import execute
 
 OVERRIDES = (
     "experiment=tiny",
@@ -30,21 +43,18 @@ OVERRIDES = (
     "stage.joint.epochs=8",
     "~stage.evaluate",
     "objective.metric=joint/train_loss",
-    "hydra.run.dir=run",
 )
 
 
 def main(argv: Sequence[str]) -> int:
     """Kill, print a line for each, and say what held."""
-    from conftest import Warm
-
     given = options(__doc__, argv, kills=(200, 3), seed=(0, 0))
     chance, folder = random.Random(given.seed), Path(tempfile.mkdtemp(prefix="stagesweep-kills-"))
     print(machine())
-    bench = Bench(folder, Warm(folder))
+    bench = Bench(folder)
     bench.begin("undisturbed")
     began = time.monotonic()
-    assert bench.start().wait(300) == 0, "the undisturbed run failed"
+    assert os.waitpid(bench.start(), 0)[1] == 0, (bench.here / "output.txt").read_text()
     seconds, expected = time.monotonic() - began, results(bench.run)
     killed = ended = 0
     faults: list[str] = []
@@ -52,26 +62,29 @@ def main(argv: Sequence[str]) -> int:
     while killed < given.kills:
         bench.begin(f"run_{ended}")
         while True:
-            process = bench.start()
-            moment = time.monotonic() + chance.uniform(0, seconds)
-            while process.poll() is None and (time.monotonic() < moment or killed >= given.kills):
-                time.sleep(0.002)
-            if process.poll() is not None:
+            process, ending = bench.start(), (0, 0)
+            # Half of the time: a run that goes on is shorter than the first one was.
+            moment = time.monotonic() + chance.uniform(0, seconds / 2)
+            while not (ending := os.waitpid(process, os.WNOHANG))[0]:
+                if time.monotonic() > moment and killed < given.kills:
+                    break
+                time.sleep(0.001)
+            if ending[0]:
                 break
-            process.kill()
-            process.wait(60)
+            os.kill(process, signal.SIGKILL)
+            if os.waitpid(process, 0)[1] != signal.SIGKILL:
+                continue  # it had just ended
             killed += 1
-            in_stages += any((bench.run / "stages").glob("*")) or any(bench.store.glob("??/*/*"))
+            in_stages += any(bench.store.glob("??/*/*"))
             print(f"{killed:4}. kill, of run {ended}", flush=True)
         ended += 1
-        if process.returncode != 0:
-            faults.append(f"run {ended} ended with status {process.returncode}: {process.output()}")
+        if ending[1] != 0:
+            faults.append(f"run {ended} failed: {(bench.here / 'output.txt').read_text()[-500:]}")
         elif (found := results(bench.run)) != expected:
             names = [name for name in expected if found.get(name) != expected[name]]
             faults.append(f"run {ended}: other {', '.join(names)}")
         elif left := [str(file) for file in bench.store.rglob("*.tmp")]:
             faults.append(f"run {ended}: half-written {left}")
-    bench.warm.server.communicate()
     shutil.rmtree(folder)
     return verdict(
         (killed >= given.kills, f"{killed} kills, {in_stages} of them after stages had begun"),
@@ -85,8 +98,17 @@ def main(argv: Sequence[str]) -> int:
 class Bench:
     """A folder in which one run after the other is done, each with a store of its own."""
 
-    def __init__(self, folder: Path, warm: Any) -> None:
-        self.folder, self.warm = folder, warm
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        register.register()
+        for module in pkgutil.walk_packages(stagesweep.__path__, "stagesweep."):
+            if module.name not in ("stagesweep.__main__", "stagesweep.cli"):
+                import_module(module.name)
+        import_module(compat.OPTIMIZER_IMPORTS)
+        with initialize_config_dir(str(register.folder())):
+            place = f"hydra.searchpath=[{(ROOT / 'tests' / 'conf').as_uri()}]"
+            self.config = compose("config", [place, *OVERRIDES], return_hydra_config=True)
+        gc.freeze()
 
     def begin(self, name: str) -> None:
         """Begin another run."""
@@ -94,13 +116,32 @@ class Bench:
         self.here.mkdir()
         self.run, self.store = self.here / "run", self.here / "store"
 
-    def start(self) -> "Process":
-        """Start the command."""
-        arguments = [f"--config-dir={ROOT / 'tests' / 'conf'}", *OVERRIDES]
-        process: Process = self.warm.start(
-            arguments, self.here, {"STAGESWEEP_STORE": str(self.store)}
-        )
-        return process
+    def start(self) -> int:
+        """Start the run in a forked process; return its id."""
+        child = os.fork()
+        if not child:
+            try:
+                self.execute()
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        return child
+
+    def execute(self) -> None:
+        """Execute the config in this process, as the command does."""
+        os.chdir(self.here)
+        os.environ["STAGESWEEP_STORE"] = str(self.store)
+        stream = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for descriptor in (1, 2):
+            os.dup2(stream, descriptor)
+        with open_dict(self.config), read_write(self.config.hydra):
+            self.config.hydra.runtime.output_dir = str(self.run)
+            HydraConfig.instance().set_config(self.config)
+            own = OmegaConf.masked_copy(self.config, [k for k in self.config if k != "hydra"])
+        environment.set_variables(hardware_settings(own))
+        with execution_whitelist(trust.trusted()):
+            execute(own)
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -118,7 +159,7 @@ def results(run: Path) -> dict[str, Any]:
             found[name] = file.read_bytes()
         elif file.name == "metrics.jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]
-            found[name] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+            found[name] = [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
     # NaN is not equal to itself, and its text is.
     return {name: repr(value) for name, value in found.items()}
 
