@@ -63,8 +63,7 @@ def main(argv: Sequence[str]) -> int:
         bench.begin(f"run_{ended}")
         while True:
             process, ending = bench.start(), (0, 0)
-            # Half of the time: a run that goes on is shorter than the first one was.
-            moment = time.monotonic() + chance.uniform(0, seconds / 2)
+            moment = time.monotonic() + chance.uniform(0, seconds)
             while not (ending := os.waitpid(process, os.WNOHANG))[0]:
                 if time.monotonic() > moment and killed < given.kills:
                     break

@@ -11,7 +11,15 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from stagesweep.sweep.study.storage import SingleWriterStorage, open_database, read_only
+from stagesweep.base.errors import UserError
+from stagesweep.sweep.study.controllers import storage_errors
+from stagesweep.sweep.study.storage import (
+    SingleWriterStorage,
+    load_recorded,
+    open_database,
+    read_only,
+    study_read,
+)
 
 
 def same(study: optuna.Study, url: str) -> list[FrozenTrial]:
@@ -204,3 +212,32 @@ def test_a_read_only_storage_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(optuna.exceptions.StorageInternalError):
         opened.ask()
     assert file.read_bytes() == before
+
+
+DAMAGE = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "no database": lambda content: b"no database" * 100,
+    "direction": lambda content: content.replace(b"MINIMIZE", b"MINIMISE"),
+    "distribution": lambda content: content.replace(b'"low"', b'"lOw"'),
+    "text": lambda content: content.replace(b'{"name": "Float', b'\xff"name": "Float'),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_database_is_named_with_the_remedy(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, url = tmp_path / "study.db", f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(study_name="s", storage=SingleWriterStorage(url))
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    study.tell(trial, 1.0)
+    study._storage.database.engine.dispose()  # type: ignore[attr-defined]
+    file.write_bytes(DAMAGE[kind](file.read_bytes()))
+    line = r"study\.db cannot be read as an Optuna study: .*; put it back .* search\.study=<name>"
+    with pytest.raises(UserError, match=line) as error, storage_errors(url), study_read(url):
+        optuna.create_study(study_name="s", storage=SingleWriterStorage(url), load_if_exists=True)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+    with pytest.raises(UserError, match=line):
+        load_recorded(tmp_path, None)

@@ -21,8 +21,13 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, get_storage
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-from stagesweep.base.errors import EnvironmentFailure, UserError
-from stagesweep.sweep.study.storage import SingleWriterStorage, open_database, reopen_failed
+from stagesweep.base.errors import EnvironmentFailure, UserError, reason
+from stagesweep.sweep.study.storage import (
+    SingleWriterStorage,
+    damaged,
+    open_database,
+    reopen_failed,
+)
 from stagesweep.sweep.study.url import password, without_password
 
 if TYPE_CHECKING:
@@ -165,6 +170,9 @@ def storage_errors(storage: str) -> Iterator[None]:
         secret = password(storage)
         line = " ".join(said.split("\n")[0].split())
         line = line.replace(secret, "***") if secret else line
+        passes = reason(error) == EnvironmentFailure.reason or "locked" in line
+        if storage.startswith("sqlite") and not passes:
+            raise damaged(storage, line) from error
         raise EnvironmentFailure(
             f"hydra.sweeper.storage={shown}: {line}; when it works again, run the same command to "
             "resume"

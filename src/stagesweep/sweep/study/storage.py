@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.study import Study, StudyDirection, get_all_study_names, load_study
 from optuna.trial import FrozenTrial, TrialState
@@ -44,6 +46,29 @@ def read_only(file: Path) -> RDBStorage:
     return RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
 
 
+def damaged(place: str, reason: str) -> UserError:
+    """The error for a database that is not as Optuna writes it."""
+    return UserError(
+        f"{without_password(place)} cannot be read as an Optuna study: {reason}; put it back from "
+        "a copy, or name another sweep with search.study=<name> (finished stages are not trained "
+        "again)"
+    )
+
+
+@contextmanager
+def study_read(place: str) -> Iterator[None]:
+    """Context for reading a study; UserError for what a damaged row makes Optuna raise."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        line = str(error).partition("\n")[0]
+        raise damaged(place, f"{type(error).__name__}: {line}") from error
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
 def load_recorded(folder: Path, url: str | None) -> Study:
     """Load the study of the sweep in a folder: from its ``study.db``, or else from a URL.
 
@@ -54,15 +79,17 @@ def load_recorded(folder: Path, url: str | None) -> Study:
         raise UserError(f"no study in {folder}; a sweep's folder holds a study.db")
     place = str(file) if url is None or file.exists() else url
     try:
-        storage = read_only(file) if place != url else open_database(place)
-        names = get_all_study_names(storage)
-        if folder.name in names or len(names) == 1:
-            name = folder.name if folder.name in names else names[0]
-            return load_study(study_name=name, storage=storage)
-    except (SQLAlchemyError, RuntimeError, AssertionError, KeyError, ValueError) as error:
-        line = str(error).partition("\n")[0]
-        shown = without_password(place)
-        raise UserError(f"{shown} cannot be read as an Optuna study: {line}") from error
+        with study_read(place):
+            storage = read_only(file) if place != url else open_database(place)
+            names = get_all_study_names(storage)
+            if folder.name in names or len(names) == 1:
+                name = folder.name if folder.name in names else names[0]
+                study = load_study(study_name=name, storage=storage)
+                study.get_trials(deepcopy=False)  # of all rows, not only when they are needed
+                return study
+    except (SQLAlchemyError, StorageInternalError) as error:
+        cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
+        raise damaged(place, str(cause or error).partition("\n")[0]) from error
     have = ", ".join(names) or "none"
     raise UserError(f"{without_password(place)} has no study '{folder.name}'; it has {have}")
 

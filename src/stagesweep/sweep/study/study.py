@@ -28,7 +28,7 @@ from stagesweep.sweep.study import manifest
 from stagesweep.sweep.study.controllers import Coordinator
 from stagesweep.sweep.study.sampling import SamplerFactory
 from stagesweep.sweep.study.states import Outcome, combine_repeats, forget_failures
-from stagesweep.sweep.study.storage import SingleWriterStorage
+from stagesweep.sweep.study.storage import SingleWriterStorage, study_read
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -67,15 +67,17 @@ class Study:
         if settings.retry_failed:
             for number in coordinator.reopen_failed(sweeper.study_name):
                 forget_failures(folder / str(number))
-        self.storage = coordinator.open_storage()
-        self.optuna = optuna.create_study(
-            study_name=sweeper.study_name,
-            storage=self.storage,
-            sampler=None if grid is not None else self.samplers.create(0),
-            pruner=pruner,
-            directions=[StudyDirection[f"{mode}imize".upper()] for mode in modes],
-            load_if_exists=True,
-        )
+        sampler = None if grid is not None else self.samplers.create(0)
+        with study_read(coordinator.url):
+            self.storage = coordinator.open_storage()
+            self.optuna = optuna.create_study(
+                study_name=sweeper.study_name,
+                storage=self.storage,
+                sampler=sampler,
+                pruner=pruner,
+                directions=[StudyDirection[f"{mode}imize".upper()] for mode in modes],
+                load_if_exists=True,
+            )
         self._study_id = self.storage.get_study_id_from_name(self.optuna.study_name)
         # The points of a grid in order, by their overrides.
         self.grid = None if grid is None else {space.key(point): point for point in grid}
