@@ -2,7 +2,8 @@
 
 A run that was killed is started again with the same config, until it ends; then another begins. At
 the end its results are compared with those of a run that nobody disturbed, bit by bit. The config
-is composed once; each start is a forked process that executes it as the command does.
+is composed, validated and planned once; each start is a forked process that executes its stages, as
+the command does then. So all kills fall into stages.
 """
 
 import gc
@@ -35,7 +36,9 @@ from stagesweep.config import register, trust
 from stagesweep.config.nodes import hardware_settings
 from stagesweep.hardware import environment
 from stagesweep.hardware.throughput import SPEED
-from stagesweep.run.execute import execute
+from stagesweep.parallel import launch
+from stagesweep.run.plan import plan
+from stagesweep.run.runner import run_stages
 
 OVERRIDES = (
     "experiment=tiny",
@@ -107,6 +110,11 @@ class Bench:
         with initialize_config_dir(str(register.folder())):
             place = f"hydra.searchpath=[{(ROOT / 'tests' / 'conf').as_uri()}]"
             self.config = compose("config", [place, *OVERRIDES], return_hydra_config=True)
+        self.own = OmegaConf.masked_copy(self.config, [k for k in self.config if k != "hydra"])
+        settings = hardware_settings(self.own)
+        environment.set_variables(settings)
+        HydraConfig.instance().set_config(self.config)
+        self.plan = plan(self.own, settings)
         gc.freeze()
 
     def begin(self, name: str) -> None:
@@ -137,10 +145,8 @@ class Bench:
         with open_dict(self.config), read_write(self.config.hydra):
             self.config.hydra.runtime.output_dir = str(self.run)
             HydraConfig.instance().set_config(self.config)
-            own = OmegaConf.masked_copy(self.config, [k for k in self.config if k != "hydra"])
-        environment.set_variables(hardware_settings(own))
-        with execution_whitelist(trust.trusted()):
-            execute(own)
+        with execution_whitelist(trust.trusted()), launch.process_group_led():
+            run_stages(self.own, self.plan.fingerprints)
 
 
 def results(run: Path) -> dict[str, Any]:
