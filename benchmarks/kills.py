@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
         bench.begin(f"run_{ended}")
         while True:
             process, ending = bench.start(), (0, 0)
-            moment = time.monotonic() + chance.uniform(0, seconds)
+            # A part of the time of a whole run: one that goes on is shorter.
+            moment = time.monotonic() + chance.uniform(0, seconds / 3)
             while not (ending := os.waitpid(process, os.WNOHANG))[0]:
                 if time.monotonic() > moment and killed < given.kills:
                     break

@@ -212,7 +212,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if not mounted:
         pytest.skip("a small disk cannot be mounted here (needs root)")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    # Lazy: the fork server of a sweep may not have ended yet.
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture
