@@ -393,3 +393,15 @@ with entry.hold():
     assert entry.damage(thorough=True) is None
     assert tree(entry.path).keys() == {"begun.json", "manifest.json", "last.pt"}
     assert json.loads((entry.path / "manifest.json").read_text())["files"].keys() == {"last.pt"}
+
+
+@pytest.mark.parametrize("content", ["", "filelock/2\npid=1"])
+def test_a_lease_whose_process_was_killed_before_it_wrote_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setattr(store_module, "_UNNAMED", 0.1)
+    entry = Store(tmp_path).entry("0" * 32)
+    entry.begin(fresh=False)
+    entry.path.with_suffix(".lease").write_text(content)
+    with entry.hold():  # without on_wait a lease that somebody has raises BusyError
+        assert entry.path.with_suffix(".lease").read_text() != content

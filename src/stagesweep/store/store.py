@@ -30,6 +30,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -53,6 +54,7 @@ _IS_ENTRY = re.compile(r"[0-9a-f]{32}").fullmatch
 _IS_TRASH = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}").fullmatch
 
 _POLL = 0.1  # seconds between two tries to take a lock
+_UNNAMED = 5.0  # seconds in which a holder on any host has written its name into its lease
 
 
 class BusyError(UserError):
@@ -162,8 +164,8 @@ class Entry:
         lease = SoftFileLease(self._beside(".lease"), lease_duration=LEASE)
         with ExitStack() as stack:
             for lock in (native, lease):
-                if native.is_locked and _holder(lease)[1] == socket.gethostname():
-                    lease.force_break()  # its process is dead, or else would hold the first lock
+                if native.is_locked and _is_left_over(lease):
+                    lease.force_break()
                 try:
                     stack.enter_context(lock.acquire(timeout=_POLL))
                 except Timeout:
@@ -271,6 +273,20 @@ class Entry:
 
 def _ignore(_: str) -> None:
     """Called instead of ``on_wait`` after the first time."""
+
+
+def _is_left_over(lease: SoftFileLease) -> bool:
+    """Whether a lease has no living holder, seen by the process that has the kernel's lock.
+
+    A holder on this host would have that lock. A lease without a name is that of a process that
+    was killed before it wrote it, unless the name comes in a moment.
+    """
+    until = time.monotonic() + _UNNAMED
+    while (host := _holder(lease)[1]) == "?" and Path(lease.lock_file).exists():
+        if time.monotonic() > until:
+            return True
+        time.sleep(_POLL / 10)
+    return host == socket.gethostname()
 
 
 def _holder(lease: SoftFileLease) -> tuple[str, str]:
