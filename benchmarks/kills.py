@@ -30,7 +30,7 @@ from hydra.utils import execution_whitelist
 from omegaconf import OmegaConf, open_dict, read_write
 
 import stagesweep
-from benchmarks.sweep.lab import ROOT, machine, options, verdict
+from benchmarks.sweep.lab import ROOT, describe_machine, options, verdict
 from stagesweep.base import compat
 from stagesweep.config import register, trust
 from stagesweep.config.nodes import hardware_settings
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     """Kill, print a line for each, and say what held."""
     given = options(__doc__, argv, kills=(200, 3), seed=(0, 0))
     chance, folder = random.Random(given.seed), Path(tempfile.mkdtemp(prefix="stagesweep-kills-"))
-    print(machine())
+    print(describe_machine())
     bench = Bench(folder)
     bench.begin("undisturbed")
     began = time.monotonic()
