@@ -56,7 +56,7 @@ def search_settings(config: DictConfig) -> Search:
     raw: Any = OmegaConf.to_container(config.search)
     typed = {key: raw[key] for key in ("space", "enqueue")}
     others = {f.name: config.search[f.name] for f in fields(Search) if f.name not in typed}
-    read = {
+    read: dict[str, Any] = {
         name: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
         for name, value in others.items()
     }

@@ -56,8 +56,8 @@ def parse(
     parameters = _zip_groups(parameters, zipped, fixed)
     if variants or leave_one_out:
         parameters.insert(0, _ablation(variants or {}, leave_one_out, swept))
-    for each in parameters:
-        _refuse_duplicates(each)
+    for parameter in parameters:
+        _refuse_duplicates(parameter)
     parameters = _conditional(parameters, when or {}, fixed)
     given = [each for each in overrides if last[_key(each)] is each and _key(each) in fixed]
     places: dict[str, int] = {}
