@@ -1,4 +1,4 @@
-"""Checks fits and initial weights against the model, before the first stage trains."""
+"""Checks stages against data and model, before the first one trains."""
 
 from typing import TYPE_CHECKING
 
@@ -9,17 +9,20 @@ from torch import nn
 from stagesweep.base.errors import UserError
 from stagesweep.base.seeding import rng_state, set_rng_state
 from stagesweep.config import nodes, schema
+from stagesweep.config.signatures import locate
 from stagesweep.config.stage_checks import fits_of
 from stagesweep.core import optim
-from stagesweep.run.build import build, fitting_weights
+from stagesweep.run.build import build, build_stage, fitting_weights
 from stagesweep.store.stage_inputs import initial_weights
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
 
 
-def check_fits(run: "Context") -> None:
-    """Check parameters that fits name (train, freeze, groups), and `init_from`; UserError.
+def check_stages(run: "Context") -> None:
+    """Check the parameters that fits name (train, freeze, groups) and `init_from`; UserError.
+
+    Calls ``check_spec(name, spec)`` of each stage that has this method.
 
     Leaves out fits on data that an earlier stage makes, which size the model, and models that
     cannot be built on the meta device.
@@ -31,6 +34,8 @@ def check_fits(run: "Context") -> None:
         part = getattr(stage, "part", None)
         if getattr(stage, "view", None) is not None:
             continue
+        if hasattr(locate(f"stage.{name}", node._target_), "check_spec"):
+            build_stage(str(name), node).check_spec(str(name), run.data.spec)
         for path, settings in fits_of(f"stage.{name}", stage):
             own = part or settings.part
             if settings.view is not None or (own is None and nodes.has_parts(run.cfg.model)):

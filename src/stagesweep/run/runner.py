@@ -82,10 +82,10 @@ class Runner:
     def context(self) -> "Context":
         """The context of the stages, made when the first one has to run."""
         from stagesweep.run.context import Context
-        from stagesweep.run.model_checks import check_fits
+        from stagesweep.run.model_checks import check_stages
 
         context = Context(self.cfg, self.folder, self.stages, self.writer)
-        check_fits(context)
+        check_stages(context)
         return context
 
     def run(self) -> None:

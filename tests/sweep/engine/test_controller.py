@@ -366,11 +366,12 @@ def test_a_sweep_killed_at_any_moment_runs_every_point_once(lab: "Lab") -> None:
 
 
 def test_two_controllers_do_not_share_a_sweep(lab: "Lab") -> None:
-    given = ("stage.toy.x=0,1", "stage.toy.seconds=3")
+    given = ("stage.toy.x=0,1", "stage.toy.seconds=60")
     process = lab.start(*given)
     wait_until((lab.folder / "sweep" / "sweep.yaml").exists)
     _, errors = lab.sweep(*given, status=1)
     assert errors.startswith("stagesweep: another process is running the sweep in sweep; ")
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
 
 

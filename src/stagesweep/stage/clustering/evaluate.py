@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from stagesweep.base.errors import UserError
+from stagesweep.base.spec import Spec
 from stagesweep.config import schema
 from stagesweep.data.labels import label_names
 from stagesweep.metric import clustering
@@ -46,7 +47,7 @@ class Evaluate(schema.Evaluate):
 
     def __call__(self, run: "Context") -> dict[str, float]:
         """Return the model's scores on train, and as ``val_...`` and ``test_...`` on the others."""
-        self.check(run)
+        self.check_spec(run.stage, run.data.spec)
         parts = {split: self.read(run, split) for split in PREFIX}
         fits = self.fits(run, parts)
         self.save_samples(run, parts, fits)
@@ -77,15 +78,15 @@ class Evaluate(schema.Evaluate):
         """Label columns in use, the scored one first."""
         return list(dict.fromkeys(n for n in (self.label, self.enrichment, self.leakage) if n))
 
-    def check(self, run: "Context") -> None:
-        """Raise UserError when the data lacks a column or label of the config."""
-        spec = run.data.spec
+    def check_spec(self, name: str, spec: Spec) -> None:
+        """Raise UserError when the data lacks a column or label of the stage ``name``."""
+        asked: list[tuple[str, str | None, Mapping[str, Any]]]
         asked = [("column", self.column, spec.features)]
         asked += [(n, getattr(self, n), spec.labels) for n in ("label", "enrichment", "leakage")]
-        for name, value, columns in asked:
+        for key, value, columns in asked:
             if value is not None and value not in columns:
                 raise UserError(
-                    f"stage.{run.stage}.{name}={value}, but the data has no such column; "
+                    f"stage.{name}.{key}={value}, but the data has no such column; "
                     f"choose from: {', '.join(columns) or 'none'}"
                 )
 
