@@ -314,7 +314,7 @@ def write(path: str, genes: Sequence[str], chunks: Any) -> None:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run one benchmark, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     benchmarks = {"step": step, "scvi": scvi, "backed": backed}
@@ -327,7 +327,7 @@ def main() -> None:
         "--donors", type=int, default=100, help="donors in the large file, of 2,000 cells each"
     )
     parser.add_argument("--folder", help="folder of the large temporary file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
     for name, run in benchmarks.items():

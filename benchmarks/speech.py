@@ -172,7 +172,7 @@ def peak(folder: Path) -> float:
     return usage.ru_maxrss / 1024
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run one of them, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     benchmarks: dict[str, Callable[[argparse.Namespace], Any]] = {
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a smoke run")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.rounds = 3 if options.small else options.rounds
     torch.set_num_threads(options.threads)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")

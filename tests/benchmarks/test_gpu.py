@@ -1,23 +1,12 @@
 """The hardware benchmarks run; their figures mean something only on a GPU."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from stagesweep.config import register, schema
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_smoke_run_of_the_gpu_benchmark_fills_its_tables(tmp_path: Path) -> None:

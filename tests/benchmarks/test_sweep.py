@@ -16,11 +16,6 @@ Compose = Callable[..., DictConfig]
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def test_slots_are_busy_from_the_first_begin_to_the_last() -> None:
     from benchmarks.sweep.busy import busy
 
