@@ -40,7 +40,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Overrides of a smoke run, for experiments that simulate more data than it needs.
 SMALL = {
     "audiogram_simulated": ["data.animals=400"],
+    "singlecell": ["data.cells=40", "data.genes=100"],
+    "singlecell_cells": ["data.cells=40", "data.genes=100"],
+    "singlecell_unlabelled": ["data.cells=40", "data.genes=100"],
     "speech": ["data.clips=2", "data.typical_clips=2"],
+    "speech_quick": ["data.clips=2", "data.typical_clips=2"],
 }
 # Minimum number of timed steps.
 STEPS = 200
@@ -84,6 +88,8 @@ class Bench:
                 self.say(f"| {name} | needs `--data {name}=<file>` |" + " |" * len(variants))
                 continue
             stage = fits(cfg)[0]
+            if self.small:
+                cfg = composed(f"experiment={name}", *given, f"stage.{stage}.batch_size=16")
             found = [self.cell(cfg, stage, variant) for variant in variants.values()]
             batch = cfg.stage[stage].batch_size
             self.say(f"| {name}, {stage} | {batch} | {' | '.join(found)} |")

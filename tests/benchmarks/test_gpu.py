@@ -18,7 +18,7 @@ def test_a_smoke_run_of_the_gpu_benchmark_fills_its_tables(tmp_path: Path) -> No
     for file in (register.folder() / "experiment").glob("*.yaml"):
         row = rf"^\| {file.stem}(, \w+ \| \d+( \| [\d,]+)+ \|| \| needs `--data .*)$"
         assert re.search(row, text, re.MULTILINE), file.stem
-    assert re.search(r"^\| digits, pretrain \| 128 \| [\d,]+ \| [\d,]+ \|$", text, re.MULTILINE)
+    assert re.search(r"^\| digits, pretrain \| 16 \| [\d,]+ \| [\d,]+ \|$", text, re.MULTILINE)
     assert "micro-batch 400 → 200" in text
     assert "survived" in text
     assert re.search(r"^\| DataLoader, 0 workers \| [\d,]+ \|$", text, re.MULTILINE)
