@@ -115,7 +115,7 @@ def features(options: argparse.Namespace) -> None:
         def read(fresh: bool) -> None:
             if fresh:
                 cache = Path(folder) / f"cache_{next(number)}"
-                object.__setattr__(data._heard, "cache", cache)
+                object.__setattr__(data._features, "cache", cache)
             for split in data.splits:
                 for _ in data.split(split).batches(64):
                     pass

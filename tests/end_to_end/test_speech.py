@@ -113,17 +113,25 @@ CLIPS = ("experiment=speech_digits", "data=speech", "data.path=table.csv", "hard
 @pytest.mark.parametrize(
     ("kind", "override", "message"),
     [
-        ("missing", "seed=0", "table.csv, line 5: 3.wav: there is no such file; mend it, or leave"),
-        ("broken", "seed=0", "table.csv, line 5: 3.wav: it is no readable audio file ("),
-        ("silent", "seed=0", "table.csv, line 5: 3.wav: it is silent (largest amplitude 0); mend"),
-        ("long", "seed=0", "table.csv, line 5: a clip of 1.00 s is longer than the 0.4 s"),
-        ("empty", "seed=0", "table.csv, line 2: its transcript is empty; mend it, or leave"),
+        (
+            "missing",
+            "seed=0",
+            "table.csv, line 5: 3.wav: the file does not exist; fix it, or leave",
+        ),
+        ("broken", "seed=0", "table.csv, line 5: 3.wav: not a readable audio file ("),
+        (
+            "silent",
+            "seed=0",
+            "table.csv, line 5: 3.wav: the clip is silent (peak amplitude 0); fix",
+        ),
+        ("long", "seed=0", "table.csv, line 5: a clip of 1.00 s is longer than the window of"),
+        ("empty", "seed=0", "table.csv, line 2: the transcript is empty; fix it, or leave"),
         ("", "data.columns.path=wav", "no column 'wav' in table.csv; the nearest is 'path'"),
         ("both", "data.columns.split=part", "table.csv: speaker 's0' is in the splits train and"),
-        ("single", "seed=0", "stratum 'als' has one speaker, who cannot be both learnt from and"),
+        ("single", "seed=0", "stratum 'als' has one speaker, who cannot be in both train and"),
     ],
 )
-def test_clips_that_cannot_be_used_are_one_line_and_nothing_is_written(
+def test_unusable_clips_are_a_one_line_error_and_nothing_is_written(
     stagesweep: Command, tmp_path: Path, kind: str, override: str, message: str
 ) -> None:
     damaged(tmp_path, kind)
@@ -135,7 +143,7 @@ def test_clips_that_cannot_be_used_are_one_line_and_nothing_is_written(
     assert not list(tmp_path.rglob("weights.pt"))
 
 
-def test_a_clip_is_left_out_only_if_told_and_one_that_is_replaced_is_noticed(
+def test_clips_are_left_out_only_on_request_and_replaced_files_are_detected(
     stagesweep: Command, tmp_path: Path
 ) -> None:
     damaged(tmp_path, "silent")
@@ -143,7 +151,7 @@ def test_a_clip_is_left_out_only_if_told_and_one_that_is_replaced_is_noticed(
     short += ("~stage.evaluate", "~stage.figures", "objective.metric=base/val_loss")
     words = (*CLIPS, *short, "data.on_error=skip")
     first = stagesweep(*words, "hydra.run.dir=first")
-    assert "left out: table.csv, line 5: 3.wav: it is silent" in first.stdout + first.stderr
+    assert "left out: table.csv, line 5: 3.wav: the clip is silent" in first.stdout + first.stderr
     assert {s["status"] for s in result(tmp_path / "first")["stages"]} == {"ran"}
     stagesweep(*words, "hydra.run.dir=second")
     assert {s["status"] for s in result(tmp_path / "second")["stages"]} == {"reused"}

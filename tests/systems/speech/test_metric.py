@@ -52,11 +52,16 @@ def test_a_table_has_every_method_and_stratum() -> None:
 
 
 def test_use_of_experts() -> None:
-    chances = np.array([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.0, 1.0]])
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.0, 1.0]])
     expert, stratum = np.array([0, 0, 1, 1]), np.array(["x", "x", "x", "y"])
-    use = metric.use(chances, expert, stratum).set_index("stratum")
+    use = metric.expert_usage(probabilities, expert, stratum).set_index("stratum")
     assert use.loc["all", ["expert_0", "expert_1"]].tolist() == [0.5, 0.5]
     assert use.loc["all", "entropy"] == pytest.approx(np.log(2))
-    assert use.loc["y", ["expert_0", "expert_1", "entropy", "doubt"]].tolist() == [0, 1, 0, 0]
+    assert use.loc["y", ["expert_0", "expert_1", "entropy", "gate_entropy"]].tolist() == [
+        0,
+        1,
+        0,
+        0,
+    ]
     assert metric.agreement(np.array([0, 0, 1]), np.array(["a", "a", "b"])) == 1.0
     assert np.isnan(metric.agreement(expert, np.array(["a"] * 4)))

@@ -5,13 +5,20 @@ import pytest
 
 from stagesweep.base.errors import UserError
 from stagesweep.systems.speech.data.dataset import Speech
-from stagesweep.systems.speech.simulate import STRATA, Speaker, low, simulated_speech, spoken, text
+from stagesweep.systems.speech.simulate import (
+    STRATA,
+    Speaker,
+    low_pass,
+    simulated_speech,
+    synthesise,
+    text,
+)
 
 WHO = Speaker(120.0, 1.0, 1.0, 0.2)
 
 
 def said(words: list[tuple[int, int]], voice: str) -> np.ndarray:
-    return spoken(words, WHO, voice, 0.4, 16000, np.random.default_rng(0))
+    return synthesise(words, WHO, voice, 0.4, 16000, np.random.default_rng(0))
 
 
 def test_the_same_seed_speaks_the_same(small: Speech) -> None:
@@ -50,7 +57,7 @@ def test_a_voice_is_heard_and_a_vowel_has_its_formants() -> None:
 def test_words_are_pairs_of_vowels() -> None:
     assert text([(0, 1), (4, 4)]) == "be lu"
     wave = np.ones(1600)
-    assert low(wave, 200.0, 16000)[-1] == pytest.approx(1, abs=1e-3)
+    assert low_pass(wave, 200.0, 16000)[-1] == pytest.approx(1, abs=1e-3)
     with pytest.raises(UserError, match=r"data.seconds=0.2 is too short for data.words_each=2"):
         simulated_speech(speakers=3, clips=1, typical_speakers=5, seconds=0.2)
     with pytest.raises(UserError, match=r"data.strata=9 must be 1 to 4"):

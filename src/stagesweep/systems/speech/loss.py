@@ -81,13 +81,13 @@ class Balance(nn.Module):
 
     def forward(self, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """The batch's value times its clips, and their number."""
-        chances = outputs["gate"].float().exp()
-        samples, experts = chances.shape
-        mean = chances.mean(0)
+        probabilities = outputs["gate"].float().exp()
+        samples, experts = probabilities.shape
+        mean = probabilities.mean(0)
         if self.kind == "kl":
             value = -(mean.clamp_min(1e-12) * experts).log().mean()
         else:
-            used = torch.nn.functional.one_hot(chances.argmax(1), experts).float().mean(0)
+            used = torch.nn.functional.one_hot(probabilities.argmax(1), experts).float().mean(0)
             value = experts * (used * mean).sum()
         return value * samples, value.new_tensor(samples)
 

@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.metrics import adjusted_rand_score
 
-from stagesweep.systems.speech.extra import needed
+from stagesweep.systems.speech.optional import optional_imports
 
 Array = NDArray[Any]
 
@@ -18,7 +18,7 @@ def errors(references: Sequence[str], hypotheses: Sequence[str]) -> pd.DataFrame
 
     Errors are substitutions, insertions and deletions of jiwer's alignment.
     """
-    with needed():
+    with optional_imports():
         import jiwer
     rows = []
     for reference, hypothesis in zip(references, hypotheses, strict=True):
@@ -76,14 +76,14 @@ def table(told: pd.DataFrame, seed: int, resamples: int = 1000) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def use(chances: Array, expert: Array, stratum: Array) -> pd.DataFrame:
+def expert_usage(probabilities: Array, expert: Array, stratum: Array) -> pd.DataFrame:
     """How experts are used in each stratum and in ``all``, a row each.
 
     `clips`; ``expert_<e>``, the share of clips that expert e told; `entropy` in nats: of these
-    shares; `doubt`: the mean entropy of the gate's probabilities `chances` (n, E).
+    shares; `gate_entropy`: the mean entropy of the gate's probabilities `probabilities` (n, E).
     """
-    experts = chances.shape[1]
-    own = -(chances * np.log(np.clip(chances, 1e-12, None))).sum(1)
+    experts = probabilities.shape[1]
+    own = -(probabilities * np.log(np.clip(probabilities, 1e-12, None))).sum(1)
     rows = []
     for name in ["all", *sorted(np.unique(stratum))]:
         part = np.ones(len(stratum), bool) if name == "all" else stratum == name
@@ -91,7 +91,7 @@ def use(chances: Array, expert: Array, stratum: Array) -> pd.DataFrame:
         entropy = float(-(shares * np.log(np.clip(shares, 1e-12, None))).sum())
         named = {f"expert_{number}": float(share) for number, share in enumerate(shares)}
         row = {"stratum": name, "clips": int(part.sum()), **named}
-        rows.append({**row, "entropy": entropy, "doubt": float(own[part].mean())})
+        rows.append({**row, "entropy": entropy, "gate_entropy": float(own[part].mean())})
     return pd.DataFrame(rows)
 
 

@@ -68,7 +68,7 @@ class Synthesiser:
     def wave(self, row: int, rate: int, start: float, stop: float) -> Wave:
         """Samples (n,) at `rate` Hz."""
         random = np.random.default_rng([self.seed, 7, row])
-        wave = spoken(
+        wave = synthesise(
             self.words[row], self.speakers[row], self.voices[row], self.length, rate, random
         )
         return wave[round(start * rate) : round(stop * rate)]
@@ -111,7 +111,7 @@ def shortest(words: int, tempo: float) -> float:
     return 2 * EDGE + tempo * (words * 2 * VOWEL + (words - 1) * GAP)
 
 
-def spoken(
+def synthesise(
     words: list[tuple[int, int]],
     speaker: Speaker,
     voice: str,
@@ -132,23 +132,23 @@ def spoken(
         loud, pitch = loud * np.clip(0.5 + sway, 0, None), pitch * (1 + 0.04 * sway)
     wave = _harmonics(pitch, loud, formants, steps, times, 0.15 if voice == "strained" else 0.9)
     if voice == "muffled":
-        wave = low(wave, 1500.0, rate)
+        wave = low_pass(wave, 1500.0, rate)
     noise = random.standard_normal(count)
     wave += 0.002 * noise
     lowest, highest, loudness = NOISE[voice]
-    wave += speaker.hiss * loudness * within(noise, lowest, highest, rate)
+    wave += speaker.hiss * loudness * band_pass(noise, lowest, highest, rate)
     found: Wave = (0.3 * wave / max(float(np.abs(wave).max()), 1e-9)).astype(np.float32)
     return found
 
 
-def low(wave: NDArray[Any], hertz: float, rate: int) -> NDArray[Any]:
+def low_pass(wave: NDArray[Any], hertz: float, rate: int) -> NDArray[Any]:
     """What passes a filter of one pole."""
     decay = np.exp(-2 * np.pi * hertz / rate)
     found: NDArray[Any] = lfilter([1 - decay], [1, -decay], wave)
     return found
 
 
-def within(wave: NDArray[Any], lowest: float, highest: float, rate: int) -> NDArray[Any]:
+def band_pass(wave: NDArray[Any], lowest: float, highest: float, rate: int) -> NDArray[Any]:
     """The frequencies of a wave from `lowest` to `highest` Hz."""
     spectrum = np.fft.rfft(wave)
     hertz = np.fft.rfftfreq(len(wave), 1 / rate)

@@ -29,7 +29,7 @@ def transcribe(
     view = run.prepared(data.split(split))
     retry = OutOfMemoryRetry(profile.micro_batch, "decoding", profile)
     said: list[str] = []
-    experts, chances = [], []
+    experts, probabilities = [], []
     model.eval()
     batches = view.batches(batch_size)
     for batch in run.progress(batches, f"decodes {split}"):
@@ -37,13 +37,13 @@ def transcribe(
         for tokens, own, gate in retry.run(attempt, batch_size):
             said += [data.tokenizer.decode(row) for row in tokens]
             experts.append(own)
-            chances.append(gate)
+            probabilities.append(gate)
     run.measured["oom"] += retry.events
     clip = view["clip"].numpy()
     first = ~pd.Series(clip).duplicated().to_numpy()
     table = joined(data, clip, said)
     table.insert(0, "split", split)
-    return table.assign(expert=np.concatenate(experts)[first]), np.concatenate(chances)[first]
+    return table.assign(expert=np.concatenate(experts)[first]), np.concatenate(probabilities)[first]
 
 
 def joined(data: Speech, clip: np.ndarray[Any, Any], said: Sequence[str]) -> pd.DataFrame:
@@ -73,6 +73,6 @@ def decoded(
         with torch.autocast(
             profile.device.type, profile.autocast, enabled=profile.autocast is not None
         ):
-            tokens, experts, chances = model.transcribe(own, beams)
-        found.append((tokens.tolist(), experts.cpu().numpy(), chances.float().cpu().numpy()))
+            tokens, experts, probabilities = model.transcribe(own, beams)
+        found.append((tokens.tolist(), experts.cpu().numpy(), probabilities.float().cpu().numpy()))
     return found

@@ -1,4 +1,4 @@
-"""Audio of any rate becomes samples at one rate; what cannot be used is found out."""
+"""Audio is resampled to one rate; unusable files are detected."""
 
 from pathlib import Path
 
@@ -27,33 +27,33 @@ def test_channels_are_averaged_and_a_part_is_read(tmp_path: Path) -> None:
     np.testing.assert_allclose(wave, both[800:2400].mean(1), atol=1e-4)
 
 
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
+def test_each_fault_of_a_file_is_named(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "good.wav", tone(8000, 100), 8000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(800), 8000)
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8000)
     (tmp_path / "text.wav").write_text("no audio")
-    good = audio.look(tmp_path / "good.wav")
+    good = audio.inspect(tmp_path / "good.wav")
     assert good.fault is None
     assert (good.seconds, round(good.peak, 2)) == (0.5, 0.5)
-    faults = {n: audio.look(tmp_path / f"{n}.wav").fault or "" for n in
+    faults = {n: audio.inspect(tmp_path / f"{n}.wav").fault or "" for n in
               ("missing", "silent", "empty", "text")}  # fmt: skip
-    assert faults["missing"] == "there is no such file"
-    assert faults["silent"] == "it is silent (largest amplitude 0)"
-    assert faults["empty"] == "it holds no samples"
-    assert faults["text"].startswith("it is no readable audio file (")
+    assert faults["missing"] == "the file does not exist"
+    assert faults["silent"] == "the clip is silent (peak amplitude 0)"
+    assert faults["empty"] == "the file has no samples"
+    assert faults["text"].startswith("not a readable audio file (")
 
 
-def test_a_file_is_looked_at_again_only_when_it_has_changed(tmp_path: Path) -> None:
+def test_a_file_is_read_again_only_if_it_has_changed(tmp_path: Path) -> None:
     path, cache = tmp_path / "a.wav", tmp_path / "cache.json"
     soundfile.write(path, tone(8000, 100), 8000)
-    (first,) = audio.survey([path], cache)
+    (first,) = audio.inspect_all([path], cache)
     stored = cache.read_text()
-    cache.write_text(stored.replace("0.5", "9.5"))  # what was found is believed ...
-    assert audio.survey([path], cache)[0].seconds == 9.5
-    soundfile.write(path, tone(8000, 100, 1.0), 8000)  # ... until the file is another
-    assert audio.survey([path], cache)[0].seconds == 1.0
+    cache.write_text(stored.replace("0.5", "9.5"))  # the cache is used ...
+    assert audio.inspect_all([path], cache)[0].seconds == 9.5
+    soundfile.write(path, tone(8000, 100, 1.0), 8000)  # ... until the file changes
+    assert audio.inspect_all([path], cache)[0].seconds == 1.0
     assert first.seconds == 0.5
     path.unlink()
-    assert audio.survey([path], cache)[0].fault == "there is no such file"
+    assert audio.inspect_all([path], cache)[0].fault == "the file does not exist"
     cache.write_text("{broken")
-    assert audio.survey([path], cache)[0].fault == "there is no such file"
+    assert audio.inspect_all([path], cache)[0].fault == "the file does not exist"

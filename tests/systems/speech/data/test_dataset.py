@@ -1,4 +1,4 @@
-"""Tables of clips are read, split and cut into windows; their faults are said in a line."""
+"""Tables of clips are read, split and cut into windows; each fault is a one-line error."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def test_clips_of_a_table_become_batches(write_clips: Write) -> None:
     data = read(write_clips())
     speakers = {split: set(data.split(split)["speaker"].tolist()) for split in data.splits}
     assert sum(len(data.split(split)) for split in data.splits) == 24
-    assert sum(map(len, speakers.values())) == 8, "speakers are apart"
+    assert sum(map(len, speakers.values())) == 8, "splits share no speaker"
     view = data.split("train")
     (batch,) = view.batches(100)
     n = len(view)
@@ -39,15 +39,15 @@ def test_clips_of_a_table_become_batches(write_clips: Write) -> None:
         seconds = clip["seconds"]
         assert int(batch["frames"][row]) == min(int(np.ceil(seconds * 100 - 1e-6)) + 2, 40 - 1)
         assert data.label_names["stratum"][int(batch["stratum"][row])] == clip["stratum"]
-        told = batch["labels"][row][batch["labels"][row] != IGNORED]
-        assert told[-1] == data.tokenizer.end
-        assert data.tokenizer.decode(told.tolist()) == clip["reference"]
-        # The decoder reads what it has written so far.
+        labels = batch["labels"][row][batch["labels"][row] != IGNORED]
+        assert labels[-1] == data.tokenizer.end
+        assert data.tokenizer.decode(labels.tolist()) == clip["reference"]
+        # The input of the decoder is the transcript so far.
         assert batch["tokens"][row][0] == data.spec.tokens.prefix[0]
-        assert torch.equal(batch["tokens"][row][1 : len(told)], told[:-1])
+        assert torch.equal(batch["tokens"][row][1 : len(labels)], labels[:-1])
 
 
-def test_a_table_of_json_lines_is_read_alike(write_clips: Write, tmp_path: Path) -> None:
+def test_json_lines_are_read_like_csv(write_clips: Write, tmp_path: Path) -> None:
     path, columns = write_clips()
     rows = pd.read_csv(path).to_dict("records")
     lines = tmp_path / "table.jsonl"
@@ -55,7 +55,7 @@ def test_a_table_of_json_lines_is_read_alike(write_clips: Write, tmp_path: Path)
     first, second = read((path, columns)), read((lines, columns))
     for split in first.splits:
         assert first.ids(split).tolist() == second.ids(split).tolist()
-    # Other characters that end a line may be in a string.
+    # A string may contain other line separators.
     lines.write_text(
         "".join(json.dumps({**r, "note": "a\u2028b\x85"}, ensure_ascii=False) + "\n" for r in rows)
     )
@@ -68,7 +68,7 @@ def test_a_table_of_json_lines_is_read_alike(write_clips: Write, tmp_path: Path)
         read((lines, columns))
 
 
-def test_a_share_of_train_is_kept_and_strata_are_left_out(write_clips: Write) -> None:
+def test_a_share_of_train_is_kept_and_strata_are_dropped(write_clips: Write) -> None:
     whole, half = read(write_clips()), read(write_clips(), fraction=0.5)
     assert len(half.split("train")) == round(len(whole.split("train")) / 2)
     assert len(half.split("test")) == len(whole.split("test"))
@@ -90,26 +90,26 @@ def test_a_long_clip_is_refused_cut_or_split(write_clips: Write, tmp_path: Path)
     rate, wave = 8000, np.random.default_rng(0).normal(0, 0.1, 8000)
     soundfile.write(tmp_path / "5.wav", wave, rate)
     message = (
-        r"line 7: a clip of 1.00 s is longer than the 0.4 s that the model hears \(1 in all\); "
-        r"set data.long=cut to lose its end, data.long=split"
+        r"line 7: a clip of 1.00 s is longer than the window of 0.4 s \(1 in all\); "
+        r"set data.long=cut to cut off its end, data.long=split"
     )
     with pytest.raises(UserError, match=message):
         read(written)
     cut = read(written, long="cut")
-    assert [len(pieces) for pieces in cut.pieces] == [1] * 24
+    assert [len(windows) for windows in cut.windows] == [1] * 24
     parts = read(written, long="split")
-    assert [len(pieces) for pieces in parts.pieces] == [1] * 5 + [3] + [1] * 18
+    assert [len(windows) for windows in parts.windows] == [1] * 5 + [3] + [1] * 18
     seen = {split: parts.split(split)["clip"].tolist().count(5) for split in parts.splits}
     assert sorted(seen.values()) in ([0, 0, 0], [0, 0, 3])
-    assert seen["train"] == 0, "of several windows nothing tells which words are in which"
+    assert seen["train"] == 0, "the words of each window are unknown"
     for split in ("val", "test"):
         if seen[split]:
             (batch,) = parts.split(split).batches(100)
             assert (batch["labels"][batch["clip"] == 5] == IGNORED).all()
 
 
-def test_split_clips_alone_are_nothing_to_train_on(write_clips: Write) -> None:
-    with pytest.raises(UserError, match=r"every training clip is longer than the 0.1 s .*long=cut"):
+def test_split_clips_alone_are_an_error(write_clips: Write) -> None:
+    with pytest.raises(UserError, match=r"every training clip is longer than the window of 0.1 s.*long=cut"):
         read(write_clips(), seconds=0.1, long="split")
 
 
@@ -133,16 +133,16 @@ def broken(kind: str, folder: Path) -> Callable[[pd.DataFrame], Any]:
 
 
 FAULTS = {
-    "missing": r"1.wav: there is no such file",
-    "broken": r"1.wav: it is no readable audio file",
-    "silent": r"1.wav: it is silent",
-    "empty": "its transcript is empty",
-    "absent": "its transcript is empty",
+    "missing": r"1.wav: the file does not exist",
+    "broken": r"1.wav: not a readable audio file",
+    "silent": r"1.wav: the clip is silent",
+    "empty": "the transcript is empty",
+    "absent": "the transcript is empty",
 }
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_clip_that_cannot_be_used_is_named_and_left_out_only_if_told(
+def test_an_unusable_clip_is_named_and_left_out_only_on_request(
     write_clips: Write, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     written = write_clips(broken(kind, tmp_path))
@@ -159,30 +159,28 @@ def test_other_faults_of_a_table_are_named(write_clips: Write) -> None:
     with pytest.raises(UserError, match=r"no column 'wav' in .*; the nearest is .*data.columns"):
         read(write_clips(path="wav"))
     with pytest.raises(UserError, match=r"'dev' in the split column, "
-                                        r"line 2 of .*table.csv, is no split"):  # fmt: skip
+                                        r"line 2 of .*table.csv, is not a split"):  # fmt: skip
         read(write_clips(lambda t: t.assign(part="dev"), split="part"))
     with pytest.raises(UserError, match=r"stratum 'als' has one speaker"):
         read(write_clips(lambda t: t.assign(etiology=["als", *["stroke"] * 7] * 3)))
     with pytest.raises(UserError, match=r"no speaker in line 4 \(1 in all\)"):
         read(write_clips(lambda t: t.assign(speaker=["a", "b", None, *["c"] * 21])))
-    with pytest.raises(UserError, match=r"data.on_error=ignore is refuse or skip"):
-        read(write_clips(), on_error="ignore")
     with pytest.raises(UserError, match=r"data.fractions=.* must be positive and add up to 1"):
         read(write_clips(), fractions=(0.5, 0.1, 0.1))
 
 
-def test_one_speaker_in_two_splits_is_an_error_unless_it_is_wanted(write_clips: Write) -> None:
+def test_a_speaker_in_two_splits_is_an_error_unless_allowed(write_clips: Write) -> None:
     def change(table: pd.DataFrame) -> pd.DataFrame:
         return table.assign(part=["train", "val", "test"] * 8)
 
-    message = r"speaker 's0' is in the splits train and .*, so that what is tested was learnt from"
+    message = r"speaker 's0' is in the splits train and .*, so evaluation is not on unseen speakers"
     with pytest.raises(UserError, match=message):
         read(write_clips(change, split="part"))
     data = read(write_clips(change, split="part"), shared_speakers=True)
     assert [len(data.split(name)) for name in ("train", "val", "test")] == [8, 8, 8]
 
 
-def test_features_stand_in_for_audio(tmp_path: Path) -> None:
+def test_features_replace_audio(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     lengths = random.integers(10, 30, 12)
     offsets = np.concatenate([[0], lengths.cumsum()])
@@ -219,7 +217,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_features_of_another_shape_are_refused(tmp_path: Path, kind: str) -> None:
+def test_invalid_features_are_refused(tmp_path: Path, kind: str) -> None:
     frames, offsets, text = WRONG[kind]
     np.savez(tmp_path / "f.npz", cepstra=frames, offsets=offsets)
     table = pd.DataFrame({"transcript": ["one"] * 3, "row": ["0", "1", "2"]})

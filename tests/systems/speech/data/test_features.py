@@ -1,4 +1,4 @@
-"""Features are those of transformers' extractor, computed once, and whole or not there."""
+"""Features equal those of transformers' extractor; they are computed once and cached."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,15 @@ import pytest
 from transformers import WhisperFeatureExtractor
 
 from stagesweep.systems.speech.data import features
-from stagesweep.systems.speech.data.features import Cepstra, Heard, LogMel, padded
+from stagesweep.systems.speech.data.features import CachedFeatures, Cepstra, LogMel, padded
 
 MEL = LogMel(bands=20, rate=16000, frames=100)
 
 
 class Noise:
-    """Clips of noise, which count how often they are heard."""
+    """Clips of noise, which count how often they are read."""
 
-    heard = 0
+    reads = 0
 
     def key(self, row: int) -> str:
         return f"noise {row}"
@@ -25,7 +25,7 @@ class Noise:
         return 0.5
 
     def wave(self, row: int, rate: int, start: float, stop: float) -> Any:
-        self.heard += 1
+        self.reads += 1
         random = np.random.default_rng(row)
         return random.normal(0, 0.1, round((stop - start) * rate)).astype(np.float32)
 
@@ -35,21 +35,21 @@ def test_features_are_those_of_the_extractor(seconds: float) -> None:
     wave = Noise().wave(1, 16000, 0, seconds)
     extractor: Any = WhisperFeatureExtractor(feature_size=20, chunk_length=1)
     expected = extractor(wave, sampling_rate=16000, return_tensors="np")["input_features"][0]
-    frames = MEL.of(wave)
+    frames = MEL.features(wave)
     assert len(frames) == min(int(np.ceil(seconds * 100)) + 3, 100)
     np.testing.assert_allclose(padded(frames, 100), expected, atol=1e-3)
 
 
-def test_a_clip_is_heard_once(tmp_path: Path) -> None:
+def test_features_are_computed_once(tmp_path: Path) -> None:
     clips = Noise()
-    heard = Heard(clips, MEL, tmp_path)
-    first = heard.features(3, 0.0, 0.5)
-    again = heard.features(3, 0.0, 0.5)
-    assert clips.heard == 1
+    cached = CachedFeatures(clips, MEL, tmp_path)
+    first = cached.features(3, 0.0, 0.5)
+    again = cached.features(3, 0.0, 0.5)
+    assert clips.reads == 1
     np.testing.assert_array_equal(first, again)
-    heard.features(3, 0.0, 0.4)
-    Heard(clips, LogMel(21, 16000, 100), tmp_path).features(3, 0.0, 0.5)
-    assert clips.heard == 3
+    cached.features(3, 0.0, 0.4)
+    CachedFeatures(clips, LogMel(21, 16000, 100), tmp_path).features(3, 0.0, 0.5)
+    assert clips.reads == 3
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -58,19 +58,19 @@ def test_a_clip_is_heard_once(tmp_path: Path) -> None:
 )
 def test_a_damaged_file_is_computed_again(tmp_path: Path, damage: Any) -> None:
     clips = Noise()
-    heard = Heard(clips, MEL, tmp_path)
-    first = heard.features(0, 0.0, 0.5)
+    cached = CachedFeatures(clips, MEL, tmp_path)
+    first = cached.features(0, 0.0, 0.5)
     (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
     file.write_bytes(damage(file.read_bytes()))
-    np.testing.assert_array_equal(heard.features(0, 0.0, 0.5), first)
-    assert clips.heard == 2
+    np.testing.assert_array_equal(cached.features(0, 0.0, 0.5), first)
+    assert clips.reads == 2
     assert features._read(file) is not None
 
 
-def test_more_bands_than_the_audio_has_are_said_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
-    assert LogMel(bands=40, rate=4000, frames=20).of(np.ones(400, np.float32)).shape[1] == 40
+def test_too_many_bands_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert LogMel(bands=40, rate=4000, frames=20).features(np.ones(400, np.float32)).shape[1] == 40
     (line,) = caplog.messages
-    assert line.startswith("data.bands=40 are more than audio of 4000 Hz can tell apart")
+    assert line.startswith("data.bands=40 are too many for audio of 4000 Hz")
 
 
 def test_cepstra_are_scaled_clip_by_clip() -> None:

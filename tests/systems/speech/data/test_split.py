@@ -1,4 +1,4 @@
-"""Whole speakers are dealt, every stratum is shared out, subsets are nested."""
+"""Speakers are assigned as a whole, splits are stratified, subsets are nested."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def corpus(speakers: list[int], clips: int = 6) -> tuple[np.ndarray, np.ndarray]
 
 
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=4), st.integers(0, 99))
-def test_speakers_are_apart_and_every_stratum_is_tested(speakers: list[int], seed: int) -> None:
+def test_splits_share_no_speaker_and_each_stratum_is_tested(speakers: list[int], seed: int) -> None:
     if max(speakers) < 3:
         speakers = [*speakers, 3]
     speaker, stratum = corpus(speakers)
@@ -33,7 +33,7 @@ def test_speakers_are_apart_and_every_stratum_is_tested(speakers: list[int], see
         assert (kind in stratum[rows["val"]]) == (count > 2)
 
 
-def test_shares_are_about_those_that_were_asked_for() -> None:
+def test_fractions_are_approximately_met() -> None:
     speaker, stratum = corpus([40, 40])
     rows = split.by_speaker(speaker, stratum, SHARES, 0, ["a", "b"])
     for kind in (0, 1):
@@ -43,7 +43,7 @@ def test_shares_are_about_those_that_were_asked_for() -> None:
 
 def test_a_stratum_with_one_speaker_is_an_error() -> None:
     speaker, stratum = corpus([4, 1])
-    message = r"stratum 'als' has one speaker, who cannot be both learnt from and tested.*split_by"
+    message = r"stratum 'als' has one speaker, who cannot be in both train and test.*split_by"
     with pytest.raises(UserError, match=message):
         split.by_speaker(speaker, stratum, SHARES, 0, ["stroke", "als"])
 

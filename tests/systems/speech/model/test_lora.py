@@ -24,7 +24,7 @@ def test_each_row_has_its_expert() -> None:
     found, route = layer()
     x = torch.randn(5, 4, 6)
     rows = torch.tensor([2, 0, 2, 1, 0])
-    with route.by(rows=rows):
+    with route.active(rows=rows):
         out = found(x)
     for row, expert in enumerate(rows.tolist()):
         torch.testing.assert_close(out[row], by_hand(found, x[row], expert))
@@ -33,7 +33,7 @@ def test_each_row_has_its_expert() -> None:
 def test_experts_are_mixed_by_weights() -> None:
     found, route = layer(2)
     x, weights = torch.randn(3, 4, 6), torch.rand(3, 2)
-    with route.by(weights=weights):
+    with route.active(weights=weights):
         out = found(x)
     for row in range(3):
         a, b = weights[row].tolist()
@@ -45,15 +45,15 @@ def test_a_new_expert_changes_nothing_and_no_route_is_the_base() -> None:
     route = Route()
     found = ExpertLinear(nn.Linear(6, 5), route, 2, 2, 4.0, 0.0)
     x = torch.randn(2, 3, 6)
-    with route.by(rows=torch.tensor([0, 1])):
+    with route.active(rows=torch.tensor([0, 1])):
         torch.testing.assert_close(found(x), found.base(x))
-    with route.by():
+    with route.active():
         assert torch.equal(found(x), found.base(x))
 
 
 def test_gradients_reach_the_experts_of_the_rows_alone() -> None:
     found, route = layer()
-    with route.by(rows=torch.tensor([1, 1])):
+    with route.active(rows=torch.tensor([1, 1])):
         found(torch.randn(2, 3, 6)).square().sum().backward()
     used = [float(matrix.grad.abs().sum()) for matrix in found.A if matrix.grad is not None]
     assert used[1] > 0

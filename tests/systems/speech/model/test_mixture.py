@@ -121,9 +121,9 @@ def test_noise_is_drawn_for_the_whole_batch(small: Speech) -> None:
     assert abs(drawn.std().item() - 0.5) < 0.03
     pooled = torch.randn(1000, 16)
     model.train()
-    assert not torch.equal(model.chances(pooled, drawn), model.chances(pooled))
+    assert not torch.equal(model.probabilities(pooled, drawn), model.probabilities(pooled))
     model.eval()
-    assert torch.equal(model.chances(pooled, drawn), model.chances(pooled))
+    assert torch.equal(model.probabilities(pooled, drawn), model.probabilities(pooled))
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -131,8 +131,8 @@ def test_decoding_is_by_the_likeliest_expert(
     tiny: MixtureWhisper, batch: Batch, beams: int
 ) -> None:
     tiny.eval()
-    tokens, experts, chances = tiny.transcribe(batch, beams)
-    assert torch.equal(experts, chances.argmax(1))
+    tokens, experts, probabilities = tiny.transcribe(batch, beams)
+    assert torch.equal(experts, probabilities.argmax(1))
     if beams > 1:
         return
     for row in range(4):  # step by step, each token the likeliest
@@ -252,7 +252,7 @@ def test_activations_may_be_computed_again(tiny: MixtureWhisper, batch: Batch) -
 
 
 def test_bf16_on_the_cpu(tiny: MixtureWhisper, batch: Batch) -> None:
-    batch["expert"] = torch.arange(12) % 4  # the gate of a random model is in doubt
+    batch["expert"] = torch.arange(12) % 4  # the gate of a random model is undecided
     freeze(tiny, ADAPTERS, [])
     tiny.train()
     plain = gradients(tiny, batch)

@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from stagesweep.base.errors import UserError
 from stagesweep.systems.speech.stage import cluster as module
-from stagesweep.systems.speech.stage.cluster import Cluster, Found, Space
+from stagesweep.systems.speech.stage.cluster import Cluster, Clustering, Projection
 
 
 def clouds(run: Any, clouds: int, n: int = 120, spread: float = 0.5) -> np.ndarray:
@@ -108,9 +108,9 @@ def test_random_clusters_have_nothing_to_do_with_clips(speech_run: Any) -> None:
 
 def test_clips_that_were_not_clustered_belong_to_the_nearest() -> None:
     points, kinds = make_blobs(80, 5, centers=3, cluster_std=0.3, random_state=1)
-    space = Space.fitted(points[:40], 3)
-    found = Found.of(space, space.points(points[:40]), kinds[:40], 4, 0.5)
-    again = Found.restored(found.arrays())
+    space = Projection.fit(points[:40], 3)
+    found = Clustering.of(space, space.points(points[:40]), kinds[:40], 4, 0.5)
+    again = Clustering.restored(found.arrays())
     cluster, shares = again.assign(points)
     assert adjusted_rand_score(cluster, kinds) == 1
     assert shares.shape == (80, 4)

@@ -12,7 +12,7 @@ from stagesweep.systems.speech.data.dataset import Speech
 from stagesweep.systems.speech.data.sampler import Subset
 from stagesweep.systems.speech.model.mixture import is_expert
 from stagesweep.systems.speech.stage.baselines import AdapterBaselines, TranscriptBaseline
-from stagesweep.systems.speech.stage.cluster import Found, Space
+from stagesweep.systems.speech.stage.cluster import Clustering, Projection
 from stagesweep.systems.speech.stage.evaluate import Transcribe
 from stagesweep.systems.speech.stage.experts import PretrainExperts
 
@@ -37,8 +37,8 @@ def clustered(run: Any, data: Speech, clusters: np.ndarray | None = None) -> np.
     split = ["train"] * len(train) + ["val"] * len(val)
     every = np.concatenate([own, np.zeros(len(val), int)])
     run.save("clusters.csv", pd.DataFrame({"split": split, "row": rows, "cluster": every}))
-    space = Space(np.zeros(16), np.empty((0, 16)))
-    found = Found(space, np.zeros((1, 16)), np.zeros(1, int), 4, 1.0)
+    space = Projection(np.zeros(16), np.empty((0, 16)))
+    found = Clustering(space, np.zeros((1, 16)), np.zeros(1, int), 4, 1.0)
     run.save("clusters.npz", {"soft": np.eye(4)[every], **found.arrays()})
     return own
 

@@ -1,4 +1,4 @@
-"""Read audio files at any sampling rate, and find out which of them cannot be used."""
+"""Reads audio files of any sampling rate, and detects files that cannot be used."""
 
 import json
 import logging
@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from scipy.signal import resample_poly
 
 from stagesweep.base.files import atomic_text
-from stagesweep.systems.speech.extra import needed
+from stagesweep.systems.speech.optional import optional_imports
 
 Wave = NDArray[np.float32]
 log = logging.getLogger(__name__)
 
-# The largest amplitude (of 1) of a clip that counts as silence: -80 dB, the noise of 14 bits.
+# A clip is silent if its peak amplitude (of 1) is at most -80 dB, the noise of 14 bits.
 SILENCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Sound:
-    """What is known of an audio file: its length, its largest amplitude, or why it is unusable.
+class AudioInfo:
+    """Length and peak amplitude of an audio file, or the `fault` that makes it unusable.
 
-    `size` and `mtime` (ns) are the file's; when they change, it is looked at again.
+    If the file's `size` or `mtime` (ns) changes, the file is read again.
     """
 
     size: int
@@ -37,11 +37,11 @@ class Sound:
 
 
 def read(path: Path, rate: int, start: float = 0.0, stop: float | None = None) -> Wave:
-    """Samples (n,) of a file from `start` to `stop` in seconds, mono, at `rate` Hz.
+    """Read samples (n,) of a file from `start` to `stop` seconds, mono, at `rate` Hz.
 
-    Channels are averaged; other rates are resampled by scipy's polyphase filter.
+    Channels are averaged. Other rates are resampled by scipy's polyphase filter.
     """
-    with needed():
+    with optional_imports():
         import soundfile
     with soundfile.SoundFile(path) as file:
         own: int = file.samplerate
@@ -55,66 +55,67 @@ def read(path: Path, rate: int, start: float = 0.0, stop: float | None = None) -
     return found
 
 
-def look(path: Path) -> Sound:
-    """Read a whole file once and say how long and how loud it is, or what is wrong with it."""
-    with needed():
+def inspect(path: Path) -> AudioInfo:
+    """Read a whole file: its length and peak amplitude, or its fault."""
+    with optional_imports():
         import soundfile
     try:
         stat = path.stat()
     except OSError:
-        return Sound(0, 0, fault="there is no such file")
+        return AudioInfo(0, 0, fault="the file does not exist")
     try:
         seconds, peak = 0.0, 0.0
         with soundfile.SoundFile(path) as file:
-            promised, read_ = file.frames, 0
+            expected, count = file.frames, 0
             for block in file.blocks(1 << 20, dtype="float32"):
-                read_ += len(block)
+                count += len(block)
                 peak = max(peak, float(np.abs(block).max(initial=0.0)))
-            seconds = read_ / file.samplerate
+            seconds = count / file.samplerate
         fault = None
-        if read_ < promised:
-            fault = f"it is broken: {read_} of {promised} samples can be read"
+        if count < expected:
+            fault = f"the file is damaged: {count} of {expected} samples can be read"
         elif not np.isfinite(peak):
-            fault = "it holds values that are no numbers"
-        elif not read_:
-            fault = "it holds no samples"
+            fault = "the file has values that are not finite"
+        elif not count:
+            fault = "the file has no samples"
         elif peak <= SILENCE:
-            fault = f"it is silent (largest amplitude {peak:.1g})"
+            fault = f"the clip is silent (peak amplitude {peak:.1g})"
     except (soundfile.SoundFileError, OSError) as error:
-        fault = f"it is no readable audio file ({str(error).rpartition(': ')[2].rstrip('.')})"
-    return Sound(stat.st_size, stat.st_mtime_ns, seconds, peak, fault)
+        reason = str(error).rpartition(": ")[2].rstrip(".")
+        fault = f"not a readable audio file ({reason})"
+    return AudioInfo(stat.st_size, stat.st_mtime_ns, seconds, peak, fault)
 
 
-def survey(paths: Sequence[Path], cache: Path, threads: int = 4) -> list[Sound]:
-    """Look at every file, at those that have not changed since the last time by what was found.
+def inspect_all(paths: Sequence[Path], cache: Path, threads: int = 4) -> list[AudioInfo]:
+    """Inspect every file; unchanged files come from the cache.
 
-    `cache` is the JSON file in which that is kept, written whole.
+    `cache` is a JSON file, which is written atomically.
     """
-    known = _known(cache)
+    known = _read_cache(cache)
     stale = []
     for path in dict.fromkeys(paths):
-        sound = known.get(str(path))
+        info = known.get(str(path))
         try:
             stat = path.stat()
         except OSError:
             known.pop(str(path), None)
             stale.append(path)
             continue
-        if sound is None or (sound.size, sound.mtime) != (stat.st_size, stat.st_mtime_ns):
+        if info is None or (info.size, info.mtime) != (stat.st_size, stat.st_mtime_ns):
             stale.append(path)
     if stale:
         if len(stale) > 1000:
-            log.info("looking at %d audio files for the first time", len(stale))
+            log.info("inspecting %d new or changed audio files", len(stale))
         with ThreadPoolExecutor(threads) as pool:
-            found = dict(zip(map(str, stale), pool.map(look, stale), strict=True))
+            found = dict(zip(map(str, stale), pool.map(inspect, stale), strict=True))
         known |= found
-        lasting = {path: asdict(sound) for path, sound in known.items() if sound.size}
-        atomic_text(cache, json.dumps(lasting))
+        cached = {path: asdict(info) for path, info in known.items() if info.size}
+        atomic_text(cache, json.dumps(cached))
     return [known[str(path)] for path in paths]
 
 
-def _known(cache: Path) -> dict[str, Sound]:
+def _read_cache(cache: Path) -> dict[str, AudioInfo]:
     try:
-        return {path: Sound(**sound) for path, sound in json.loads(cache.read_text()).items()}
-    except (OSError, ValueError, TypeError):  # not there yet, or of another version
+        return {path: AudioInfo(**info) for path, info in json.loads(cache.read_text()).items()}
+    except (OSError, ValueError, TypeError):  # missing, or written by another version
         return {}

@@ -1,4 +1,4 @@
-"""Recorded speech of many speakers, from a table of clips."""
+"""Recorded speech from a table of clips."""
 
 import hashlib
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -20,13 +20,13 @@ from stagesweep.data.table import require_columns
 from stagesweep.systems.speech.data import audio, split
 from stagesweep.systems.speech.data.features import (
     RATE,
+    AudioFiles,
+    CachedFeatures,
     Cepstra,
-    Clips,
-    Files,
-    Heard,
+    ClipSource,
     LogMel,
+    cache_folder,
     check_cepstra,
-    folder,
 )
 from stagesweep.systems.speech.data.split import SPLITS, Codes
 from stagesweep.systems.speech.data.table import read_clips
@@ -35,25 +35,26 @@ from stagesweep.systems.speech.data.tokens import (
     SpeechSpec,
     Tokenizer,
     Tokens,
-    normaliser,
-    pretrained,
-    trained,
+    build_normaliser,
+    load_tokenizer,
+    train_tokenizer,
 )
 from stagesweep.systems.speech.data.windows import Samples, SpeechView
-from stagesweep.systems.speech.extra import needed
+from stagesweep.systems.speech.optional import optional_imports
 
 log = logging.getLogger(__name__)
 
-# How a clip is told that lasts longer than a window of the model.
+# Handling of clips longer than the model's window, and of unusable clips.
 Long = Literal["refuse", "cut", "split"]
+OnError = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the table is what; a null column is as good as absent.
+    """Column map; null columns are ignored.
 
-    `path` is the audio file, relative to the table; `row` the number of a clip in a file of
-    features instead; `stratum` what speakers are told apart by (etiology, accent).
+    `path`: audio file, relative to the table. `row`: number of the clip in a file of features,
+    instead of audio. `stratum`: group of speakers (etiology, accent).
     """
 
     transcript: str
@@ -64,23 +65,22 @@ class Columns:
     split: str | None = None
 
     def used(self) -> dict[str, str]:
-        """Our name of each column -> its name in the table."""
+        """Return the name of each column in the table, by its name here."""
         named = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: column for name, column in named.items() if column}
 
 
 class Speech:
-    """Clips with transcripts, split by speaker and ready for a model.
+    """Clips with transcripts, split by speaker.
 
-    Columns of a batch: `mel` (B, bands, frames), log-mel features; `frames` (B,), how many of them
-    are not padding; `tokens` (B, T), what the decoder reads; `labels` (B, T), what it is to write,
-    -100 where nothing; `speaker` and `stratum` (B,), codes; `clip` (B,), the clip's row in
-    `clips`. Of a clip that is longer than a window and split, each window is a sample without
-    labels.
+    A batch has `mel` (B, bands, frames), log-mel features; `frames` (B,), their number without
+    padding; `tokens` (B, T), the input of the decoder; `labels` (B, T), its targets, -100 for
+    padding; `speaker` and `stratum` (B,), codes; `clip` (B,), the row in `clips`. If a long clip is
+    split, each window is a sample without labels.
     """
 
     spec: SpeechSpec
-    # Label -> the names its codes stand for, over all splits.
+    # Label -> names of its codes, over all splits.
     label_names: dict[str, list[str]]
 
     def __init__(
@@ -96,7 +96,7 @@ class Speech:
         rate: int = 16000,
         seconds: float = 30.0,
         long: Long = "refuse",
-        on_error: Literal["refuse", "skip"] = "refuse",
+        on_error: OnError = "refuse",
         drop: Sequence[str] = (),
         fraction: float = 1.0,
         fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
@@ -104,90 +104,75 @@ class Speech:
         hold_out: Sequence[str] = (),
         shared_speakers: bool = False,
         split_seed: int = 0,
-        source: Clips | None = None,
+        source: ClipSource | None = None,
     ) -> None:
-        """Prepare a .csv or .jsonl table of clips, or one in memory.
+        """Prepare a .csv or .jsonl table of clips, or a table in memory.
 
-        `features` is an .npz file of features (arrays `cepstra` or `features`, and `offsets`) in
-        place of audio. `pretrained` is a Whisper checkpoint whose tokenizer and features are used;
-        without one a tokenizer of `vocabulary` tokens is trained on the transcripts of train, and
-        features have `bands` bands of audio at `rate` Hz, in windows of `seconds`. A `long` clip is
-        refused, cut, or split into windows; what is missing, broken, silent or has no transcript is
-        an error, or left out (`on_error`). Strata in `drop` are left out. `fraction` is the
-        stratified share of train that is kept. Splits are those of the table where it has them; of
-        speakers in `hold_out` all is tested, and what of others was to be tested is learnt from.
-        `source` gives the audio of clips that are in no files. Raises UserError naming what is
-        wrong.
+        `features`: .npz file of features instead of audio, with the arrays `cepstra` or `features`,
+        and `offsets`. `pretrained`: Whisper checkpoint whose tokenizer and features are used; None
+        trains a tokenizer of `vocabulary` tokens on the training transcripts. `fraction`:
+        stratified share of the training clips. The splits of the table, if any, replace
+        `fractions`. `hold_out`: all clips of these speakers are test data; other test clips join
+        training. `source`: audio of clips without files. Raises UserError for unusable data.
         """
         self.source_name = path if isinstance(path, str) else "the table"
         self._read_table(path, columns, drop)
-        self.normalise = _normaliser(normaliser)
-        faults = self._empty()
-        window = _window(pretrained, bands, rate, seconds)
+        self.normalise = build_normaliser(normaliser)
+        faults = self._empty_transcripts()
+        window = _log_mel(pretrained, bands, rate, seconds)
         if features is not None:
-            self._cepstra(features)
+            self._read_features(features)
             window = LogMel(self._bands, window.rate, round(seconds * RATE))
         elif source is None:
-            faults |= self._files()
+            faults |= self._inspect_files()
         else:
             self._clips = source
             self.clips["seconds"] = [source.seconds(row) for row in range(len(self.clips))]
-        self._refuse(faults, on_error)
-        self.pieces = self._pieces(long, window.frames / RATE)
+        self._handle_faults(faults, on_error)
+        self.windows = self._windows(long, window.frames / RATE)
         rows = self._split(fractions, split_by, hold_out, shared_speakers, split_seed)
         kept = split.stratified(self._codes["stratum"][rows["train"]], fraction, split_seed)
         self._rows = rows | {"train": rows["train"][kept]}
-        if all(len(self.pieces[row]) > 1 for row in self._rows["train"]):
-            raise UserError(
-                f"{self.source_name}: every training clip is longer than the "
-                f"{window.frames / RATE:g} s that the model hears, and windows of a clip are never "
-                "trained on; raise data.seconds, or set data.long=cut"
-            )
+        self._check_train(window.frames / RATE)
         self._tokenize(pretrained, language, vocabulary)
         self._describe(window)
-        self._heard: Heard | Cepstra
+        self._features: CachedFeatures | Cepstra
         if features is not None:
-            self._heard = self._given
+            self._features = self._given
         else:
-            self._heard = Heard(self._clips, window, folder())
+            self._features = CachedFeatures(self._clips, window, cache_folder())
 
-    # ------------------------------------------------------------- what stages use
+    # ------------------------------------------------------------- interface of stages
 
     def split(self, name: str) -> SpeechView:
-        """The windows of a split; raises UserError naming the splits there are.
+        """Return the windows of a split; raises UserError for an unknown split.
 
-        Of training clips that would be several windows there are none.
+        Training clips longer than one window are excluded.
         """
         if name not in self._rows:
             raise UserError(f"no split {name!r}; there are {', '.join(self._rows)}")
-        own = [self.pieces[row] for row in self._rows[name]]
-        pieces = [
-            each for windows in own if name != "train" or len(windows) == 1 for each in windows
-        ]
-        clip = np.array([row for row, _, _ in pieces], np.int64)
-        texts = [self._tokens[row] if len(self.pieces[row]) == 1 else [] for row in clip]
+        clips = [self.windows[row] for row in self._rows[name]]
+        windows = [each for own in clips if name != "train" or len(own) == 1 for each in own]
+        clip = np.array([row for row, _, _ in windows], np.int64)
+        tokens = [self._tokens[row] if len(self.windows[row]) == 1 else [] for row in clip]
         columns = {key: torch.from_numpy(code[clip]) for key, code in self._codes.items()}
-        samples = Samples(self._heard, pieces, texts, self.spec)
+        samples = Samples(self._features, windows, tokens, self.spec)
         return SpeechView(samples, {**columns, "clip": torch.from_numpy(clip)})
 
     @property
     def splits(self) -> list[str]:
-        """The names of the splits there are."""
+        """Names of the splits."""
         return list(self._rows)
 
     def ids(self, split: str) -> NDArray[np.str_]:
-        """What the clip of each window of a split is called, (n,)."""
+        """Return the name of the clip of each window of a split, (n,)."""
         names: NDArray[np.str_] = self.clips["id"].to_numpy(str)[self.split(split)["clip"].numpy()]
         return names
 
-    def about_tokens(self) -> str:
-        """What tokens follow from: the same for tokenizers that encode alike."""
-        return self.tokenizer.about
-
-    # ------------------------------------------------------------- how it is made
+    # ------------------------------------------------------------- preparation
 
     def _read_table(self, path: str | pd.DataFrame, columns: Columns, drop: Sequence[str]) -> None:
-        """Our columns of the table: transcript, speaker, stratum, split, id, line, path or row."""
+        """Set `clips`: transcript, speaker, stratum, split, id, line, and path or row."""
         table = read_clips(path) if isinstance(path, str) else path
         used = columns.used()
         require_columns(table, used.values(), self.source_name)
@@ -202,48 +187,47 @@ class Speech:
             if len(missing := own[own[name].isna()]):
                 raise UserError(
                     f"{self.source_name}: no {name} in line {missing['line'].iloc[0]} "
-                    f"({len(missing)} in all); mend it or data.columns.{name}"
+                    f"({len(missing)} in all); fix the table or data.columns.{name}"
                 )
-        self._place = Path(path).parent if isinstance(path, str) else Path()
+        self._folder = Path(path).parent if isinstance(path, str) else Path()
         self._has_split = columns.split is not None
         self._has_speaker = columns.speaker is not None
         self.clips = own[~own["stratum"].isin(list(drop))].reset_index(drop=True)
         if not len(self.clips):
             raise UserError(f"{self.source_name}: data.drop={list(drop)} leaves no clips")
 
-    def _empty(self) -> dict[int, str]:
-        """Clips whose transcript has no word left when it is normalised."""
-        said = self.clips["transcript"].fillna("").map(self.normalise)
-        self.clips["reference"] = said
-        return {int(row): "its transcript is empty" for row in np.flatnonzero(said == "")}
+    def _empty_transcripts(self) -> dict[int, str]:
+        """Return the fault of each clip whose normalised transcript is empty."""
+        reference = self.clips["transcript"].fillna("").map(self.normalise)
+        self.clips["reference"] = reference
+        return {int(row): "the transcript is empty" for row in np.flatnonzero(reference == "")}
 
-    def _files(self) -> dict[int, str]:
-        """Look at the audio files; what is wrong with any."""
+    def _inspect_files(self) -> dict[int, str]:
+        """Inspect the audio files and return the fault of each unusable clip."""
         if "path" not in self.clips:
             raise UserError(
                 "data.columns.path is not set: name the column of audio files, or give features "
                 "instead of audio with data.features and data.columns.row"
             )
         missing = self.clips["path"].isna()
-        paths = [self._place / str(path) for path in self.clips["path"].fillna("")]
-        place = hashlib.sha256(str(self._place.absolute()).encode()).hexdigest()[:16]
-        sounds = audio.survey(paths, folder() / f"survey_{place}.json")
-        self._clips = Files(paths, sounds)
+        paths = [self._folder / str(path) for path in self.clips["path"].fillna("")]
+        digest = hashlib.sha256(str(self._folder.absolute()).encode()).hexdigest()[:16]
+        infos = audio.inspect_all(paths, cache_folder() / f"survey_{digest}.json")
+        self._clips = AudioFiles(paths, infos)
         self.clips["seconds"] = [self._clips.seconds(row) for row in range(len(self.clips))]
-        faults = {row: f"{paths[row]}: {s.fault}" for row, s in enumerate(sounds) if s.fault}
-        return faults | {int(r): "no audio file is named" for r in np.flatnonzero(missing)}
+        faults = {row: f"{paths[row]}: {i.fault}" for row, i in enumerate(infos) if i.fault}
+        return faults | {int(r): "the path of its file is empty" for r in np.flatnonzero(missing)}
 
-    def _cepstra(self, path: str) -> None:
-        """Read a file of features and find each clip in it."""
+    def _read_features(self, path: str) -> None:
+        """Read a file of features and locate each clip in it."""
         if "row" not in self.clips:
-            raise UserError(f"data.features={path} needs data.columns.row: the column of its rows")
+            raise UserError(f"data.features={path} needs data.columns.row, the column of its rows")
         found = read_arrays(Path(path))
         frames = found.get("cepstra", found.get("features"))
         if frames is None or "offsets" not in found:
-            have = ", ".join(found)
             raise UserError(
                 f"data.features={path} needs the arrays 'cepstra' or 'features', and 'offsets'; "
-                f"it has {have}"
+                f"it has {', '.join(found)}"
             )
         offsets = check_cepstra(frames, found["offsets"], path)
         rows = pd.to_numeric(self.clips["row"], errors="coerce").fillna(-1).to_numpy(np.int64)
@@ -255,63 +239,62 @@ class Speech:
         self._given, self._bands = Cepstra(frames, offsets, rows), frames.shape[1]
         self.clips["seconds"] = (offsets[rows + 1] - offsets[rows]) / RATE
 
-    def _refuse(self, faults: Mapping[int, str], on_error: str) -> None:
-        """Raise UserError for the first clip that cannot be used, or leave all of them out."""
-        if on_error not in ("refuse", "skip"):
-            raise UserError(f"data.on_error={on_error} is refuse or skip")
-        told = [f"line {self.clips['line'][row]}: {faults[row]}" for row in sorted(faults)]
-        if told and on_error == "refuse":
-            more = f" (and {len(told) - 1} more clips)" if len(told) > 1 else ""
+    def _handle_faults(self, faults: Mapping[int, str], on_error: OnError) -> None:
+        """Raise UserError for the first unusable clip, or leave out all of them."""
+        lines = [f"line {self.clips['line'][row]}: {faults[row]}" for row in sorted(faults)]
+        if lines and on_error == "refuse":
+            more = f" (and {len(lines) - 1} more clips)" if len(lines) > 1 else ""
             raise UserError(
-                f"{self.source_name}, {told[0]}{more}; mend it, or leave such clips out with "
+                f"{self.source_name}, {lines[0]}{more}; fix it, or leave such clips out with "
                 "data.on_error=skip"
             )
-        for line in told[:20]:
+        for line in lines[:20]:
             log.warning("left out: %s, %s", self.source_name, line)
-        if len(told) > 20:
-            log.warning("left out: %d more clips of %s", len(told) - 20, self.source_name)
+        if len(lines) > 20:
+            log.warning("left out: %d more clips of %s", len(lines) - 20, self.source_name)
         keep = np.setdiff1d(np.arange(len(self.clips)), sorted(faults))
         if not len(keep):
-            raise UserError(f"{self.source_name} has no clip that can be used: {told[0]}")
+            raise UserError(f"{self.source_name} has no usable clip: {lines[0]}")
         self._keep(keep)
 
     def _keep(self, rows: Codes) -> None:
         self.clips = self.clips.iloc[rows].reset_index(drop=True)
         clips = getattr(self, "_clips", None)
-        if isinstance(clips, Files):
-            self._clips = Files([clips.paths[r] for r in rows], [clips.sounds[r] for r in rows])
+        if isinstance(clips, AudioFiles):
+            paths, infos = [clips.paths[r] for r in rows], [clips.infos[r] for r in rows]
+            self._clips = AudioFiles(paths, infos)
         elif clips is not None:
-            self._clips = _Some(clips, rows)
+            self._clips = ClipSubset(clips, rows)
         if hasattr(self, "_given"):
             own = self._given
             self._given = Cepstra(own.frames, own.offsets, own.rows[rows])
 
-    def _pieces(self, long: str, window: float) -> list[list[tuple[int, float, float]]]:
-        """The windows (clip, from, to) of each clip; raises UserError for a long one, by choice."""
-        if long not in ("refuse", "cut", "split"):
-            raise UserError(f"data.long={long} is refuse, cut or split")
+    def _windows(self, long: Long, window: float) -> list[list[tuple[int, float, float]]]:
+        """Return the windows (clip, start, stop) of each clip; raises UserError for a long clip if
+        `long` is refuse.
+        """
         seconds = self.clips["seconds"].to_numpy(float)
         over = np.flatnonzero(seconds > window + 0.5 / RATE)
         if len(over) and long == "refuse":
             row = over[0]
             raise UserError(
                 f"{self.source_name}, line {self.clips['line'][row]}: a clip of {seconds[row]:.2f} "
-                f"s is longer than the {window:g} s that the model hears ({len(over)} in all); "
-                "set data.long=cut to lose its end, data.long=split to hear it in windows, or a "
-                "larger data.seconds"
+                f"s is longer than the window of {window:g} s ({len(over)} in all); "
+                "set data.long=cut to cut off its end, data.long=split to decode it in several "
+                "windows, or a larger data.seconds"
             )
         if len(over):
-            done = "cut off" if long == "cut" else "heard in several windows, never trained on"
+            done = "cut" if long == "cut" else "split into windows and excluded from training"
             log.warning("%d clips longer than %g s are %s", len(over), window, done)
-        pieces: list[list[tuple[int, float, float]]] = []
+        windows: list[list[tuple[int, float, float]]] = []
         for row, length in enumerate(seconds):
             if long == "split" and row in set(over):
                 count = int(np.ceil(length / window))
                 edges = np.linspace(0, length, count + 1)
-                pieces.append([(row, a, b) for a, b in pairwise(edges)])
+                windows.append([(row, a, b) for a, b in pairwise(edges)])
             else:
-                pieces.append([(row, 0.0, min(length, window))])
-        return pieces
+                windows.append([(row, 0.0, min(length, window))])
+        return windows
 
     def _split(
         self,
@@ -321,12 +304,10 @@ class Speech:
         shared: bool,
         seed: int,
     ) -> dict[str, Codes]:
-        """The clips of each split."""
-        if split_by not in ("speaker", "clip"):
-            raise UserError(f"data.split_by={split_by} is speaker or clip")
+        """Return the clips of each split."""
         if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise UserError(f"data.fractions={list(fractions)} must be positive and add up to 1")
-        self._code()
+        self._encode_labels()
         speaker, stratum = self._codes["speaker"], self._codes["stratum"]
         shares = dict(zip(SPLITS, fractions, strict=True))
         if self._has_split:
@@ -340,14 +321,14 @@ class Speech:
                 speaker, stratum, shares, seed, self.label_names["stratum"], bool(hold_out)
             )
         if hold_out:
-            rows = self._held_out(rows, hold_out)
+            rows = self._hold_out(rows, hold_out)
         names = self.label_names["speaker"]
         if self._has_split and not shared and not hold_out:
-            split.apart(rows, speaker, names, self.source_name)
+            split.check_disjoint(rows, speaker, names, self.source_name)
         return rows
 
-    def _held_out(self, rows: Mapping[str, Codes], names: Sequence[str]) -> dict[str, Codes]:
-        """All clips of some speakers as test, the others' as they were, their test in train."""
+    def _hold_out(self, rows: Mapping[str, Codes], names: Sequence[str]) -> dict[str, Codes]:
+        """All clips of these speakers are test data; other test clips join training."""
         known = self.label_names["speaker"]
         for name in names:
             if name not in known:
@@ -357,7 +338,7 @@ class Speech:
                 )
         held = np.isin(self._codes["speaker"], [known.index(name) for name in names])
         if held.all():
-            raise UserError("data.hold_out names every speaker; leave some to learn from")
+            raise UserError("data.hold_out names every speaker; leave some for training")
         train = np.sort(np.concatenate([rows["train"], rows["test"]]))
         return {
             "train": train[~held[train]],
@@ -365,7 +346,17 @@ class Speech:
             "test": np.flatnonzero(held),
         }
 
-    def _code(self) -> None:
+    def _check_train(self, window: float) -> None:
+        """Raise UserError if all training clips are longer than one window."""
+        if all(len(self.windows[row]) > 1 for row in self._rows["train"]):
+            raise UserError(
+                f"{self.source_name}: every training clip is longer than the window of {window:g} "
+                "s, and such clips are excluded from training; raise data.seconds, or set "
+                "data.long=cut"
+            )
+
+    def _encode_labels(self) -> None:
+        """Set `label_names` and the codes of speakers and strata."""
         self.label_names, self._codes = {}, {}
         for name in ("speaker", "stratum"):
             found = self.clips[name].astype("category").cat
@@ -373,18 +364,18 @@ class Speech:
             self._codes[name] = found.codes.to_numpy(np.int64, copy=True)
 
     def _tokenize(self, checkpoint: str | None, language: str, size: int) -> None:
-        """Encode every transcript; the tokenizer is that of the checkpoint, or trained on train."""
+        """Encode all transcripts with the tokenizer of the checkpoint, or one trained on train."""
         texts = self.clips["transcript"].fillna("").astype(str).tolist()
         if checkpoint is None:
             own = [self.clips["reference"][row] for row in self._rows["train"]]
-            self.tokenizer: Tokenizer = trained(own, size)
+            self.tokenizer: Tokenizer = train_tokenizer(own, size)
             texts = self.clips["reference"].tolist()
         else:
-            self.tokenizer = pretrained(checkpoint, language)
+            self.tokenizer = load_tokenizer(checkpoint, language)
         self._tokens = [self.tokenizer.encode(text) for text in texts]
 
     def _describe(self, window: LogMel) -> None:
-        """The spec: bands, frames, tokens and how many speakers and strata there are."""
+        """Set the spec: bands, frames, tokens, numbers of speakers and strata."""
         own = self.tokenizer
         longest = max(map(len, self._tokens)) + len(own.prefix)
         self.spec = SpeechSpec(
@@ -401,34 +392,37 @@ class Speech:
 
 
 @dataclass(frozen=True)
-class _Some:
-    """Some rows of clips that are in no files."""
+class ClipSubset:
+    """Some clips of a source without files."""
 
-    clips: Clips
+    clips: ClipSource
     rows: Codes
 
     def key(self, row: int) -> str:
+        """Identify the audio of a clip."""
         return self.clips.key(int(self.rows[row]))
 
     def seconds(self, row: int) -> float:
+        """Length of a clip in seconds."""
         return self.clips.seconds(int(self.rows[row]))
 
     def wave(self, row: int, rate: int, start: float, stop: float) -> audio.Wave:
+        """Return samples (n,) of a part of a clip."""
         return self.clips.wave(int(self.rows[row]), rate, start, stop)
 
 
-def _window(checkpoint: str | None, bands: int, rate: int, seconds: float) -> LogMel:
-    """The features of the checkpoint, or else those that are set."""
+def _log_mel(checkpoint: str | None, bands: int, rate: int, seconds: float) -> LogMel:
+    """Features of the checkpoint; without one, from the settings."""
     if checkpoint is None:
         if bands < 1:
             raise UserError(f"data.bands={bands} must be at least 1")
         if rate < 1 or rate % RATE or round(seconds * RATE) % 2 or seconds <= 0:
             raise UserError(
                 f"data.rate={rate} must be a multiple of {RATE} and data.seconds={seconds} of "
-                "0.02: windows are of pairs of frames of 10 ms"
+                "0.02, the length of two frames"
             )
         return LogMel(bands, rate, round(seconds * RATE))
-    with needed():
+    with optional_imports():
         from transformers import WhisperFeatureExtractor
     try:
         own = WhisperFeatureExtractor.from_pretrained(checkpoint)
@@ -439,9 +433,3 @@ def _window(checkpoint: str | None, bands: int, rate: int, seconds: float) -> Lo
             "the files of a Whisper checkpoint, or its name"
         ) from error
     return LogMel(own.feature_size, own.sampling_rate, own.nb_max_frames)
-
-
-def _normaliser(kind: Normaliser) -> Any:
-    if kind not in ("english", "basic"):
-        raise UserError(f"data.normaliser={kind} is english or basic")
-    return normaliser(kind)

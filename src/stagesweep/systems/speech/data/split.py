@@ -1,4 +1,4 @@
-"""Splits of clips by speaker, with a share of every stratum in each; stratified subsets."""
+"""Splits of clips by speaker, stratified by stratum; stratified subsets."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from stagesweep.base.errors import UserError
 
 Codes = NDArray[np.int64]
 SPLITS = ("train", "val", "test")
-# Splits that a table may have besides: typical speech, from which a model is pretrained.
+# Optional splits of a table: typical speech, to pretrain a model.
 TYPICAL = ("typical", "typical_val")
 
 
@@ -21,75 +21,77 @@ def by_speaker(
     names: Sequence[str],
     allow_single: bool = False,
 ) -> dict[str, Codes]:
-    """Deal whole speakers of each stratum into splits of about the given fractions of clips.
+    """Assign whole speakers of each stratum to splits of about the given fractions of clips.
 
-    `speaker` and `stratum` are codes (n,); `names` those of strata. Train has a speaker of every
-    stratum, the last split too; a stratum of two speakers has none in between. Raises UserError
-    for a stratum with one speaker, unless `allow_single` leaves it in train alone, and for a split
-    that stays empty.
+    `speaker` and `stratum` are codes (n,); `names` are the names of the strata. The first and the
+    last split have a speaker of every stratum; a stratum of two speakers has none in between.
+    Raises UserError for an empty split, and for a stratum with one speaker unless `allow_single`,
+    which assigns that speaker to train.
     """
-    side = np.full(len(speaker), -1, np.int64)
+    split = np.full(len(speaker), -1, np.int64)
     for code in np.unique(stratum):
         rows = np.flatnonzero(stratum == code)
         own, sizes = np.unique(speaker[rows], return_counts=True)
         if len(own) == 1 and not allow_single:
             raise UserError(
-                f"stratum {names[code]!r} has one speaker, who cannot be both learnt from and "
-                f"tested; leave it out ('data.drop=[\"{names[code]}\"]'), or set "
+                f"stratum {names[code]!r} has one speaker, who cannot be in both train "
+                f"and test; leave the stratum out ('data.drop=[\"{names[code]}\"]'), or set "
                 "data.split_by=clip to split clips, not speakers"
             )
         order = np.random.default_rng([seed, int(code)]).permutation(len(own))
-        for speaker_, split in zip(own[order], _dealt(sizes[order], fractions), strict=True):
-            side[rows[speaker[rows] == speaker_]] = split
-    return _rows(side, fractions, "data.fractions or data.split_seed")
+        for name, part in zip(own[order], _assign(sizes[order], fractions), strict=True):
+            split[rows[speaker[rows] == name]] = part
+    return _rows_by_split(split, fractions, "data.fractions or data.split_seed")
 
 
 def by_clip(stratum: Codes, fractions: Mapping[str, float], seed: int) -> dict[str, Codes]:
-    """Deal the clips of each stratum into splits of about the given fractions."""
-    side = np.zeros(len(stratum), np.int64)
+    """Assign the clips of each stratum to splits of about the given fractions."""
+    split = np.zeros(len(stratum), np.int64)
     bounds = np.cumsum(list(fractions.values()))[:-1]
     for code in np.unique(stratum):
         rows = np.flatnonzero(stratum == code)
         order = np.random.default_rng([seed, int(code)]).permutation(len(rows))
         place = (np.arange(len(rows)) + 0.5) / len(rows)
-        side[rows[order]] = np.searchsorted(bounds, place, side="right")
-    return _rows(side, fractions, "data.fractions")
+        split[rows[order]] = np.searchsorted(bounds, place, side="right")
+    return _rows_by_split(split, fractions, "data.fractions")
 
 
 def by_column(values: Sequence[str], line: Sequence[int], source: str) -> dict[str, Codes]:
-    """The rows of each split that a column names; raises UserError for any other name."""
+    """Return the rows of each split that a column names; raises UserError for another name."""
     known = (*SPLITS, *TYPICAL)
     for row, value in enumerate(values):
         if value not in known:
             raise UserError(
-                f"{value!r} in the split column, line {line[row]} of {source}, is no split; there "
-                f"are {', '.join(known)} (data.columns.split=null splits by speaker)"
+                f"{value!r} in the split column, line {line[row]} of {source}, is not a split; "
+                f"there are {', '.join(known)} (data.columns.split=null splits by speaker)"
             )
-    side = np.array([known.index(value) for value in values], np.int64)
+    split = np.array([known.index(value) for value in values], np.int64)
     names = [name for name in known if name in SPLITS or name in values]
-    return _rows(side, dict.fromkeys(names, 0.0), f"the split column of {source}")
+    return _rows_by_split(split, dict.fromkeys(names, 0.0), f"the split column of {source}")
 
 
-def apart(rows: Mapping[str, Codes], speaker: Codes, names: Sequence[str], source: str) -> None:
-    """Raise UserError for a speaker in two splits."""
+def check_disjoint(
+    rows: Mapping[str, Codes], speaker: Codes, names: Sequence[str], source: str
+) -> None:
+    """Raise UserError if a speaker is in two splits."""
     seen: dict[int, str] = {}
     for split, members in rows.items():
         for code in np.unique(speaker[members]):
             if code in seen:
                 raise UserError(
                     f"{source}: speaker {names[code]!r} is in the splits {seen[code]} and {split}, "
-                    "so that what is tested was learnt from; correct the split column, or set "
-                    "data.shared_speakers=true to measure it so all the same"
+                    "so evaluation is not on unseen speakers; correct the split column, or set "
+                    "data.shared_speakers=true to allow this"
                 )
             seen[code] = split
 
 
 def stratified(stratum: Codes, samples: float | int | None, seed: int) -> Codes:
-    """A subset of rows with an equal share of each stratum, in order; of a larger number of samples
-    it is a superset for the same seed.
+    """Select rows with an equal share of each stratum, in order. Subsets with the same seed are
+    nested.
 
-    `samples` is their number, or below 1 (or 1.0) a share of all; None takes all. Of each stratum
-    that there is at least one row is taken, as long as there are as many samples as strata.
+    `samples` is their number, or a share below 1; None or 1.0 takes all. Each stratum has at least
+    one row if there are as many samples as strata.
     """
     n = len(stratum)
     if samples is None or (isinstance(samples, float) and samples == 1.0):
@@ -101,15 +103,15 @@ def stratified(stratum: Codes, samples: float | int | None, seed: int) -> Codes:
     for code in np.unique(stratum):
         rows = np.flatnonzero(stratum == code)
         order = np.random.default_rng([seed, int(code) + 1]).permutation(len(rows))
-        # The first of each stratum comes before the second of any that is not twice as large.
+        # The first row of a stratum precedes the second row of any that is not twice as large.
         place[rows[order]] = np.arange(len(rows)) / len(rows)
-    # Ties (the first of each) in the order of the file.
+    # Ties (the first row of each stratum) are in file order.
     return np.sort(np.argsort(place, kind="stable")[:count])
 
 
-def _dealt(sizes: Codes, fractions: Mapping[str, float]) -> Codes:
-    """The split of each speaker in order, by where the middle of their clips falls; but the first
-    is in train, of two or more the last in test, and of three or more one in val.
+def _assign(sizes: Codes, fractions: Mapping[str, float]) -> Codes:
+    """Return the split of each speaker in order, by the position of the middle of their clips. The
+    first speaker is in train, the last of two or more in test, and one of three or more in val.
     """
     ends = sizes.cumsum()
     bounds = np.cumsum(list(fractions.values()))[:-1]
@@ -120,8 +122,8 @@ def _dealt(sizes: Codes, fractions: Mapping[str, float]) -> Codes:
     return found
 
 
-def _rows(side: Codes, fractions: Mapping[str, float], remedy: str) -> dict[str, Codes]:
-    rows = {name: np.flatnonzero(side == number) for number, name in enumerate(fractions)}
+def _rows_by_split(split: Codes, fractions: Mapping[str, float], remedy: str) -> dict[str, Codes]:
+    rows = {name: np.flatnonzero(split == number) for number, name in enumerate(fractions)}
     for name, members in rows.items():
         if not len(members):
             raise UserError(f"the {name} split has no clips; change {remedy}")

@@ -1,4 +1,4 @@
-"""Text as tokens and back: the tokenizer of a checkpoint, or one trained on the transcripts."""
+"""Tokenizers (of a checkpoint, or trained on transcripts) and text normalisation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.spec import Spec
-from stagesweep.systems.speech.extra import needed
+from stagesweep.systems.speech.optional import optional_imports
 
 Normaliser = Literal["english", "basic"]
 PAD, END, START, UNKNOWN = "<|pad|>", "<|endoftext|>", "<|startoftranscript|>", "<|unknown|>"
@@ -14,11 +14,11 @@ PAD, END, START, UNKNOWN = "<|pad|>", "<|endoftext|>", "<|startoftranscript|>", 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a model needs to know of a tokenizer.
+    """Properties of a tokenizer that a model needs.
 
-    `size` is the number of tokens, `prefix` what every transcript begins with for the decoder
-    (start, and with Whisper's own tokenizers language, task and no timestamps), `longest` the
-    number of decoder positions of the longest transcript.
+    `size`: number of tokens. `prefix`: first tokens of every transcript (start; for tokenizers of
+    Whisper also language, task and no timestamps). `longest`: number of decoder positions of the
+    longest transcript.
     """
 
     size: int
@@ -30,8 +30,8 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechSpec(Spec):
-    """`features["mel"]` names the bands of a window of `frames` of 10 ms; labels are `speaker` and
-    `stratum`.
+    """`features["mel"]` has the names of the bands, `frames` is the length of a window in units of
+    10 ms. Labels are `speaker` and `stratum`.
     """
 
     frames: int
@@ -39,7 +39,7 @@ class SpeechSpec(Spec):
 
 
 class Tokenizer:
-    """Encodes transcripts and decodes tokens; made by `trained` or `pretrained`."""
+    """Encodes transcripts and decodes tokens; see `train_tokenizer` and `load_tokenizer`."""
 
     def __init__(
         self,
@@ -49,17 +49,16 @@ class Tokenizer:
         pad: int,
         end: int,
         prefix: tuple[int, ...],
-        about: str,
     ) -> None:
         self._encode, self._decode = encode, decode
-        self.size, self.pad, self.end, self.prefix, self.about = size, pad, end, prefix, about
+        self.size, self.pad, self.end, self.prefix = size, pad, end, prefix
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a transcript, without those that begin and end it."""
+        """Return the tokens of a transcript, without prefix and end."""
         return self._encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, up to the one that ends it; special tokens are left out."""
+        """Return the text of tokens up to the end token, without special tokens."""
         own = list(tokens)
         if self.end in own:
             own = own[: own.index(self.end)]
@@ -67,12 +66,12 @@ class Tokenizer:
         return self._decode([token for token in own if token not in special]).strip()
 
 
-def trained(transcripts: Sequence[str], size: int) -> Tokenizer:
-    """A byte-pair encoding of `size` tokens at most (Sennrich et al. 2016), trained on transcripts.
+def train_tokenizer(transcripts: Sequence[str], size: int) -> Tokenizer:
+    """Train a byte-pair encoding of at most `size` tokens (Sennrich et al. 2016).
 
-    Characters that no transcript has become one token, for unknown.
+    Characters that are in no transcript become the token for unknown.
     """
-    with needed():
+    with optional_imports():
         from tokenizers import Tokenizer as Bpe
         from tokenizers import decoders, models, pre_tokenizers, trainers
     bpe: Any = Bpe(models.BPE(unk_token=UNKNOWN))
@@ -88,19 +87,18 @@ def trained(transcripts: Sequence[str], size: int) -> Tokenizer:
         pad=0,
         end=1,
         prefix=(2,),
-        about=bpe.to_str(),
     )
     if found.size > size:
         raise UserError(
             f"data.vocabulary={size} is less than the {found.size} characters and special tokens "
-            "of the transcripts; raise it"
+            "of the transcripts; increase it"
         )
     return found
 
 
-def pretrained(path: str, language: str, task: str = "transcribe") -> Tokenizer:
-    """The tokenizer of a Whisper checkpoint, a folder or a name; raises UserError without one."""
-    with needed():
+def load_tokenizer(path: str, language: str, task: str = "transcribe") -> Tokenizer:
+    """Load the tokenizer of a Whisper checkpoint (folder or name); UserError if it has none."""
+    with optional_imports():
         from transformers import AutoTokenizer
     try:
         own: Any = AutoTokenizer.from_pretrained(path)
@@ -112,7 +110,8 @@ def pretrained(path: str, language: str, task: str = "transcribe") -> Tokenizer:
         ) from error
     if own.eos_token_id is None or START not in own.get_vocab():
         raise UserError(
-            f"data.pretrained={path}: its tokenizer is not one of Whisper, it has no {START}"
+            f"data.pretrained={path}: not a tokenizer of Whisper ({START} is missing); "
+            "give a Whisper checkpoint"
         )
     if hasattr(own, "set_prefix_tokens") and f"<|{task}|>" in own.get_vocab():
         own.set_prefix_tokens(language=language, task=task, predict_timestamps=False)
@@ -125,15 +124,14 @@ def pretrained(path: str, language: str, task: str = "transcribe") -> Tokenizer:
         pad=own.pad_token_id if own.pad_token_id is not None else own.eos_token_id,
         end=own.eos_token_id,
         prefix=prefix,
-        about=f"{path}/{len(own)}/{prefix}",
     )
 
 
-def normaliser(kind: Normaliser) -> Callable[[str], str]:
-    """Whisper's normalisation of text before it is scored (Radford et al. 2022, appendix C):
-    ``english``, which also writes numbers in digits and spells out contractions, or ``basic``.
+def build_normaliser(kind: Normaliser) -> Callable[[str], str]:
+    """Whisper's normalisation of text for scoring (Radford et al. 2022, appendix C): ``basic``, or
+    ``english``, which also writes numbers as digits and expands contractions.
     """
-    with needed():
+    with optional_imports():
         from transformers.models.whisper.english_normalizer import (
             BasicTextNormalizer,
             EnglishTextNormalizer,

@@ -1,4 +1,4 @@
-"""Windows of clips: their features and tokens, read when a batch needs them."""
+"""Windows of clips: features and tokens, read when a batch needs them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -13,17 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stagesweep.data.loader import LoaderView
-from stagesweep.systems.speech.data.features import Cepstra, Heard, padded
+from stagesweep.systems.speech.data.features import CachedFeatures, Cepstra, padded
 from stagesweep.systems.speech.data.tokens import SpeechSpec
 
-# What a transcript has no place for: token targets that count for nothing.
+# Label of padding tokens, ignored by the loss.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
-class States:
-    """What the encoder made of windows, in a file on disk: `rows` (n,) are those of the windows,
-    negative where there is none; `frames` (rows,) is how many frames each was of.
+class EncoderStates:
+    """Encoder states of windows, in a file on disk.
+
+    `rows` (n,) are the rows of the windows in the file, negative for windows without states.
+    `frames` (rows,) is the number of frames of each row.
     """
 
     path: Path
@@ -31,97 +33,98 @@ class States:
     rows: NDArray[np.int64]
 
     def __getitem__(self, number: int) -> NDArray[np.float16]:
-        """The states (positions, width) of a window."""
-        states: NDArray[np.float16] = np.array(_opened(self.path)[self.rows[number]])
+        """Return the states (positions, width) of a window."""
+        states: NDArray[np.float16] = np.array(_open(self.path)[self.rows[number]])
         return states
 
-    def take(self, rows: NDArray[np.int64]) -> "States":
-        """Those of some windows."""
+    def take(self, rows: NDArray[np.int64]) -> "EncoderStates":
+        """Select windows."""
         return replace(self, rows=self.rows[rows])
 
 
 @cache
-def _opened(path: Path) -> Any:
-    """An array on disk, opened once in each process."""
+def _open(path: Path) -> Any:
+    """Open an array on disk, once in each process."""
     return np.load(path, mmap_mode="r")
 
 
 class Samples:
-    """Windows of clips by number: `mel` (bands, frames), `frames` (how many are not padding),
-    `tokens` and `labels` (longest). Where `states` has all of them, there is no `mel`, but `states`
-    (positions, width).
+    """Windows of clips by number: `mel` (bands, frames), `frames` (number without padding), and
+    `tokens` and `labels` (longest), the input and the targets of the decoder.
 
-    `tokens` is what the decoder reads, `labels` what it is to write, ``IGNORED`` elsewhere.
+    Labels are ``IGNORED`` outside the transcript. If `states` covers all windows, samples have
+    `states` (positions, width) instead of `mel`.
     """
 
     def __init__(
         self,
-        source: Heard | Cepstra,
-        pieces: Sequence[tuple[int, float, float]],
-        texts: Sequence[Sequence[int]],
+        source: CachedFeatures | Cepstra,
+        windows: Sequence[tuple[int, float, float]],
+        transcripts: Sequence[Sequence[int]],
         spec: SpeechSpec,
-        states: States | None = None,
+        states: EncoderStates | None = None,
     ) -> None:
-        self.source, self.pieces, self.spec = source, list(pieces), spec
-        self.texts = [list(text) for text in texts]
+        self.source, self.windows, self.spec = source, list(windows), spec
+        self.transcripts = [list(tokens) for tokens in transcripts]
         self.states = states
-        self.encoded = (
-            states is not None and len(self.pieces) > 0 and bool((states.rows >= 0).all())
+        self.has_states = (
+            states is not None and len(self.windows) > 0 and bool((states.rows >= 0).all())
         )
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.windows)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         tokens, labels = self.targets(number)
-        return {**self.heard(number), "tokens": tokens, "labels": labels}
+        return {**self.inputs(number), "tokens": tokens, "labels": labels}
 
-    def heard(self, number: int) -> dict[str, Tensor]:
-        """What a model hears of a window: `mel` or `states`, and `frames`."""
-        if self.states is not None and self.encoded:
+    def inputs(self, number: int) -> dict[str, Tensor]:
+        """Return the inputs of the encoder (`mel`) or its `states`, and `frames`."""
+        if self.states is not None and self.has_states:
             count = self.states.frames[self.states.rows[number]]
             states = torch.from_numpy(self.states[number])
             return {"states": states, "frames": torch.tensor(int(count))}
-        frames = self.source.features(*self.pieces[number])
+        frames = self.source.features(*self.windows[number])
         return {
             "mel": torch.from_numpy(padded(frames, self.spec.frames)),
             "frames": torch.tensor(max(1, min(len(frames) - 1, self.spec.frames))),
         }
 
     def targets(self, number: int) -> tuple[Tensor, Tensor]:
-        """What the decoder reads and writes for a window, both (longest,)."""
-        known = self.spec.tokens
-        tokens = torch.full((known.longest,), known.pad)
-        labels = torch.full((known.longest,), IGNORED)
-        prefix, text = list(known.prefix), self.texts[number]
+        """Return the tokens that the decoder reads and its labels, both (longest,)."""
+        special = self.spec.tokens
+        tokens = torch.full((special.longest,), special.pad)
+        labels = torch.full((special.longest,), IGNORED)
+        prefix, text = list(special.prefix), self.transcripts[number]
         tokens[: len(prefix) + len(text)] = torch.tensor(prefix + text)
         if text:
             first = len(prefix) - 1
-            labels[first : first + len(text) + 1] = torch.tensor([*text, known.end])
+            labels[first : first + len(text) + 1] = torch.tensor([*text, special.end])
         return tokens, labels
 
     def digest(self, number: int) -> str:
-        """Hash of what a window holds: its audio, how its features are computed, its tokens."""
-        text = f"{self.source.key(*self.pieces[number])}/{self.texts[number]}"
-        text += "/states" if self.encoded else ""
+        """Hash of a window: its audio, the settings of its features, its tokens."""
+        text = f"{self.source.key(*self.windows[number])}/{self.transcripts[number]}"
+        text += "/states" if self.has_states else ""
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 class SpeechView(LoaderView):
-    """Windows of clips that are read when a batch needs them. `rows` are those of `samples` that
-    the view has, all for None; columns known without reading are `speaker`, `stratum` and `clip`.
+    """View of windows that are read when a batch needs them.
+
+    The columns `speaker`, `stratum` and `clip` are in memory.
     """
 
     samples: Samples
 
     def take(self, rows: Tensor) -> "SpeechView":
-        """Some windows, as a view of their own."""
+        """Select windows."""
         own = rows.tolist()
         states = self.samples.states
         samples = Samples(
             self.samples.source,
-            [self.samples.pieces[row] for row in own],
-            [self.samples.texts[row] for row in own],
+            [self.samples.windows[row] for row in own],
+            [self.samples.transcripts[row] for row in own],
             self.samples.spec,
             None if states is None else states.take(rows.numpy()),
         )
@@ -129,12 +132,12 @@ class SpeechView(LoaderView):
         return SpeechView(samples, columns)
 
     def with_columns(self, columns: Mapping[str, Tensor]) -> "SpeechView":
-        """The same windows with more columns that are known without reading."""
+        """Add columns that are in memory."""
         own = {name: column for name, column in self.columns.items() if name != "index"}
         return SpeechView(self.samples, {**own, **columns})
 
-    def with_states(self, states: States) -> "SpeechView":
-        """The same windows with what the encoder made of them."""
+    def with_states(self, states: EncoderStates) -> "SpeechView":
+        """Add encoder states, which replace the features."""
         own = self.samples
-        samples = Samples(own.source, own.pieces, own.texts, own.spec, states)
+        samples = Samples(own.source, own.windows, own.transcripts, own.spec, states)
         return SpeechView(samples, {n: c for n, c in self.columns.items() if n != "index"})

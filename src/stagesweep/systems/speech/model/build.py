@@ -5,8 +5,8 @@ from typing import Any
 
 from stagesweep.base.errors import UserError
 from stagesweep.systems.speech.data.tokens import SpeechSpec
-from stagesweep.systems.speech.extra import needed
 from stagesweep.systems.speech.model.mixture import MixtureWhisper
+from stagesweep.systems.speech.optional import optional_imports
 
 
 def whisper(
@@ -28,7 +28,7 @@ def whisper(
     Its own weights are never trained and not saved with every stage, unless `keep_base`. Raises
     UserError when the checkpoint cannot be read, or the data's tokens or windows do not fit it.
     """
-    with needed():
+    with optional_imports():
         from transformers import WhisperForConditionalGeneration
     try:
         base: Any = WhisperForConditionalGeneration.from_pretrained(path)
@@ -66,7 +66,7 @@ def whisper_tiny(
 
     Its decoder has room for the longest transcript and a few tokens more.
     """
-    with needed():
+    with optional_imports():
         from transformers import WhisperConfig, WhisperForConditionalGeneration
     tokens = spec.tokens
     config = WhisperConfig(

@@ -20,7 +20,7 @@ class Route:
         self.weights: Tensor | None = None
 
     @contextmanager
-    def by(self, rows: Tensor | None = None, weights: Tensor | None = None) -> Iterator[None]:
+    def active(self, rows: Tensor | None = None, weights: Tensor | None = None) -> Iterator[None]:
         """Take this way within the block. A backward pass that computes the forward again (to save
         memory) comes after the block, so that what was set last stays.
         """

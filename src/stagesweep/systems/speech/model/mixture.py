@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from stagesweep.base.errors import UserError
 from stagesweep.base.view import Batch
 from stagesweep.systems.speech.data.tokens import SpeechSpec
-from stagesweep.systems.speech.extra import needed
 from stagesweep.systems.speech.model.gate import Gate
 from stagesweep.systems.speech.model.lora import ExpertLinear, Route
+from stagesweep.systems.speech.optional import optional_imports
 
 # routed: rows of the chosen experts; dense: the adapters of all, weighted by the gate within each
 # layer; shared: all of them as one adapter of E times the rank; none: the base alone.
@@ -63,7 +63,7 @@ class MixtureWhisper(nn.Module):
         self.whisper = whisper
         self.gate = Gate(whisper.config.d_model, hidden, experts)
         self.route = Route()
-        for name, module in adapted(whisper):
+        for name, module in adapter_targets(whisper):
             parent, _, last = name.rpartition(".")
             layer = ExpertLinear(module, self.route, experts, rank, alpha, dropout)
             setattr(whisper.get_submodule(parent), last, layer)
@@ -129,10 +129,10 @@ class MixtureWhisper(nn.Module):
         self._check_trained()
         states = self.encode(batch)
         pooled = self.pool(states, batch["frames"])
-        chances = self.chances(pooled, batch.get("gate_noise"))
-        experts, weights = self.choose(chances, batch.get("expert"))
+        probabilities = self.probabilities(pooled, batch.get("gate_noise"))
+        experts, weights = self.choose(probabilities, batch.get("expert"))
         many = experts.shape[1]
-        with self.route.by(**self._ways(experts, chances)):
+        with self.route.active(**self._routing(experts, probabilities)):
             hidden = self.whisper.model.decoder(
                 input_ids=batch["tokens"].repeat_interleave(many, 0),
                 encoder_hidden_states=states.repeat_interleave(many, 0),
@@ -143,11 +143,11 @@ class MixtureWhisper(nn.Module):
             "logits": logits.unflatten(0, (len(states), many)),
             "experts": experts,
             "weights": weights,
-            "gate": chances.clamp_min(1e-20).log(),
+            "gate": probabilities.clamp_min(1e-20).log(),
             "pooled": pooled,
         }
         if self.decodes and not self.training:
-            heard = self.decode(states, experts, chances)
+            heard = self.decode(states, experts, probabilities)
             rest = (0, self.room - heard.shape[1])
             found["heard"] = nn.functional.pad(heard, rest, value=self.spec.tokens.pad)
         return found
@@ -178,42 +178,46 @@ class MixtureWhisper(nn.Module):
         total: Tensor = torch.einsum("bpw,bp->bw", states, heard.to(states))
         return total / last[:, None]
 
-    def chances(self, pooled: Tensor, noise: Tensor | None = None) -> Tensor:
+    def probabilities(self, pooled: Tensor, noise: Tensor | None = None) -> Tensor:
         """Probabilities (B, E) of the experts; in training at the temperature of the epoch."""
         scores = self.gate(pooled)
         if self.training:
             scores = scores if noise is None else scores + noise
             scores = scores / self.temperature
-        chances: Tensor = scores.softmax(1)
-        return chances
+        probabilities: Tensor = scores.softmax(1)
+        return probabilities
 
-    def choose(self, chances: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def choose(self, probabilities: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts (B, K) that hear each clip, and what each weighs (B, K)."""
         if given is not None:
-            return given[:, None], torch.ones_like(chances[:, :1])
+            return given[:, None], torch.ones_like(probabilities[:, :1])
         if self.mixture != "routed" or not self.training:
-            return chances.argmax(1, keepdim=True), torch.ones_like(chances[:, :1])
+            return probabilities.argmax(1, keepdim=True), torch.ones_like(probabilities[:, :1])
         k = self.experts if self.phase == "soft" else self.k
-        found, experts = chances.topk(k)
+        found, experts = probabilities.topk(k)
         weights = found / found.sum(1, keepdim=True)
         if self.phase == "hard":
             first = torch.zeros_like(weights)
             first[:, 0] = 1.0
             weights = first + weights - weights.detach()
         if self.all_rows:
-            weights = torch.zeros_like(chances).scatter(1, experts, weights)
-            experts = torch.arange(self.experts, device=chances.device).expand_as(chances)
+            weights = torch.zeros_like(probabilities).scatter(1, experts, weights)
+            experts = torch.arange(self.experts, device=probabilities.device).expand_as(
+                probabilities
+            )
         return experts, weights
 
-    def _ways(self, experts: Tensor, chances: Tensor, copies: int = 1) -> dict[str, Tensor]:
+    def _routing(
+        self, experts: Tensor, probabilities: Tensor, copies: int = 1
+    ) -> dict[str, Tensor]:
         """What the layers are told: for each row its expert, or how much of each."""
         match self.mixture:
             case "routed":
                 return {"rows": experts.flatten().repeat_interleave(copies)}
             case "dense":
-                return {"weights": chances.repeat_interleave(copies, 0)}
+                return {"weights": probabilities.repeat_interleave(copies, 0)}
             case "shared":
-                return {"weights": torch.ones_like(chances).repeat_interleave(copies, 0)}
+                return {"weights": torch.ones_like(probabilities).repeat_interleave(copies, 0)}
         return {}
 
     def _check_trained(self) -> None:
@@ -236,23 +240,25 @@ class MixtureWhisper(nn.Module):
         Greedy for one beam, else beam search, by transformers' `generate`.
         """
         states = self.encode(batch)
-        chances = self.chances(self.pool(states, batch["frames"]))
-        experts, _ = self.choose(chances, batch.get("expert"))
-        return self.decode(states, experts, chances, beams), experts[:, 0], chances
+        probabilities = self.probabilities(self.pool(states, batch["frames"]))
+        experts, _ = self.choose(probabilities, batch.get("expert"))
+        return self.decode(states, experts, probabilities, beams), experts[:, 0], probabilities
 
     @property
     def room(self) -> int:
         """How many tokens the decoder can write after the prefix."""
         return int(self.whisper.config.max_target_positions) - len(self.spec.tokens.prefix)
 
-    def decode(self, states: Tensor, experts: Tensor, chances: Tensor, beams: int = 1) -> Tensor:
+    def decode(
+        self, states: Tensor, experts: Tensor, probabilities: Tensor, beams: int = 1
+    ) -> Tensor:
         """Tokens (B, L) after the prefix that are heard in encoder states, padded."""
-        with needed():
+        with optional_imports():
             from transformers.generation.utils import GenerationMixin
             from transformers.modeling_outputs import BaseModelOutput
         tokens = self.spec.tokens
         prefix = torch.tensor([tokens.prefix], device=states.device).expand(len(states), -1)
-        with self.route.by(**self._ways(experts, chances, beams)):
+        with self.route.active(**self._routing(experts, probabilities, beams)):
             found = GenerationMixin.generate(
                 self.whisper,
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -302,7 +308,7 @@ def check(experts: int, k: int, curriculum: Sequence[float], temperature: Sequen
         )
 
 
-def adapted(whisper: Any) -> list[tuple[str, nn.Linear]]:
+def adapter_targets(whisper: Any) -> list[tuple[str, nn.Linear]]:
     """The q and v projections of the decoder, by name. A match by the last name alone would find
     those of the encoder as well.
     """

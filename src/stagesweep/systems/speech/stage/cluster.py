@@ -69,10 +69,10 @@ class Cluster:
                 "(stage.extract.samples) or set model.experts to fewer"
             )
         with threadpool_limits(limits=1):
-            space = Space.fitted(own, None if self.reduce == "none" else self.dim)
+            space = Projection.fit(own, None if self.reduce == "none" else self.dim)
             points = space.points(own)
             raw = self.labels(run, points, experts)
-            found = Found.of(space, points, raw, experts, self.temperature)
+            found = Clustering.of(space, points, raw, experts, self.temperature)
         cluster, soft = found.assign(vectors)
         if self.method == "random":
             cluster[train], soft[train] = raw, np.eye(experts)[raw]
@@ -108,7 +108,7 @@ class Cluster:
             even = np.arange(len(points)) % experts
             return np.random.default_rng(seed).permutation(even)
         if self.reduce == "umap":
-            points = umapped(points, self.dim, seed)
+            points = umap_embedding(points, self.dim, seed)
         if self.method == "spectral":
             return spectral(points, experts, seed)
         best = np.full(len(points), -1)
@@ -169,14 +169,14 @@ class Cluster:
 
 
 @dataclass
-class Space:
+class Projection:
     """Where distances are measured: principal components of vectors, or vectors as they are."""
 
     mean: Array  # (width,)
     components: Array  # (dim, width); (0, width) for vectors as they are
 
     @classmethod
-    def fitted(cls, vectors: Array, dim: int | None) -> "Space":
+    def fit(cls, vectors: Array, dim: int | None) -> "Projection":
         """Components of vectors (n, width)."""
         if dim is None:
             return cls(vectors.mean(0), np.empty((0, vectors.shape[1])))
@@ -190,12 +190,12 @@ class Space:
 
 
 @dataclass
-class Found:
+class Clustering:
     """Clusters by their centres: `centres` (m, dim), of which each belongs to one of the experts
     (`merged` (m,)); `scale` is what squared distances are divided by.
     """
 
-    space: Space
+    space: Projection
     centres: Array
     merged: Array
     experts: int
@@ -203,8 +203,8 @@ class Found:
 
     @classmethod
     def of(
-        cls, space: Space, points: Array, labels: Array, experts: int, temperature: float
-    ) -> "Found":
+        cls, space: Projection, points: Array, labels: Array, experts: int, temperature: float
+    ) -> "Clustering":
         """From points (n, dim) and the cluster of each, -1 for noise."""
         kinds = np.unique(labels[labels >= 0])
         centres = np.stack([points[labels == kind].mean(0) for kind in kinds])
@@ -243,9 +243,9 @@ class Found:
         }
 
     @classmethod
-    def restored(cls, arrays: dict[str, Array]) -> "Found":
+    def restored(cls, arrays: dict[str, Array]) -> "Clustering":
         """From its `arrays`."""
-        space = Space(arrays["mean"], arrays["components"])
+        space = Projection(arrays["mean"], arrays["components"])
         experts, scale = int(arrays["experts"]), float(arrays["scale"])
         return cls(space, arrays["centres"], arrays["merged"], experts, scale)
 
@@ -269,7 +269,7 @@ def spectral(points: Array, count: int, seed: int) -> NDArray[np.int64]:
     return np.asarray(fitted.labels_, np.int64)
 
 
-def umapped(points: Array, dim: int, seed: int) -> Array:
+def umap_embedding(points: Array, dim: int, seed: int) -> Array:
     """Points in `dim` dimensions by UMAP (McInnes et al. 2018), where near ones lie close."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -12,7 +12,7 @@ import pandas as pd
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text, atomic_write
 from stagesweep.systems.speech import metric
-from stagesweep.systems.speech.extra import needed
+from stagesweep.systems.speech.optional import optional_imports
 from stagesweep.systems.speech.transcribe import transcribe
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class Transcribe:
         told, uses = [], []
         numbers: dict[str, float] = {}
         for split in self.splits:
-            found, chances = transcribe(run, model, split, self.beams, self.batch_size)
+            found, probabilities = transcribe(run, model, split, self.beams, self.batch_size)
             told.append(found.assign(method="routed"))
             expert, stratum = found["expert"].to_numpy(), found["stratum"].to_numpy(str)
-            own = metric.use(chances, expert, stratum)
+            own = metric.expert_usage(probabilities, expert, stratum)
             uses.append(own.assign(split=split))
             numbers |= use_numbers(split, own, model.gate.active.cpu().numpy())
             numbers[f"{split}_routing_ari"] = metric.agreement(expert, stratum)
@@ -107,7 +107,7 @@ def rate_numbers(table: pd.DataFrame) -> dict[str, float]:
 
 def write_adapters(run: "Context", model: Any) -> None:
     """Each expert as peft keeps an adapter of its rank."""
-    with needed():
+    with optional_imports():
         from safetensors.torch import save
     config = {
         "peft_type": "LORA",

@@ -13,7 +13,7 @@ from stagesweep.stage.fit import Fit
 from stagesweep.systems.speech.data.sampler import Subset
 from stagesweep.systems.speech.data.windows import SpeechView
 from stagesweep.systems.speech.model.mixture import is_expert
-from stagesweep.systems.speech.stage.cluster import Found
+from stagesweep.systems.speech.stage.cluster import Clustering
 from stagesweep.systems.speech.stage.fits import heard, measured
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def labelled(run: "Context", split: str, rows: Tensor) -> SpeechView:
     chosen = view.take(rows)
     codes = torch.from_numpy(cluster[rows.numpy()])
     if len(unknown := (codes < 0).nonzero()[:, 0]):
-        found = Found.restored(run.load("clusters.npz"))
+        found = Clustering.restored(run.load("clusters.npz"))
         run.log.info("%s: %d clips of %s have no cluster yet", run.stage, len(unknown), split)
         model.eval()
         pooled = []

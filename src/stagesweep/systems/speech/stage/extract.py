@@ -60,12 +60,12 @@ class Extract:
         model.eval()
         table = self.table(run)
         width, n = model.whisper.config.d_model, len(table)
-        files = {"pooled.npy": Rows(run.file("pooled.npy"), (n, width), np.dtype(np.float32))}
+        files = {"pooled.npy": RowFile(run.file("pooled.npy"), (n, width), np.dtype(np.float32))}
         if self.states:
             shape = (n, model.whisper.config.max_source_positions, width)
-            files["states.npy"] = Rows(run.file("states.npy"), shape, np.dtype(np.float16))
-            files["frames.npy"] = Rows(run.file("frames.npy"), (n,), np.dtype(np.int64))
-        progress = Progress(run.file("progress.json", "checkpoints"))
+            files["states.npy"] = RowFile(run.file("states.npy"), shape, np.dtype(np.float16))
+            files["frames.npy"] = RowFile(run.file("frames.npy"), (n,), np.dtype(np.int64))
+        progress = ExtractionProgress(run.file("progress.json", "checkpoints"))
         if progress.done == 0:
             for rows in files.values():
                 rows.create()
@@ -143,7 +143,7 @@ class Extract:
         return {"clips", "width"}
 
 
-class Rows:
+class RowFile:
     """A .npy file that is written some rows at a time, and never held in memory."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -166,7 +166,7 @@ class Rows:
             os.fsync(stream.fileno())
 
 
-class Progress:
+class ExtractionProgress:
     """How many clips are done and on disk."""
 
     def __init__(self, path: Path) -> None:

@@ -13,7 +13,7 @@ from stagesweep.config import schema
 from stagesweep.parallel.process_group import current_group
 from stagesweep.systems.speech import metric
 from stagesweep.systems.speech.data.dataset import Speech
-from stagesweep.systems.speech.data.windows import SpeechView, States
+from stagesweep.systems.speech.data.windows import EncoderStates, SpeechView
 from stagesweep.systems.speech.transcribe import joined
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ def heard(run: "Context", split: str) -> SpeechView:
     own = table[table["split"] == split]
     rows = np.full(len(view), -1)
     rows[own["row"].to_numpy()] = own.index.to_numpy()
-    return view.with_states(States(run.find("states.npy"), np.load(run.find("frames.npy")), rows))
+    return view.with_states(
+        EncoderStates(run.find("states.npy"), np.load(run.find("frames.npy")), rows)
+    )
 
 
 @dataclass

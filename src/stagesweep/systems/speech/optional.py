@@ -1,6 +1,6 @@
-"""The optional libraries of this system, imported where they are used.
+"""Optional libraries of this system, imported inside the functions that use them.
 
-They are imported by plain statements, so that a stage's fingerprint knows their versions.
+Plain import statements keep their versions in the fingerprints of stages.
 """
 
 import os
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from stagesweep.base.errors import UserError
 
 NAMES = ("transformers", "tokenizers", "soundfile", "jiwer", "safetensors", "peft")
-# Loader processes are forked from one that has used a tokenizer, which would warn about that.
+# Loader processes are forked after a tokenizer was used, which would cause a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @contextmanager
-def needed() -> Iterator[None]:
-    """For imports of optional libraries; UserError says how to install one that is missing."""
+def optional_imports() -> Iterator[None]:
+    """Context of imports: a missing optional library is a UserError that says how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
