@@ -175,7 +175,7 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint_is_one_line(
     model = ("model=whisper", "model.path=checkpoint", "~stage.base", "~stage.logistic")
     words = [word for word in CLIPS if not word.startswith(("model.", "stage."))]
     process = stagesweep(*words, *model, status=1)
-    message = "tokens, and model.path=checkpoint knows 9; set data.pretrained=checkpoint"
+    message = "tokens, and model.path=checkpoint has 9; set data.pretrained=checkpoint"
     assert message in process.stderr
     assert "Traceback" not in process.stderr
 

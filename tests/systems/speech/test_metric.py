@@ -1,4 +1,4 @@
-"""Error rates are those of jiwer over the whole corpus; intervals are over speakers."""
+"""Error rates equal those of jiwer on the corpus; intervals are over speakers."""
 
 import jiwer
 import numpy as np
@@ -26,14 +26,14 @@ def test_the_interval_is_over_speakers() -> None:
     )
     same = metric.rates(counts, np.repeat(np.arange(50), 2), seed=0)
     apart = metric.rates(counts, np.tile([0, 1], 50), seed=0)
-    assert same["wer_low"] == same["wer_high"] == 0.25, "all speakers are alike"
-    assert (apart["wer_low"], apart["wer_high"]) == (0.0, 0.5), "one has every error"
+    assert same["wer_low"] == same["wer_high"] == 0.25, "speakers are equal"
+    assert (apart["wer_low"], apart["wer_high"]) == (0.0, 0.5), "one speaker has all errors"
     alone = metric.rates(counts, np.zeros(100), seed=0)
     assert np.isnan(alone["wer_low"])
 
 
 def test_a_table_has_every_method_and_stratum() -> None:
-    told = pd.DataFrame(
+    transcripts = pd.DataFrame(
         {
             "method": ["routed"] * 5 + ["none"] * 5,
             "split": "test",
@@ -43,7 +43,7 @@ def test_a_table_has_every_method_and_stratum() -> None:
             "hypothesis": HYPOTHESES + [""] * 5,
         }
     )
-    table = metric.table(told, 0, 50).set_index(["method", "stratum"])
+    table = metric.table(transcripts, 0, 50).set_index(["method", "stratum"])
     assert list(table.index) == [(m, s) for m in ("routed", "none") for s in ("all", "x", "y")]
     assert table.loc[("none", "all"), "wer"] == 1.0
     expected = jiwer.wer(REFERENCES[2:], HYPOTHESES[2:])
@@ -51,13 +51,13 @@ def test_a_table_has_every_method_and_stratum() -> None:
     assert table.loc[("routed", "x"), "clips"] == 2
 
 
-def test_use_of_experts() -> None:
+def test_usage_of_experts() -> None:
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5], [0.0, 1.0]])
     expert, stratum = np.array([0, 0, 1, 1]), np.array(["x", "x", "x", "y"])
-    use = metric.expert_usage(probabilities, expert, stratum).set_index("stratum")
-    assert use.loc["all", ["expert_0", "expert_1"]].tolist() == [0.5, 0.5]
-    assert use.loc["all", "entropy"] == pytest.approx(np.log(2))
-    assert use.loc["y", ["expert_0", "expert_1", "entropy", "gate_entropy"]].tolist() == [
+    usage = metric.expert_usage(probabilities, expert, stratum).set_index("stratum")
+    assert usage.loc["all", ["expert_0", "expert_1"]].tolist() == [0.5, 0.5]
+    assert usage.loc["all", "entropy"] == pytest.approx(np.log(2))
+    assert usage.loc["y", ["expert_0", "expert_1", "entropy", "gate_entropy"]].tolist() == [
         0,
         1,
         0,

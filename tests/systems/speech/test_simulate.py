@@ -1,4 +1,4 @@
-"""Simulated speech: the same for the same seed, and distorted as it says."""
+"""Simulated speech is reproducible; strata have the stated distortions."""
 
 import numpy as np
 import pytest
@@ -17,18 +17,18 @@ from stagesweep.systems.speech.simulate import (
 WHO = Speaker(120.0, 1.0, 1.0, 0.2)
 
 
-def said(words: list[tuple[int, int]], voice: str) -> np.ndarray:
+def wave_of(words: list[tuple[int, int]], voice: str) -> np.ndarray:
     return synthesise(words, WHO, voice, 0.4, 16000, np.random.default_rng(0))
 
 
-def test_the_same_seed_speaks_the_same(small: Speech) -> None:
+def test_the_same_seed_gives_the_same_clips(small: Speech) -> None:
     first, second = small.split("test"), small.split("test")
     (a,), (b,) = first.batches(99), second.batches(99)
     assert (a["mel"] == b["mel"]).all()
-    assert (said([(0, 1)], "breathy") == said([(0, 1)], "breathy")).all()
+    assert (wave_of([(0, 1)], "breathy") == wave_of([(0, 1)], "breathy")).all()
 
 
-def test_strata_are_split_by_speaker_and_typical_speech_is_apart(small: Speech) -> None:
+def test_strata_are_split_by_speaker_and_typical_speech_has_its_own_splits(small: Speech) -> None:
     clips = small.clips
     assert set(clips["stratum"]) == {*STRATA, "typical"}
     assert set(clips.loc[clips["stratum"] == "typical", "split"]) == {"typical", "typical_val"}
@@ -37,8 +37,8 @@ def test_strata_are_split_by_speaker_and_typical_speech_is_apart(small: Speech) 
     assert (own.groupby("stratum")["split"].nunique() == 3).all()
 
 
-def test_a_voice_is_heard_and_a_vowel_has_its_formants() -> None:
-    waves = {voice: said([(2, 2)], voice) for voice in (*STRATA, "typical")}
+def test_voices_and_vowels_have_their_spectra() -> None:
+    waves = {voice: wave_of([(2, 2)], voice) for voice in (*STRATA, "typical")}
     power = {v: np.abs(np.fft.rfft(w)) ** 2 for v, w in waves.items()}
     hertz = np.fft.rfftfreq(len(waves["typical"]), 1 / 16000)
 
@@ -50,7 +50,7 @@ def test_a_voice_is_heard_and_a_vowel_has_its_formants() -> None:
     assert share("muffled", 1500, 4000) < 0.5 * share("typical", 1500, 4000)
     assert share("strained", 2500, 8000) > 3 * share("typical", 2500, 8000)
     # "a" has its first formant at 730 Hz, "i" at 270 Hz.
-    i = np.abs(np.fft.rfft(said([(0, 0)], "typical"))) ** 2
+    i = np.abs(np.fft.rfft(wave_of([(0, 0)], "typical"))) ** 2
     assert share("typical", 600, 900) > 2 * float(i[(hertz >= 600) & (hertz < 900)].sum() / i.sum())
 
 

@@ -1,4 +1,4 @@
-"""Word and character error rates by jiwer, with intervals over speakers; use of the experts."""
+"""Word and character error rates with intervals over speakers, and usage of experts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +14,9 @@ Array = NDArray[Any]
 
 
 def errors(references: Sequence[str], hypotheses: Sequence[str]) -> pd.DataFrame:
-    """Errors and length of each clip: `word_errors`, `words`, `character_errors`, `characters`.
+    """Return `word_errors`, `words`, `character_errors` and `characters` of each clip.
 
-    Errors are substitutions, insertions and deletions of jiwer's alignment.
+    Errors are substitutions, insertions and deletions in the alignment of jiwer.
     """
     with optional_imports():
         import jiwer
@@ -36,10 +36,10 @@ def errors(references: Sequence[str], hypotheses: Sequence[str]) -> pd.DataFrame
 def rates(
     counts: pd.DataFrame, speaker: Array, seed: int, resamples: int = 1000
 ) -> dict[str, float]:
-    """Error rates of a corpus: all errors over all words (`wer`) and characters (`cer`).
+    """Return error rates of a corpus: errors per word (`wer`) and per character (`cer`).
 
-    `_low` and `_high` are the 95 % interval of a bootstrap over speakers (Bisani & Ney 2004): clips
-    of one speaker are alike. It is NaN for one speaker.
+    `_low` and `_high` are the 95 % interval of a bootstrap over speakers, because the clips of a
+    speaker are correlated (Bisani & Ney 2004). They are NaN for one speaker.
     """
     columns = ["word_errors", "words", "character_errors", "characters"]
     sums = counts[columns].groupby(speaker).sum().to_numpy(float)
@@ -56,15 +56,17 @@ def rates(
     return found
 
 
-def table(told: pd.DataFrame, seed: int, resamples: int = 1000) -> pd.DataFrame:
-    """Rates of every method, split and stratum (and of ``all`` strata), a row each.
+def table(transcripts: pd.DataFrame, seed: int, resamples: int = 1000) -> pd.DataFrame:
+    """Return a row of error rates for each method, split and stratum (and ``all`` strata).
 
-    `told` has a row for each method and clip: method, split, speaker, stratum, reference and
-    hypothesis.
+    `transcripts` has a row for each method and clip, with the columns method, split, speaker,
+    stratum, reference and hypothesis.
     """
-    counts = errors(told["reference"], told["hypothesis"]).set_index(told.index)
+    counts = errors(transcripts["reference"], transcripts["hypothesis"]).set_index(
+        transcripts.index
+    )
     rows = []
-    for (method, split), own in told.groupby(["method", "split"], sort=False):
+    for (method, split), own in transcripts.groupby(["method", "split"], sort=False):
         strata = sorted(own["stratum"].unique())
         for stratum in ["all", *strata] if len(strata) > 1 else ["all"]:
             part = own if stratum == "all" else own[own["stratum"] == stratum]
@@ -77,10 +79,10 @@ def table(told: pd.DataFrame, seed: int, resamples: int = 1000) -> pd.DataFrame:
 
 
 def expert_usage(probabilities: Array, expert: Array, stratum: Array) -> pd.DataFrame:
-    """How experts are used in each stratum and in ``all``, a row each.
+    """Return the usage of experts, a row for each stratum and for ``all``.
 
-    `clips`; ``expert_<e>``, the share of clips that expert e told; `entropy` in nats: of these
-    shares; `gate_entropy`: the mean entropy of the gate's probabilities `probabilities` (n, E).
+    `clips`; ``expert_<e>``, the share of clips decoded by expert e; `entropy`, the entropy of these
+    shares; `gate_entropy`, the mean entropy of `probabilities` (n, E) of the gate. Both in nats.
     """
     experts = probabilities.shape[1]
     own = -(probabilities * np.log(np.clip(probabilities, 1e-12, None))).sum(1)
@@ -96,7 +98,7 @@ def expert_usage(probabilities: Array, expert: Array, stratum: Array) -> pd.Data
 
 
 def agreement(expert: Array, labels: Array) -> float:
-    """The adjusted Rand index (Hubert & Arabie 1985) of routing with labels; NaN for one label."""
+    """Adjusted Rand index (Hubert & Arabie 1985) of experts and labels; NaN for one label."""
     if len(np.unique(labels)) < 2:
         return float("nan")
     return float(adjusted_rand_score(labels, expert))

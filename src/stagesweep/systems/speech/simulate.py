@@ -1,16 +1,14 @@
-"""SIMULATED speech: formant-like tones for each word, which every stratum distorts in its own way.
+"""SIMULATED speech: words of synthetic vowels, which each stratum distorts in a known way.
 
-Nothing in it is measured. A word is two vowels of five, so that there are 25 words; a clip has
-two. A speaker has a pitch, a length of the vocal tract and a tempo. Strata differ in
-two ways, both known:
+It contains no recordings. A word is two of five vowels, so there are 25 words; a clip has two
+words. Speakers differ in pitch, formants and tempo. Strata differ in two ways:
 
-* a voice that can be heard: breathy, muffled (high formants damped), tremor (amplitude and pitch
-  waver) and strained (a flat spectrum, a high pitch), each with a hiss at frequencies of its own;
-* a substitution: in stratum number s (from 1) vowel v is spoken as vowel v + s (modulo 5). The same
-  sound means another word in each stratum, as where speech sounds are consistently replaced by
-  others.
+* voice: breathy, muffled (damped high formants), tremor (varying amplitude and pitch) or strained
+  (flat spectrum, high pitch), each with noise in a frequency band of its own;
+* substitution: stratum number s (from 1) pronounces vowel v as vowel v + s (modulo 5). So the same
+  sound means another word in each stratum, as in speech with consistent sound substitutions.
 
-Typical speakers have a plain voice and replace nothing.
+Typical speakers have a plain voice and no substitution.
 """
 
 from dataclasses import dataclass
@@ -30,12 +28,12 @@ from stagesweep.systems.speech.data.features import RATE
 from stagesweep.systems.speech.data.split import SPLITS, by_speaker
 from stagesweep.systems.speech.data.split import TYPICAL as TYPICAL_SPLITS
 
-# First and second formant in Hz (Peterson & Barney 1952, table II, men: i, e, a, o, u).
+# First and second formant in Hz (Peterson & Barney 1952, table II, men).
 VOWELS = {"i": (270, 2290), "e": (530, 1840), "a": (730, 1090), "o": (570, 840), "u": (300, 870)}
-THIRD = 2500.0
+THIRD_FORMANT = 2500.0
 STRATA = ("breathy", "muffled", "tremor", "strained")
 TYPICAL = "typical"
-# Where the noise of a voice lies, in Hz, and how loud it is at each frequency.
+# Noise of each voice: lowest and highest frequency in Hz, amplitude.
 NOISE = {
     "breathy": (0, 8000, 1.0),
     "muffled": (0, 300, 2.0),
@@ -44,14 +42,14 @@ NOISE = {
     "typical": (0, 8000, 0.0),
 }
 CONSONANTS = ("b", "d", "g", "k", "l")
-# The most harmonics, and the frequency above which there are none.
-HARMONICS, HIGHEST = 40, 4000.0
+# Maximal number of harmonics and their maximal frequency in Hz.
+MAX_HARMONICS, MAX_FREQUENCY = 40, 4000.0
 
 
 @dataclass(frozen=True)
 class Synthesiser:
-    """Clips by number, all of `length` seconds: the vowels of the words that are heard in each, its
-    speaker, and the voice that this one has (a name of `STRATA`, or plain).
+    """Clips by number, all of `length` seconds: the pronounced words (pairs of vowels), the speaker
+    and the voice (one of `STRATA`, or typical) of each.
     """
 
     words: list[list[tuple[int, int]]]
@@ -61,12 +59,12 @@ class Synthesiser:
     length: float
 
     def key(self, row: int) -> str:
-        """Everything that a clip follows from, the code that speaks it among that."""
+        """Identify a clip: its settings and the code that synthesises it."""
         about = (self.words[row], self.speakers[row], self.voices[row], self.length, self.seed, row)
         return f"{_source()}/{about}"
 
     def wave(self, row: int, rate: int, start: float, stop: float) -> Wave:
-        """Samples (n,) at `rate` Hz."""
+        """Return samples (n,) at `rate` Hz."""
         random = np.random.default_rng([self.seed, 7, row])
         wave = synthesise(
             self.words[row], self.speakers[row], self.voices[row], self.length, rate, random
@@ -74,40 +72,38 @@ class Synthesiser:
         return wave[round(start * rate) : round(stop * rate)]
 
     def seconds(self, row: int) -> float:
-        """How long a clip is: all are as long, words begin anywhere in them."""
+        """Length of a clip in seconds."""
         return self.length
 
 
 @cache
 def _source() -> str:
-    """Hash of this module and of all that it imports."""
+    """Hash of this module and of its imports."""
     return source_hash(__name__)
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A speaker: pitch in Hz, factor of all formants, and of all durations; how loud the hiss of
-    the voice is.
-    """
+    """A speaker: pitch in Hz, scale of formants, scale of durations, amplitude of the noise."""
 
     pitch: float
-    tract: float
+    formant_scale: float
     tempo: float
-    hiss: float = 0.0
+    noise: float = 0.0
 
 
-def speaker_at(random: np.random.Generator, hiss: float) -> Speaker:
-    """A speaker at random."""
-    pitch, tract, tempo = random.uniform((95.0, 0.92, 0.9), (210.0, 1.08, 1.1)).tolist()
-    return Speaker(round(pitch, 2), round(tract, 4), round(tempo, 3), hiss)
+def draw_speaker(random: np.random.Generator, noise: float) -> Speaker:
+    """Draw a speaker."""
+    pitch, scale, tempo = random.uniform((95.0, 0.92, 0.9), (210.0, 1.08, 1.1)).tolist()
+    return Speaker(round(pitch, 2), round(scale, 4), round(tempo, 3), noise)
 
 
-# Seconds of a vowel, between words, and before and after a clip.
+# Seconds of a vowel, of the gap between words, and of silence at both ends.
 VOWEL, GAP, EDGE = 0.11, 0.06, 0.04
 
 
-def shortest(words: int, tempo: float) -> float:
-    """Seconds that a clip has to have."""
+def min_length(words: int, tempo: float) -> float:
+    """Minimum length of a clip in seconds."""
     return 2 * EDGE + tempo * (words * 2 * VOWEL + (words - 1) * GAP)
 
 
@@ -119,12 +115,12 @@ def synthesise(
     rate: int,
     random: np.random.Generator,
 ) -> Wave:
-    """Words in a clip of `length` seconds: harmonics of a pitch, as strong as formants let them."""
+    """Synthesise words in a clip of `length` seconds, by harmonics that formants filter."""
     count = round(length * rate)
     times = np.arange(count) / rate
     steps = np.arange(0.0, times[-1] + 1.0 / RATE, 1.0 / RATE)
-    start = EDGE + random.random() * max(length - shortest(len(words), speaker.tempo), 0.0)
-    loud, formants = _course(words, speaker, start, steps)
+    start = EDGE + random.random() * max(length - min_length(len(words), speaker.tempo), 0.0)
+    loud, formants = _contours(words, speaker, start, steps)
     pitch = np.full_like(steps, speaker.pitch * (1.3 if voice == "strained" else 1.0))
     pitch *= 1 + 0.05 * np.sin(2 * np.pi * (1.5 * steps + random.random()))
     if voice == "tremor":
@@ -136,46 +132,46 @@ def synthesise(
     noise = random.standard_normal(count)
     wave += 0.002 * noise
     lowest, highest, loudness = NOISE[voice]
-    wave += speaker.hiss * loudness * band_pass(noise, lowest, highest, rate)
+    wave += speaker.noise * loudness * band_pass(noise, lowest, highest, rate)
     found: Wave = (0.3 * wave / max(float(np.abs(wave).max()), 1e-9)).astype(np.float32)
     return found
 
 
 def low_pass(wave: NDArray[Any], hertz: float, rate: int) -> NDArray[Any]:
-    """What passes a filter of one pole."""
+    """Filter a wave by a one-pole low-pass."""
     decay = np.exp(-2 * np.pi * hertz / rate)
     found: NDArray[Any] = lfilter([1 - decay], [1, -decay], wave)
     return found
 
 
 def band_pass(wave: NDArray[Any], lowest: float, highest: float, rate: int) -> NDArray[Any]:
-    """The frequencies of a wave from `lowest` to `highest` Hz."""
+    """Keep the frequencies of a wave from `lowest` to `highest` Hz."""
     spectrum = np.fft.rfft(wave)
     hertz = np.fft.rfftfreq(len(wave), 1 / rate)
     spectrum[(hertz < lowest) | (hertz > highest)] = 0
     return np.fft.irfft(spectrum, len(wave))
 
 
-def _course(
+def _contours(
     words: list[tuple[int, int]], speaker: Speaker, start: float, steps: NDArray[Any]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Loudness (s,) and formants (s, 3) in Hz, at times `steps` (s,)."""
+    """Return loudness (s,) and formants (s, 3) in Hz at the times `steps` (s,)."""
     targets = np.array(list(VOWELS.values()), float)
     vowel, gap = VOWEL * speaker.tempo, GAP * speaker.tempo
-    at, hertz, borders = start, [], []
+    time, hertz, borders = start, [], []
     for first, second in words:
         for number, kind in enumerate((first, second)):
-            middle = at + (number + 0.5) * vowel
-            hertz.append((middle, *targets[kind], THIRD))
-        borders.append((at, at + 2 * vowel))
-        at += 2 * vowel + gap
+            middle = time + (number + 0.5) * vowel
+            hertz.append((middle, *targets[kind], THIRD_FORMANT))
+        borders.append((time, time + 2 * vowel))
+        time += 2 * vowel + gap
     known = np.array(hertz)
     formants = np.stack([np.interp(steps, known[:, 0], known[:, n]) for n in (1, 2, 3)], axis=1)
     loud = np.zeros_like(steps)
-    for first_, last in borders:
-        rise = np.clip(np.minimum(steps - first_, last - steps) / 0.02, 0, 1)
+    for begin, end in borders:
+        rise = np.clip(np.minimum(steps - begin, end - steps) / 0.02, 0, 1)
         loud = np.maximum(loud, np.sin(0.5 * np.pi * rise))
-    return loud, formants * speaker.tract
+    return loud, formants * speaker.formant_scale
 
 
 def _harmonics(
@@ -186,15 +182,15 @@ def _harmonics(
     times: NDArray[Any],
     tilt: float,
 ) -> NDArray[np.float64]:
-    """The sum of the harmonics of a pitch (s,), each as strong as three resonances let it be. The
-    source falls with the power `tilt` of a harmonic's number.
+    """Sum the harmonics of a pitch (s,), filtered by three formants. The amplitude of harmonic h in
+    the source is h^-tilt.
     """
     widths = np.array([80.0, 110.0, 160.0])
     every = round(1.0 / (RATE * (times[1] - times[0])))
     between = np.arange(every) / every
 
     def at_times(values: NDArray[Any]) -> NDArray[Any]:
-        """Values (s,) of the steps, interpolated linearly to the times."""
+        """Interpolate values (s,) at `steps` linearly to `times`."""
         ahead = np.append(values[1:], values[-1])
         found: NDArray[Any] = values[:, None] + (ahead - values)[:, None] * between
         return found.ravel()[: len(times)]
@@ -202,16 +198,28 @@ def _harmonics(
     turns = np.cumsum(at_times(pitch)) * (times[1] - times[0])
     turn = np.exp(2j * np.pi * turns).astype(np.complex64)
     wave, power = np.zeros_like(times), np.ones_like(turn)
-    for harmonic in range(1, HARMONICS + 1):
+    for harmonic in range(1, MAX_HARMONICS + 1):
         power = power * turn
         frequency = harmonic * pitch
-        if frequency.min() > HIGHEST:
+        if frequency.min() > MAX_FREQUENCY:
             break
         away = (frequency[:, None] - formants) / widths
         strength = (np.array([1.0, 0.7, 0.35]) / (1 + away**2)).sum(1) + 0.01
-        strength = strength * loud * harmonic**-tilt * (frequency < HIGHEST)
+        strength = strength * loud * harmonic**-tilt * (frequency < MAX_FREQUENCY)
         wave += at_times(strength) * power.imag
     return wave
+
+
+@dataclass(frozen=True)
+class SimulatedClip:
+    """A clip: its words and their pronunciation (pairs of vowels), speaker, stratum and split."""
+
+    words: list[tuple[int, int]]
+    pronounced: list[tuple[int, int]]
+    speaker: Speaker
+    name: str
+    stratum: str
+    split: str
 
 
 def simulated_speech(
@@ -231,68 +239,86 @@ def simulated_speech(
     fractions: tuple[float, float, float] = (0.6, 0.2, 0.2),
     split_seed: int = 0,
 ) -> Speech:
-    """Simulated speech: `clips` of each of `speakers` of each of `strata`, and typical speech.
+    """Simulate speech: `clips` of each of `speakers` of each of `strata`, and typical speech.
 
-    Typical speech is in the splits `typical` and `typical_val` (a fifth of its speakers); of the
-    strata whole speakers are held out. Clips have `words_each` words. `voice` is how loud the noise
-    of the strata's voices is, of an amplitude of about one; without `substitution` strata differ by
-    their voices alone. The rest is as in `Speech`.
+    Typical speech is in the splits `typical` and `typical_val` (a fifth of its speakers); other
+    speakers are split by `fractions`. A clip has `words_each` words. `voice` is the amplitude of
+    the noise of voices (that of speech is about 1). Without `substitution`, strata differ only in
+    their voices. The other arguments are those of `Speech`.
     """
     if not 1 <= strata <= len(STRATA):
         raise UserError(f"data.strata={strata} must be 1 to {len(STRATA)}")
-    random = np.random.default_rng([seed, 5])
-    rows: list[dict[str, Any]] = []
-    words: list[list[tuple[int, int]]] = []
-    sounds: list[list[tuple[int, int]]] = []
-    people: list[Speaker] = []
-    voices: list[str] = []
-    for stratum in (*STRATA[:strata], TYPICAL):
-        many, each = (typical_speakers, typical_clips) if stratum == TYPICAL else (speakers, clips)
-        for number in range(many):
-            own, typical = (
-                speaker_at(
-                    random, round(voice * (random.random() if stratum == TYPICAL else 1.0), 3)
-                ),
-                TYPICAL_SPLITS[number % 5 == 4],
-            )
-            shift = STRATA.index(stratum) + 1 if substitution and stratum != TYPICAL else 0
-            for _ in range(each):
-                said = random.integers(len(VOWELS), size=(words_each, 2))
-                words.append([(int(a), int(b)) for a, b in said])
-                sounds.append([(int(a), int(b)) for a, b in (said + shift) % len(VOWELS)])
-                people.append(own)
-                voices.append(stratum)
-                place = {"speaker": f"{stratum} {number}", "stratum": stratum}
-                rows.append({"transcript": text(words[-1]), "split": typical, **place})
-    table = pd.DataFrame(rows)
-    chosen = np.flatnonzero(table["stratum"] != TYPICAL)
-    speaker, stratum = (
-        table[name].iloc[chosen].astype("category").cat.codes.to_numpy(np.int64)
-        for name in ("speaker", "stratum")
-    )
-    parts = dict(zip(SPLITS, fractions, strict=True))
-    dealt = by_speaker(speaker, stratum, parts, split_seed, sorted(STRATA[:strata]))
-    for name, members in dealt.items():
-        table.loc[chosen[members], "split"] = name
-    if seconds < shortest(words_each, 1.1):
+    if seconds < (least := min_length(words_each, 1.1)):
         raise UserError(
             f"data.seconds={seconds} is too short for data.words_each={words_each}; set it to "
-            f"{shortest(words_each, 1.1):.2f} or more"
+            f"{least:.2f} or more"
         )
-    source = Synthesiser(sounds, people, voices, seed, seconds)
+    random = np.random.default_rng([seed, 5])
+    drawn: list[SimulatedClip] = []
+    for stratum in STRATA[:strata]:
+        shift = STRATA.index(stratum) + 1 if substitution else 0
+        drawn += draw_clips(random, stratum, speakers, clips, words_each, voice, shift)
+    drawn += draw_clips(random, TYPICAL, typical_speakers, typical_clips, words_each, voice, 0)
+    source = Synthesiser(
+        [clip.pronounced for clip in drawn], [clip.speaker for clip in drawn],
+        [clip.stratum for clip in drawn], seed, seconds,
+    )  # fmt: skip
     return Speech(
-        table,
+        clip_table(drawn, fractions, split_seed),
         Columns("transcript", speaker="speaker", stratum="stratum", split="split"),
-        normaliser="basic",
-        vocabulary=vocabulary,
-        bands=bands,
-        seconds=seconds,
-        fraction=fraction,
-        split_seed=split_seed,
-        source=source,
+        normaliser="basic", vocabulary=vocabulary, bands=bands, seconds=seconds,
+        fraction=fraction, split_seed=split_seed, source=source,
+    )  # fmt: skip
+
+
+def draw_clips(
+    random: np.random.Generator,
+    stratum: str,
+    speakers: int,
+    clips: int,
+    words_each: int,
+    voice: float,
+    shift: int,
+) -> list[SimulatedClip]:
+    """Draw `clips` of each of `speakers`; vowel v is pronounced as vowel v + `shift`."""
+    found = []
+    for number in range(speakers):
+        noise = voice * (random.random() if stratum == TYPICAL else 1.0)
+        speaker = draw_speaker(random, round(noise, 3))
+        for _ in range(clips):
+            vowels = random.integers(len(VOWELS), size=(words_each, 2))
+            words, pronounced = (
+                [(int(a), int(b)) for a, b in pairs]
+                for pairs in (vowels, (vowels + shift) % len(VOWELS))
+            )
+            split = TYPICAL_SPLITS[number % 5 == 4]
+            name = f"{stratum} {number}"
+            found.append(SimulatedClip(words, pronounced, speaker, name, stratum, split))
+    return found
+
+
+def clip_table(
+    clips: list[SimulatedClip], fractions: tuple[float, float, float], seed: int
+) -> pd.DataFrame:
+    """Return transcript, split, speaker and stratum of clips; speakers of strata are split."""
+    table = pd.DataFrame(
+        {
+            "transcript": [text(clip.words) for clip in clips],
+            "split": [clip.split for clip in clips],
+            "speaker": [clip.name for clip in clips],
+            "stratum": [clip.stratum for clip in clips],
+        }
     )
+    chosen = np.flatnonzero(table["stratum"] != TYPICAL)
+    own = table.iloc[chosen].astype("category")
+    speaker, stratum = (own[n].cat.codes.to_numpy(np.int64) for n in ("speaker", "stratum"))
+    names = [str(name) for name in own["stratum"].cat.categories]
+    shares = dict(zip(SPLITS, fractions, strict=True))
+    for name, rows in by_speaker(speaker, stratum, shares, seed, names).items():
+        table.loc[chosen[rows], "split"] = name
+    return table
 
 
 def text(words: list[tuple[int, int]]) -> str:
-    """How words are written: a consonant stands for the first vowel of each."""
+    """Write words: a consonant stands for the first vowel."""
     return " ".join(CONSONANTS[first] + list(VOWELS)[second] for first, second in words)

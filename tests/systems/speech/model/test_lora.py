@@ -1,4 +1,4 @@
-"""Adapters of many experts in one product are those that each row would have by itself."""
+"""Batched adapters equal the adapters of each row."""
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ def test_a_new_expert_changes_nothing_and_no_route_is_the_base() -> None:
         assert torch.equal(found(x), found.base(x))
 
 
-def test_gradients_reach_the_experts_of_the_rows_alone() -> None:
+def test_only_experts_of_the_rows_have_gradients() -> None:
     found, route = layer()
     with route.active(rows=torch.tensor([1, 1])):
         found(torch.randn(2, 3, 6)).square().sum().backward()

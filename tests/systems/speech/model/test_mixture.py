@@ -1,4 +1,4 @@
-"""The mixture: routing, its gradients, its curriculum, decoding, and what is saved of it."""
+"""The mixture: routing, gradients, curriculum, decoding, and saved weights."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_gradients_of_the_routed_form_are_those_of_the_dense_one(
 
 
 def test_every_expert_and_the_gate_are_trained(tiny: MixtureWhisper, batch: Batch) -> None:
-    """The ancestor switched adapters before one backward pass: the last one alone was trained."""
+    """If adapters are switched before one backward pass, only the last one is trained."""
     freeze(tiny, ADAPTERS, [])
     train_mode(tiny, frozen_modules(tiny))
     tiny.phase = "soft"
@@ -59,7 +59,7 @@ def test_every_expert_and_the_gate_are_trained(tiny: MixtureWhisper, batch: Batc
     assert found.keys() == {n for n, p in tiny.named_parameters() if p.requires_grad}
     assert len(found) == 4 + 2 * 4 * len(layers(tiny.whisper))
     assert all(value.abs().sum() > 0 for value in found.values())
-    assert not tiny.whisper.model.encoder.training, "what is frozen is in evaluation mode"
+    assert not tiny.whisper.model.encoder.training, "frozen modules are in evaluation mode"
 
 
 def test_only_q_and_v_of_the_decoder_are_adapted(tiny: MixtureWhisper) -> None:
@@ -71,7 +71,7 @@ def test_only_q_and_v_of_the_decoder_are_adapted(tiny: MixtureWhisper) -> None:
     ]
 
 
-def test_rows_are_as_many_as_the_experts_that_are_asked(tiny: MixtureWhisper, batch: Batch) -> None:
+def test_each_clip_has_a_row_for_each_of_its_experts(tiny: MixtureWhisper, batch: Batch) -> None:
     freeze(tiny, ADAPTERS, [])
     tiny.train()
     counts = {}
@@ -100,7 +100,7 @@ def test_the_curriculum_and_the_temperature_follow_the_epochs(small: Speech) -> 
     assert all(a >= b for (_, a), (_, b) in pairwise(seen))
 
 
-def test_an_expert_that_is_not_active_is_never_chosen(tiny: MixtureWhisper, batch: Batch) -> None:
+def test_an_inactive_expert_is_never_chosen(tiny: MixtureWhisper, batch: Batch) -> None:
     tiny.gate.active[1:3] = False
     tiny.train()
     for phase in ("soft", "topk"):
@@ -127,15 +127,13 @@ def test_noise_is_drawn_for_the_whole_batch(small: Speech) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_decoding_is_by_the_likeliest_expert(
-    tiny: MixtureWhisper, batch: Batch, beams: int
-) -> None:
+def test_the_most_probable_expert_decodes(tiny: MixtureWhisper, batch: Batch, beams: int) -> None:
     tiny.eval()
     tokens, experts, probabilities = tiny.transcribe(batch, beams)
     assert torch.equal(experts, probabilities.argmax(1))
     if beams > 1:
         return
-    for row in range(4):  # step by step, each token the likeliest
+    for row in range(4):  # step by step, always the most probable token
         own = {name: column[row : row + 1] for name, column in batch.items()}
         said = list(tiny.spec.tokens.prefix)
         for _ in range(5):
@@ -147,7 +145,7 @@ def test_decoding_is_by_the_likeliest_expert(
         assert tokens[row][: len(expected)].tolist() == expected
 
 
-def test_mixtures_differ_and_are_put_back(tiny: MixtureWhisper, batch: Batch) -> None:
+def test_mixtures_differ_and_are_restored(tiny: MixtureWhisper, batch: Batch) -> None:
     tiny.eval()
     found = {"routed": tiny(batch)["logits"]}
     for mixture in ("dense", "shared", "none"):
@@ -167,7 +165,7 @@ def test_mixtures_differ_and_are_put_back(tiny: MixtureWhisper, batch: Batch) ->
     torch.testing.assert_close(tiny(batch)["logits"], found["none"])
 
 
-def test_pooling_leaves_padding_out(tiny: MixtureWhisper) -> None:
+def test_pooling_excludes_padding(tiny: MixtureWhisper) -> None:
     states = torch.randn(2, 18, 16)
     found = tiny.pool(states, torch.tensor([36, 7]))
     torch.testing.assert_close(found[0], states[0].mean(0))
@@ -176,7 +174,7 @@ def test_pooling_leaves_padding_out(tiny: MixtureWhisper) -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, small: Speech) -> Path:
-    """A small random Whisper as `save_pretrained` writes one."""
+    """A small Whisper with random weights, written by `save_pretrained`."""
     torch.manual_seed(1)
     base = whisper_tiny(small.spec, width=16, heads=2, encoder_layers=1, decoder_layers=1)
     own: Any = type(base.whisper)(base.whisper.config)
@@ -207,12 +205,14 @@ def test_a_checkpoint_is_loaded_trained_saved_and_loaded_again(
         other.load_state_dict({n: v for n, v in state.items() if not n.startswith("gate")})
 
 
-def test_a_base_that_is_not_saved_is_not_trained(
+def test_base_weights_that_are_not_saved_cannot_be_trained(
     checkpoint: Path, small: Speech, batch: Batch
 ) -> None:
     model = whisper(small.spec, str(checkpoint), experts=2)
     model.train()
-    with pytest.raises(UserError, match=r"is not saved, and so cannot be trained.*keep_base=true"):
+    with pytest.raises(
+        UserError, match=r"are not saved, so they cannot be trained.*keep_base=true"
+    ):
         model(batch)
     kept = whisper(small.spec, str(checkpoint), experts=2, keep_base=True)
     assert any("encoder" in name for name in kept.state_dict())
@@ -227,13 +227,13 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(
     tokens = small.spec.tokens
     for spec, message in (
         (replace(small.spec, tokens=replace(tokens, size=999)), "has 999 tokens, and model.path="),
-        (replace(small.spec, tokens=replace(tokens, prefix=(7,))), "begins and ends a transcript"),
+        (replace(small.spec, tokens=replace(tokens, prefix=(7,))), "begins and ends transcripts"),
         (replace(small.spec, frames=50), "20 bands x 50 frames, and model.path="),
         (replace(small.spec, tokens=replace(tokens, longest=99)), "a transcript has 99 tokens"),
     ):
         with pytest.raises(UserError, match=message):
             whisper(spec, str(checkpoint))
-    with pytest.raises(UserError, match=r"model.path=.*nothing is no Whisper checkpoint"):
+    with pytest.raises(UserError, match=r"model.path=.*nothing is not a Whisper checkpoint"):
         whisper(small.spec, str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"model.k=9 must be between 1 and model.experts=4"):
         whisper_tiny(small.spec, k=9)
@@ -241,7 +241,9 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(
         whisper_tiny(small.spec, curriculum=(0.7, 0.3))
 
 
-def test_activations_may_be_computed_again(tiny: MixtureWhisper, batch: Batch) -> None:
+def test_activation_checkpointing_has_the_same_gradients(
+    tiny: MixtureWhisper, batch: Batch
+) -> None:
     freeze(tiny, ADAPTERS, [])
     tiny.train()
     plain = gradients(tiny, batch)
@@ -274,7 +276,7 @@ def test_bf16_on_the_cpu(tiny: MixtureWhisper, batch: Batch) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu(tiny: MixtureWhisper, batch: Batch) -> None:
-    """No step waits for the device: not for the number of an expert's clips, nor for anything."""
+    """Training never synchronises with the device."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     tiny.cuda().train()

@@ -1,4 +1,4 @@
-"""peft reads the experts, and says the same."""
+"""peft loads an exported expert, with the same logits."""
 
 import json
 from pathlib import Path

@@ -66,7 +66,9 @@ def test_clips_without_states_are_heard(
 def test_an_encoder_that_left_states_is_not_trained(tiny: MixtureWhisper, speech_run: Any) -> None:
     run = speech_run(model=tiny)
     Extract(states=True)(run)
-    with pytest.raises(UserError, match=r"an encoder cannot be trained on states.*states=false"):
+    with pytest.raises(
+        UserError, match=r"an encoder cannot be trained on extracted states.*states=false"
+    ):
         TrainJointly(**FIT | {"train": ["*"]})(run)
 
 
@@ -81,7 +83,7 @@ def test_error_rates_while_training_are_those_of_the_evaluation(
     }
     stage = TrainJointly(**FIT, **settings)
     metrics = stage(run)
-    assert not tiny.decodes
+    assert not tiny.decode_in_evaluation
     assert len(run.history("it")["val_wer"].dropna()) == 2
     found = Transcribe(splits=["val"], resamples=2)(run)
     assert (metrics["val_wer"], metrics["val_cer"]) == (found["val_wer"], found["val_cer"])
@@ -98,7 +100,7 @@ def test_settings_with_error_rates_are_sent_and_compared(
     run = speech_run(model=tiny)
     settings = TrainJointly(**FIT, metrics={"rates": ErrorRates()})
     with fits.measured(run, tiny, settings):
-        assert tiny.decodes
+        assert tiny.decode_in_evaluation
         sent = pickle.loads(pickle.dumps(settings))
     assert (
         repr(sent) == repr(settings) == repr(TrainJointly(**FIT, metrics={"rates": ErrorRates()}))

@@ -1,4 +1,4 @@
-"""The models that a config names: Whisper from a checkpoint, or a small one from nothing."""
+"""Builders of models: Whisper from a checkpoint, or a small one with random weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,10 +23,10 @@ def whisper(
     noise: float = 0.0,
     keep_base: bool = False,
 ) -> MixtureWhisper:
-    """Whisper by the name of a checkpoint or the path of its folder, and experts on its decoder.
+    """Whisper from a checkpoint (name or folder), with experts on its decoder.
 
-    Its own weights are never trained and not saved with every stage, unless `keep_base`. Raises
-    UserError when the checkpoint cannot be read, or the data's tokens or windows do not fit it.
+    The base weights are neither trained nor saved, unless `keep_base`. Raises UserError if the
+    checkpoint cannot be read, or if the tokens or windows of the data do not match it.
     """
     with optional_imports():
         from transformers import WhisperForConditionalGeneration
@@ -35,10 +35,10 @@ def whisper(
     except (OSError, ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.path={path} is no Whisper checkpoint ({line}); give a folder written by "
-            "save_pretrained, or the name of a model that this machine can load"
+            f"model.path={path} is not a Whisper checkpoint ({line}); give a folder written by "
+            "save_pretrained, or the name of a model that can be loaded"
         ) from error
-    fits(spec, base.config, path)
+    check_checkpoint(spec, base.config, path)
     return MixtureWhisper(
         spec, base, experts, k, rank, alpha, dropout, hidden, curriculum, temperature, noise,
         keep_base,
@@ -64,7 +64,7 @@ def whisper_tiny(
 ) -> MixtureWhisper:
     """A small Whisper with random weights, sized by the data; needs no checkpoint and no network.
 
-    Its decoder has room for the longest transcript and a few tokens more.
+    The decoder has positions for the longest transcript and eight more tokens.
     """
     with optional_imports():
         from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -82,7 +82,7 @@ def whisper_tiny(
         max_source_positions=spec.frames // 2,
         max_target_positions=tokens.longest + 8,
         dropout=base_dropout,
-        # Whisper's 0.02 is for widths of a thousand: a small model with it learns nothing for long.
+        # Whisper's 0.02 suits widths of about 1000; small models train slowly with it.
         init_std=width**-0.5,
         pad_token_id=tokens.pad,
         bos_token_id=tokens.prefix[0],
@@ -97,20 +97,20 @@ def whisper_tiny(
     )  # fmt: skip
 
 
-def fits(spec: SpeechSpec, config: Any, path: str) -> None:
-    """Raise UserError unless the data's tokens, bands and windows are those of a checkpoint."""
+def check_checkpoint(spec: SpeechSpec, config: Any, path: str) -> None:
+    """Raise UserError if tokens, bands or windows of the data do not match the checkpoint."""
     tokens, bands = spec.tokens, len(spec.features["mel"].names)
     remedy = f"set data.pretrained={path}"
     start = config.decoder_start_token_id
     if tokens.size > config.vocab_size:
         raise UserError(
-            f"the data's tokenizer has {tokens.size} tokens, and model.path={path} knows "
+            f"the data's tokenizer has {tokens.size} tokens, and model.path={path} has "
             f"{config.vocab_size}; {remedy}"
         )
     if (tokens.prefix[0], tokens.end) != (start, config.eos_token_id):
         raise UserError(
-            f"the data's tokenizer begins and ends a transcript by tokens {tokens.prefix[0]} and "
-            f"{tokens.end}, model.path={path} by {start} and {config.eos_token_id}; {remedy}"
+            f"the data's tokenizer begins and ends transcripts with tokens {tokens.prefix[0]} and "
+            f"{tokens.end}, model.path={path} with {start} and {config.eos_token_id}; {remedy}"
         )
     if (bands, spec.frames) != (config.num_mel_bins, 2 * config.max_source_positions):
         raise UserError(
@@ -120,5 +120,5 @@ def fits(spec: SpeechSpec, config: Any, path: str) -> None:
     if tokens.longest > config.max_target_positions:
         raise UserError(
             f"a transcript has {tokens.longest} tokens, and model.path={path} has room for "
-            f"{config.max_target_positions}; leave it out or split the clip"
+            f"{config.max_target_positions}; leave the clip out or split it"
         )

@@ -1,14 +1,14 @@
-"""The gate, which tells from a clip's mean encoder state which experts it needs."""
+"""The gate: predicts the experts of a clip from its mean encoder state."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Gate(nn.Module):
-    """Linear, ReLU, linear: (B, width) to scores (B, experts).
+    """Linear, ReLU, linear: (B, width) to logits (B, experts).
 
-    Experts that are not `active` (fewer clusters were found than there are experts) are never
-    chosen.
+    Experts that are not `active` are never chosen; this is used if there are fewer clusters than
+    experts.
     """
 
     active: Tensor
@@ -19,7 +19,7 @@ class Gate(nn.Module):
         self.register_buffer("active", torch.ones(experts, dtype=torch.bool))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Scores, in fp32 at least, the lowest there are where an expert is not active."""
-        scores: Tensor = self.layers(pooled)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return scores.masked_fill(~self.active, torch.finfo(scores.dtype).min)
+        """Return logits, at least in fp32; inactive experts have the lowest finite value."""
+        logits: Tensor = self.layers(pooled)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.masked_fill(~self.active, torch.finfo(logits.dtype).min)

@@ -1,4 +1,4 @@
-"""Low-rank adapters of many experts in one linear layer (Hu et al. 2021, arXiv:2106.09685)."""
+"""LoRA adapters of several experts in one linear layer (Hu et al. 2021, arXiv:2106.09685)."""
 
 import math
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Route:
-    """Which experts act in a forward pass; all layers of a model look at one route.
+    """Routing of a forward pass, shared by all layers of a model.
 
-    `rows` (N,): the expert of each row. `weights` (N, E): how much of each expert is added in each
-    row. Neither: the base alone.
+    `rows` (N,): expert of each row. `weights` (N, E): weights of all experts in each row. Neither:
+    the base model alone.
     """
 
     def __init__(self) -> None:
@@ -21,18 +21,20 @@ class Route:
 
     @contextmanager
     def active(self, rows: Tensor | None = None, weights: Tensor | None = None) -> Iterator[None]:
-        """Take this way within the block. A backward pass that computes the forward again (to save
-        memory) comes after the block, so that what was set last stays.
+        """Use this routing within the block.
+
+        It is not reset afterwards: with activation checkpointing, the backward pass repeats the
+        forward pass after the block.
         """
         self.rows, self.weights = rows, weights
         yield
 
 
 class ExpertLinear(nn.Module):
-    """A linear layer and E adapters of rank r: W x + (alpha / r) B_e A_e x, e by the route.
+    """A linear layer with E adapters of rank r: W x + (alpha / r) B_e A_e x; the route gives e.
 
-    The adapters of all rows are one batched product each; nothing waits for the device. An
-    expert's `A` (r, in) begins as in peft, its `B` (out, r) at zero, so that it changes nothing.
+    Adapters are applied by batched products, without device synchronisation. `A` (r, in) is
+    initialised as in peft, `B` (out, r) by zero, so a new adapter changes nothing.
     """
 
     def __init__(
@@ -55,13 +57,13 @@ class ExpertLinear(nn.Module):
         )
         for matrix in self.A:
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
-        # Shared with the model, which is not to have it once more in each layer.
+        # Not an attribute of the module: the route is shared by all layers.
         self.__dict__["route"] = route
 
     route: Route
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, T, in) to (N, T, out)."""
+        """Map (N, T, in) to (N, T, out)."""
         found: Tensor = self.base(x)
         rows, weights = self.route.rows, self.route.weights
         if rows is None and weights is None:
@@ -69,8 +71,8 @@ class ExpertLinear(nn.Module):
         A, B = torch.stack(tuple(self.A)), torch.stack(tuple(self.B))
         x = self.dropout(x)
         if rows is not None:
-            low = torch.bmm(x, A[rows].transpose(1, 2))
-            return found + self.scale * torch.bmm(low, B[rows].transpose(1, 2))
+            reduced = torch.bmm(x, A[rows].transpose(1, 2))
+            return found + self.scale * torch.bmm(reduced, B[rows].transpose(1, 2))
         assert weights is not None
-        low = torch.einsum("nti,eri->nter", x, A) * weights[:, None, :, None].to(x.dtype)
-        return found + self.scale * torch.einsum("nter,eor->nto", low, B)
+        reduced = torch.einsum("nti,eri->nter", x, A) * weights[:, None, :, None].to(x.dtype)
+        return found + self.scale * torch.einsum("nter,eor->nto", reduced, B)

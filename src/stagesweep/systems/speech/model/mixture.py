@@ -1,4 +1,4 @@
-"""Whisper with a gate and a mixture of experts, which are LoRA adapters of its decoder."""
+"""Whisper with a gate and a mixture of experts: LoRA adapters of its decoder."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,30 +14,27 @@ from stagesweep.systems.speech.model.gate import Gate
 from stagesweep.systems.speech.model.lora import ExpertLinear, Route
 from stagesweep.systems.speech.optional import optional_imports
 
-# routed: rows of the chosen experts; dense: the adapters of all, weighted by the gate within each
-# layer; shared: all of them as one adapter of E times the rank; none: the base alone.
+# routed: each row has one expert; dense: all adapters, weighted by the gate in each layer; shared:
+# all adapters as one of E times the rank; none: the base model alone.
 Mixture = Literal["routed", "dense", "shared", "none"]
-MIXTURES: tuple[Mixture, ...] = ("routed", "dense", "shared", "none")
-# Globs of what is not the base; `train` of a fit names some of them.
-EXPERTS, GATE = ("*.A.*", "*.B.*"), ("gate.*",)
 
 
 class MixtureWhisper(nn.Module):
     """Whisper, a gate and E experts.
 
-    The gate sees the mean encoder state of a clip. An expert is a LoRA adapter set on the q and v
-    projections of the decoder's attentions (of the encoder's none).
+    The input of the gate is the mean encoder state of a clip. An expert is a set of LoRA adapters
+    of the q and v projections in the attentions of the decoder.
 
-    In training the decoder hears a clip once for each of its K experts, in one pass of B K rows
-    (row ``b K + i`` is expert i of clip b), and the loss weighs their cross-entropies. K and the
-    weights follow a curriculum over the epochs of a fit: below the first fraction of `curriculum`
-    all experts, weighted by the gate (soft); then the `k` likeliest, their probabilities made to
-    add up to one (top-k soft); from the second fraction on the likeliest counts alone, while the
-    gate learns from all k by a straight-through estimate (top-k hard; Bengio et al. 2013). The
-    temperature of the gate falls linearly from the first number of `temperature` to the second,
-    `noise` is the standard deviation of what is added to its scores (Shazeer et al. 2017).
+    In training the decoder processes each clip with K experts, in one pass of B K rows (row
+    ``b K + i`` is expert i of clip b), and the loss is the weighted mean of their cross-entropies.
+    K and the weights follow a curriculum over the epochs of a fit. Before the first fraction of
+    `curriculum`: all experts, weighted by the gate (soft). Then: the `k` most probable, with
+    renormalised probabilities (top-k soft). From the second fraction on: the most probable alone,
+    with straight-through gradients for the gate (top-k hard; Bengio et al. 2013). The temperature
+    of the gate decreases linearly from the first value of `temperature` to the second. `noise` is
+    the standard deviation of the noise of its logits (Shazeer et al. 2017).
 
-    In evaluation, and when decoding, a clip is told by its likeliest expert.
+    In evaluation, each clip is decoded by its most probable expert.
     """
 
     def __init__(
@@ -56,7 +53,7 @@ class MixtureWhisper(nn.Module):
         keep_base: bool = True,
     ) -> None:
         super().__init__()
-        check(experts, k, curriculum, temperature)
+        check_settings(experts, k, curriculum, temperature)
         self.spec, self.experts, self.k = spec, experts, k
         self.rank, self.alpha, self.noise = rank, alpha, noise
         self.curriculum, self.temperatures = tuple(curriculum), tuple(temperature)
@@ -68,21 +65,21 @@ class MixtureWhisper(nn.Module):
             layer = ExpertLinear(module, self.route, experts, rank, alpha, dropout)
             setattr(whisper.get_submodule(parent), last, layer)
         self.mixture: Mixture = "routed"
-        # The slow reference: every expert hears every clip, the weights are the same.
+        # Reference for tests and benchmarks: all experts process every clip, with equal results.
         self.all_rows = False
-        # Whether clips are also decoded when the model is evaluated.
-        self.decodes = False
+        # Whether `forward` also decodes in evaluation.
+        self.decode_in_evaluation = False
         self._checkpointed = False
         self.begin_epoch(1, 1)
         self.keep_base = keep_base
         if not keep_base:
-            whisper.register_state_dict_post_hook(_leave_out_base)
-            whisper.register_load_state_dict_post_hook(_base_is_there)
+            whisper.register_state_dict_post_hook(_drop_base_weights)
+            whisper.register_load_state_dict_post_hook(_allow_missing_base)
 
-    # ------------------------------------------------------------- what fits ask for
+    # ------------------------------------------------------------- interface of fits
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Where the curriculum stands in epoch `epoch` (from 0) of `epochs`, and at its end."""
+        """Set phase and temperature of epoch `epoch` (from 0) of `epochs`."""
         done = epoch / epochs
         first, second = self.curriculum
         self.phase = "soft" if done < first else "topk" if done < second else "hard"
@@ -90,7 +87,7 @@ class MixtureWhisper(nn.Module):
         self.temperature = start + (end - start) * min(epoch / max(epochs - 1, 1), 1.0)
 
     def sample_noise(self, samples: int, generator: torch.Generator) -> Batch:
-        """What is drawn for an undivided batch: the gate's noise (B, E)."""
+        """Draw the noise of the gate, ``gate_noise`` (B, E), for an undivided batch."""
         if not self.noise:
             return {}
         shape = (samples, self.experts)
@@ -101,7 +98,7 @@ class MixtureWhisper(nn.Module):
 
     @property
     def checkpointed(self) -> bool:
-        """Whether activations are computed again in the backward pass, to save memory."""
+        """Whether activations are recomputed in the backward pass, to save memory."""
         return self._checkpointed
 
     @checkpointed.setter
@@ -117,12 +114,12 @@ class MixtureWhisper(nn.Module):
     # ------------------------------------------------------------- forward
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`gate` (B, E), log-probabilities of the experts, and for batches that have more than
-        `pooled` vectors: `logits` (B, K, T, V), `experts` (B, K) and `weights` (B, K), which add up
-        to one, and `pooled` (B, width). In evaluation with `decodes` also `heard` (B, L), the
-        tokens that are decoded greedily, padded to the most there can be.
+        """Return `gate` (B, E), log-probabilities of the experts.
 
-        Where the batch says which `expert` (B,) a clip has, it has that one (K = 1).
+        Unless the batch has only `pooled` vectors, also `logits` (B, K, T, V), `experts` (B, K),
+        `weights` (B, K) with sum 1, and `pooled` (B, width). In evaluation with
+        `decode_in_evaluation` also `decoded` (B, L), greedily decoded tokens, padded to maximal
+        length. A column `expert` (B,) of the batch replaces the choice of the gate (K = 1).
         """
         if "mel" not in batch and "states" not in batch:
             return {"gate": self.gate(batch["pooled"]).log_softmax(1)}
@@ -146,23 +143,23 @@ class MixtureWhisper(nn.Module):
             "gate": probabilities.clamp_min(1e-20).log(),
             "pooled": pooled,
         }
-        if self.decodes and not self.training:
-            heard = self.decode(states, experts, probabilities)
-            rest = (0, self.room - heard.shape[1])
-            found["heard"] = nn.functional.pad(heard, rest, value=self.spec.tokens.pad)
+        if self.decode_in_evaluation and not self.training:
+            decoded = self.decode(states, experts, probabilities)
+            padding = (0, self.max_new_tokens - decoded.shape[1])
+            found["decoded"] = nn.functional.pad(decoded, padding, value=self.spec.tokens.pad)
         return found
 
     def encode(self, batch: Batch) -> Tensor:
-        """Encoder states (B, positions, width): those of the batch, or of its `mel`.
+        """Return encoder states (B, positions, width), from `states` or `mel` of the batch.
 
-        No gradient is kept for an encoder that is not trained.
+        A frozen encoder runs without gradients.
         """
         encoder = self.whisper.model.encoder
         trained = any(parameter.requires_grad for parameter in encoder.parameters())
         if "states" in batch:
             if trained and self.training:
                 raise UserError(
-                    "an encoder cannot be trained on states that it has left; freeze it (train: "
+                    "an encoder cannot be trained on extracted states; freeze it (train: "
                     '[gate.*, "*.A.*", "*.B.*"] of the fit), or set stage.extract.states=false'
                 )
             return batch["states"].float()
@@ -171,24 +168,24 @@ class MixtureWhisper(nn.Module):
         return states
 
     def pool(self, states: Tensor, frames: Tensor) -> Tensor:
-        """The mean (B, width) of the states (B, positions, width) that are not of padding, fp32."""
+        """Return the mean (B, width) of states (B, positions, width) without padding, in fp32."""
         last = torch.div(frames + 1, 2, rounding_mode="floor").clamp(1, states.shape[1])
-        heard = torch.arange(states.shape[1], device=states.device) < last[:, None]
+        mask = torch.arange(states.shape[1], device=states.device) < last[:, None]
         states = states.to(torch.promote_types(states.dtype, torch.float32))
-        total: Tensor = torch.einsum("bpw,bp->bw", states, heard.to(states))
+        total: Tensor = torch.einsum("bpw,bp->bw", states, mask.to(states))
         return total / last[:, None]
 
     def probabilities(self, pooled: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Probabilities (B, E) of the experts; in training at the temperature of the epoch."""
-        scores = self.gate(pooled)
+        """Return probabilities (B, E) of the experts; in training with noise and temperature."""
+        logits = self.gate(pooled)
         if self.training:
-            scores = scores if noise is None else scores + noise
-            scores = scores / self.temperature
-        probabilities: Tensor = scores.softmax(1)
+            logits = logits if noise is None else logits + noise
+            logits = logits / self.temperature
+        probabilities: Tensor = logits.softmax(1)
         return probabilities
 
     def choose(self, probabilities: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The experts (B, K) that hear each clip, and what each weighs (B, K)."""
+        """Return the experts (B, K) of each clip and their weights (B, K)."""
         if given is not None:
             return given[:, None], torch.ones_like(probabilities[:, :1])
         if self.mixture != "routed" or not self.training:
@@ -210,7 +207,7 @@ class MixtureWhisper(nn.Module):
     def _routing(
         self, experts: Tensor, probabilities: Tensor, copies: int = 1
     ) -> dict[str, Tensor]:
-        """What the layers are told: for each row its expert, or how much of each."""
+        """Routing arguments of the layers: the expert of each row, or weights of all experts."""
         match self.mixture:
             case "routed":
                 return {"rows": experts.flatten().repeat_interleave(copies)}
@@ -221,12 +218,12 @@ class MixtureWhisper(nn.Module):
         return {}
 
     def _check_trained(self) -> None:
-        """Raise UserError for training what is not saved."""
+        """Raise UserError if weights are trained that are not saved."""
         if self.keep_base or not (self.training and torch.is_grad_enabled()):
             return
         if any(p.requires_grad for n, p in self.whisper.named_parameters() if not is_expert(n)):
             raise UserError(
-                "the base of this model is not saved, and so cannot be trained; freeze it "
+                "the base weights are not saved, so they cannot be trained; freeze them "
                 '(\'train: [gate.*, "*.A.*", "*.B.*"]\' of the fit), or set model.keep_base=true'
             )
 
@@ -234,10 +231,10 @@ class MixtureWhisper(nn.Module):
 
     @torch.no_grad()
     def transcribe(self, batch: Batch, beams: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, L) after the prefix, padded, the expert (B,) that told each clip, and the
-        gate's probabilities (B, E).
+        """Return padded tokens (B, L) after the prefix, the expert (B,) of each clip, and its
+        probabilities (B, E) of experts.
 
-        Greedy for one beam, else beam search, by transformers' `generate`.
+        Decoding is greedy for one beam, else beam search, by transformers' `generate`.
         """
         states = self.encode(batch)
         probabilities = self.probabilities(self.pool(states, batch["frames"]))
@@ -245,14 +242,14 @@ class MixtureWhisper(nn.Module):
         return self.decode(states, experts, probabilities, beams), experts[:, 0], probabilities
 
     @property
-    def room(self) -> int:
-        """How many tokens the decoder can write after the prefix."""
+    def max_new_tokens(self) -> int:
+        """Maximal number of decoded tokens after the prefix."""
         return int(self.whisper.config.max_target_positions) - len(self.spec.tokens.prefix)
 
     def decode(
         self, states: Tensor, experts: Tensor, probabilities: Tensor, beams: int = 1
     ) -> Tensor:
-        """Tokens (B, L) after the prefix that are heard in encoder states, padded."""
+        """Decode encoder states; returns padded tokens (B, L) after the prefix."""
         with optional_imports():
             from transformers.generation.utils import GenerationMixin
             from transformers.modeling_outputs import BaseModelOutput
@@ -263,7 +260,7 @@ class MixtureWhisper(nn.Module):
                 self.whisper,
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 decoder_input_ids=prefix,
-                max_new_tokens=self.room,
+                max_new_tokens=self.max_new_tokens,
                 num_beams=beams,
                 do_sample=False,
                 pad_token_id=tokens.pad,
@@ -274,7 +271,7 @@ class MixtureWhisper(nn.Module):
 
     @contextmanager
     def mixed(self, mixture: Mixture) -> Iterator[None]:
-        """Mix the experts in another way within the block."""
+        """Use another mixture within the block."""
         before, self.mixture = self.mixture, mixture
         try:
             yield
@@ -284,7 +281,7 @@ class MixtureWhisper(nn.Module):
     # ------------------------------------------------------------- adapters
 
     def adapter(self, expert: int) -> dict[str, Tensor]:
-        """The weights of an expert by the names that peft gives them."""
+        """Return the weights of an expert, with the names of peft."""
         found = {}
         for name, layer in layers(self.whisper):
             key = f"base_model.model.{name}"
@@ -293,14 +290,16 @@ class MixtureWhisper(nn.Module):
         return found
 
 
-def check(experts: int, k: int, curriculum: Sequence[float], temperature: Sequence[float]) -> None:
-    """Raise UserError for numbers that do not go together."""
+def check_settings(
+    experts: int, k: int, curriculum: Sequence[float], temperature: Sequence[float]
+) -> None:
+    """Raise UserError for settings that are out of range."""
     if not 1 <= k <= experts:
         raise UserError(f"model.k={k} must be between 1 and model.experts={experts}")
     if len(curriculum) != 2 or not 0 <= curriculum[0] <= curriculum[1] <= 1:
         raise UserError(
             f"model.curriculum={list(curriculum)} must be two fractions of the epochs in order: "
-            "where top-k soft begins, and where top-k hard does"
+            "the begin of top-k soft and of top-k hard"
         )
     if len(temperature) != 2 or min(temperature) <= 0:
         raise UserError(
@@ -309,8 +308,8 @@ def check(experts: int, k: int, curriculum: Sequence[float], temperature: Sequen
 
 
 def adapter_targets(whisper: Any) -> list[tuple[str, nn.Linear]]:
-    """The q and v projections of the decoder, by name. A match by the last name alone would find
-    those of the encoder as well.
+    """Return the q and v projections of the decoder by name. The prefix excludes the encoder, whose
+    projections have the same last names.
     """
     return [
         (name, module)
@@ -320,26 +319,26 @@ def adapter_targets(whisper: Any) -> list[tuple[str, nn.Linear]]:
 
 
 def layers(whisper: Any) -> list[tuple[str, ExpertLinear]]:
-    """The layers that have experts, by name."""
+    """Return the layers with experts by name."""
     found = whisper.named_modules()
     return [(name, module) for name, module in found if isinstance(module, ExpertLinear)]
 
 
 def is_expert(name: str) -> bool:
-    """Whether a parameter of that name is an expert's."""
+    """Whether a name is that of an expert's parameter."""
     return ".A." in name or ".B." in name
 
 
-def _leave_out_base(
+def _drop_base_weights(
     module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
 ) -> None:
-    """Keep of Whisper's weights those of the experts alone: the rest is in its checkpoint."""
+    """Drop the base weights, which are in the checkpoint of Whisper."""
     for key in [key for key in state if key.startswith(prefix) and not is_expert(key)]:
         del state[key]
 
 
-def _base_is_there(module: nn.Module, keys: Any) -> None:
-    """What `_leave_out_base` leaves out is not missing."""
+def _allow_missing_base(module: nn.Module, keys: Any) -> None:
+    """Do not report dropped base weights as missing."""
     keys.missing_keys[:] = [
         key for key in keys.missing_keys if not key.startswith("whisper.") or is_expert(key)
     ]

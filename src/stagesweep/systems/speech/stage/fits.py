@@ -42,12 +42,12 @@ class ErrorRates:
     Works in the fits of this system alone, which tell it what tokens mean.
     """
 
-    reads = ("heard", "clip")
+    reads = ("decoded", "clip")
 
     def __call__(self, arrays: dict[str, NDArray[Any]]) -> dict[str, float]:
-        """Error rates of `heard` (n, L), tokens, in windows of the clips `clip` (n,)."""
+        """Error rates of `decoded` (n, L), tokens, in windows of the clips `clip` (n,)."""
         data: Speech = self.__dict__["data"]
-        said = [data.tokenizer.decode(row) for row in arrays["heard"].tolist()]
+        said = [data.tokenizer.decode(row) for row in arrays["decoded"].tolist()]
         told = joined(data, arrays["clip"], said)
         sums = metric.errors(told["reference"], told["hypothesis"]).sum()
         return {
@@ -71,8 +71,8 @@ def measured(run: "Context", model: Any, settings: schema.Fit) -> Iterator[None]
         )
     for each in rates:
         each.__dict__["data"] = run.data
-    before, model.decodes = model.decodes, bool(rates)
+    before, model.decode_in_evaluation = model.decode_in_evaluation, bool(rates)
     try:
         yield
     finally:
-        model.decodes = before
+        model.decode_in_evaluation = before
