@@ -184,8 +184,10 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint_is_one_line(
     ("override", "message"),
     [
         ("model.k=9", "model.k=9 must be between 1 and model.experts=4"),
-        ("stage.extract.samples=2", "2 clips make no 4 clusters; extract more"),
+        ("stage.extract.samples=2", "2 clips are too few for 4 clusters; extract more"),
         ("model.experts=9 stage.cluster.fewer=fail", "clusters for 9 experts with every min_clus"),
+        ("stage.cluster.dim=0", "stage.cluster.dim=0: must be at least 1"),
+        ("stage.cluster.fewer=stop", "stage.cluster.fewer=stop: Cluster expects Literal["),
         ("data.seconds=0.1", "data.seconds=0.1 is too short for data.words_each=1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Small speech data, small models, and a run in the middle of a stage."""
+"""Small speech data, small models, and a run within a stage."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ WORDS = ("one", "two", "three", "four")
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features are kept for the session: the tests hear the same clips again and again."""
+    """The cache of features is shared by all tests of a session."""
     folder = tmp_path_factory.getbasetemp().parent / "speech_features"
     monkeypatch.setenv("STAGESWEEP_FEATURES", str(folder))
 
@@ -42,7 +42,7 @@ def small() -> Speech:
 
 @pytest.fixture
 def tiny(small: Speech) -> MixtureWhisper:
-    """A model of 20,000 parameters for it, whose experts are not all the same."""
+    """A model of 20,000 parameters for `small`, with different experts."""
     torch.manual_seed(0)
     return tiny_for(small)
 
@@ -89,7 +89,7 @@ MakeSpeechRun = Callable[..., Context]
 
 @pytest.fixture
 def speech_run(tmp_path: Path, small: Speech) -> Iterator[MakeSpeechRun]:
-    """A run in a stage called `it`, with the model and the data that are given."""
+    """A run in a stage called `it`, with given model and data."""
 
     def make(model: Any = None, data: Speech = small, number: int = 0, **stage: Any) -> Context:
         node = {"_target_": "stagesweep.stage.fit.Fit", **stage}

@@ -1,19 +1,24 @@
-"""Figures show what is there, and are left out where nothing is."""
+"""Figures show the data; figures without data are skipped."""
 
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stagesweep.systems.speech.figures import SpeechFigures, cluster_map, curves, error_rates
-from stagesweep.systems.speech.figures import expert_use as draw_use
+from stagesweep.systems.speech.figures import (
+    SpeechFigures,
+    cluster_map,
+    curves,
+    error_rates,
+    expert_usage,
+)
 
 
-def test_nothing_is_drawn_of_nothing(speech_run: Any) -> None:
+def test_no_data_no_figures(speech_run: Any) -> None:
     assert SpeechFigures()(speech_run()) == {"figures": 0}
 
 
-def test_each_figure_has_its_numbers() -> None:
+def test_figures_show_the_data() -> None:
     random = np.random.default_rng(0)
     table = pd.DataFrame(
         {"cluster": random.integers(3, size=40), "stratum": ["a", "b"] * 20,
@@ -24,10 +29,10 @@ def test_each_figure_has_its_numbers() -> None:
     rows = pd.DataFrame({"epoch": [1, 2], "train_loss": [2.0, 1.0], "val_loss": [2.5, None]})
     figure = curves("experts", {"experts_0": rows, "experts_1": rows})
     assert len(figure.axes[0].lines) == 4
-    use = pd.DataFrame(
+    usage = pd.DataFrame(
         {"stratum": ["all", "a"], "clips": [9, 9], "expert_0": [0.7, 1.0], "expert_1": [0.3, 0.0]}
     )
-    texts = [text.get_text() for text in draw_use(use, "test").axes[0].texts]
+    texts = [text.get_text() for text in expert_usage(usage, "test").axes[0].texts]
     assert texts == ["0.70", "0.30", "1.00"]
     rates = pd.DataFrame(
         {"method": ["routed", "none"], "stratum": "all", "wer": [0.1, 0.9],

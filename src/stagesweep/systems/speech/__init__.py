@@ -1,5 +1,6 @@
-"""Speech recognition by a mixture of experts on Whisper: clips, model, stages and figures.
+"""Speech recognition by a mixture of experts on Whisper.
 
-May import the shared parts and the layers below them, and no other system. Read
-``data/dataset.py`` first, then ``model/mixture.py``.
+Contains data, simulator, models, losses, stages, metrics and figures of this system. May import the
+shared parts and everything below, but no other system. Read `data/dataset.py` first, then
+`model/mixture.py`.
 """

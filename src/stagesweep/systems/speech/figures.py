@@ -1,4 +1,4 @@
-"""The stage that draws the figures of a run: clusters, curves, use of experts, error rates."""
+"""Stage that draws the figures of a run: clusters, curves, usage of experts, error rates."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from stagesweep.config.schema import bounded
 from stagesweep.stage.plotting import (
     BLUE,
     COLOURS,
@@ -33,28 +34,27 @@ Array = NDArray[Any]
 
 @dataclass
 class SpeechFigures:
-    """Draw what earlier stages left; a figure whose numbers are not there is left out.
+    """Draw the artifacts of earlier stages; figures without data are skipped.
 
     `clusters`: a map of the extracted vectors by cluster, stratum and speaker.
-    ``curves_<stage>``: every stage that trained something. `expert_use`: which experts told the
-    clips of each stratum. `wer`: error rates of each method and stratum, with intervals over
-    speakers.
+    ``curves_<stage>``: metrics of each fit over epochs. `expert_use`: share of the clips of each
+    stratum decoded by each expert. `wer`: error rates by method and stratum, with intervals.
     """
 
     umap: bool = True
-    dpi: int = 120
+    dpi: int = bounded(120, ge=1)
     split: str = "test"
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return how many figures there are."""
+        """Return the number of figures."""
         return save_figures(run, self.draw(run), self.dpi)
 
     def metric_names(self) -> set[str] | None:
-        """Metrics this stage gives."""
+        """Names of the metrics of this stage."""
         return {"figures"}
 
     def draw(self, run: "Context") -> Iterator[tuple[str, Figure]]:
-        """Draw every figure there are numbers for, and name it."""
+        """Iterate over the names and figures for which there are data."""
         if run.has("clusters.csv"):
             table = run.load("clusters.csv")
             own = (table["split"] == "train").to_numpy()
@@ -63,16 +63,16 @@ class SpeechFigures:
         for stage, rows in histories(run).items():
             yield f"curves_{stage}", curves(stage, rows)
         if run.has("expert_use.csv"):
-            use = run.load("expert_use.csv")
-            yield "expert_use", expert_use(use[use["split"] == self.split], self.split)
+            usage = run.load("expert_use.csv")
+            yield "expert_use", expert_usage(usage[usage["split"] == self.split], self.split)
         if run.has("wer.csv"):
             table = run.load("wer.csv")
             yield "wer", error_rates(table[table["split"] == self.split], self.split)
 
 
 def cluster_map(vectors: Array, table: pd.DataFrame, seed: int | None) -> Figure:
-    """Vectors (n, width) in two dimensions, by PCA and UMAP (not without a seed), in colours of
-    cluster, stratum and speaker; of more than twenty kinds none is named.
+    """Scatter plots of vectors (n, width) by PCA, and UMAP if `seed` is given, coloured by cluster,
+    stratum and speaker. There is no legend for more than twenty values.
     """
     rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:MAX_POINTS])
     chosen, shown = np.asarray(vectors[rows], np.float64), table.iloc[rows]
@@ -94,13 +94,13 @@ def cluster_map(vectors: Array, table: pd.DataFrame, seed: int | None) -> Figure
             )
             for handle in legend.legend_handles:
                 handle.set_alpha(1)
-    some = f"{len(rows):,} of " if len(rows) < len(vectors) else ""
-    figure.suptitle(f"Mean encoder states of training clips (n = {some}{len(vectors):,})")
+    sample = f"{len(rows):,} of " if len(rows) < len(vectors) else ""
+    figure.suptitle(f"Mean encoder states of training clips (n = {sample}{len(vectors):,})")
     return figure
 
 
 def histories(run: "Context") -> dict[str, dict[str, pd.DataFrame]]:
-    """The epochs of every fit of every stage: stage -> fit -> a row for each epoch."""
+    """Return the histories of all fits: stage -> fit -> a row for each epoch."""
     found: dict[str, dict[str, pd.DataFrame]] = {}
     for result in run.stages:
         names = [result.name, *(f"{result.name}_{n}" for n in ("shared", "dense", *range(64)))]
@@ -111,18 +111,18 @@ def histories(run: "Context") -> dict[str, dict[str, pd.DataFrame]]:
 
 
 def curves(stage: str, fits: dict[str, pd.DataFrame]) -> Figure:
-    """Every number of a stage's fits over their epochs: train in thin, val in thick lines."""
+    """Metrics of the fits of a stage over epochs; thin lines are train, thick lines val."""
     columns = {c: None for rows in fits.values() for c in rows if c.startswith(("train_", "val_"))}
-    numbers = list(dict.fromkeys(column.partition("_")[2] for column in columns)) or ["loss"]
-    figure = Figure((0.8 + 4.2 * len(numbers), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(numbers), squeeze=False)[0]
-    for ax, number in zip(axes, numbers, strict=True):
+    metrics = list(dict.fromkeys(column.partition("_")[2] for column in columns)) or ["loss"]
+    figure = Figure((0.8 + 4.2 * len(metrics), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for ax, metric in zip(axes, metrics, strict=True):
         for place, (name, rows) in enumerate(fits.items()):
             colour = (BLUE, *COLOURS[1:])[place % len(COLOURS)]
             own = name.removeprefix(f"{stage}_") if len(fits) > 1 else ""
-            line(ax, rows, f"train_{number}", f"{own} train".strip(), colour, 1.0, "--")
-            line(ax, rows, f"val_{number}", f"{own} val".strip(), colour, 1.8, "-")
-        ax.set(title=number, xlabel="epoch")
+            line(ax, rows, f"train_{metric}", f"{own} train".strip(), colour, 1.0, "--")
+            line(ax, rows, f"val_{metric}", f"{own} val".strip(), colour, 1.8, "-")
+        ax.set(title=metric, xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         style_axes(ax)
     if axes[0].get_legend_handles_labels()[0]:
@@ -134,14 +134,14 @@ def curves(stage: str, fits: dict[str, pd.DataFrame]) -> Figure:
 def line(
     ax: Axes, rows: pd.DataFrame, column: str, label: str, colour: str, width: float, style: str
 ) -> None:
-    """One number over the epochs in which it was measured."""
+    """Draw one metric over the epochs in which it was measured."""
     if column in rows and (known := rows[["epoch", column]].dropna()).size:
         ax.plot(known["epoch"], known[column], style, color=colour, lw=width, label=label)
 
 
-def expert_use(use: pd.DataFrame, split: str) -> Figure:
-    """The share of each stratum's clips that each expert told."""
-    shares = use.set_index("stratum")[[c for c in use if c.startswith("expert_")]]
+def expert_usage(usage: pd.DataFrame, split: str) -> Figure:
+    """Share of the clips of each stratum decoded by each expert."""
+    shares = usage.set_index("stratum")[[c for c in usage if c.startswith("expert_")]]
     shares = shares.rename(columns=lambda name: name.removeprefix("expert_"))
     rows, columns = shares.shape
     figure = Figure((3.5 + 0.7 * columns, 1.6 + 0.5 * rows), layout="constrained")
@@ -152,7 +152,7 @@ def expert_use(use: pd.DataFrame, split: str) -> Figure:
             colour = "white" if share > 0.6 else "black"
             ax.text(column, row, f"{share:.2f}", ha="center", va="center", color=colour, fontsize=8)
     ax.set(xlabel="expert", ylabel="stratum")
-    ax.set_title(f"Use of experts ({split}, n = {int(use['clips'].max()):,} clips)")
+    ax.set_title(f"Usage of experts ({split}, n = {int(usage['clips'].max()):,} clips)")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Clusters: as many as experts, and what is done when there are too few."""
+"""Clusters: one for each expert, and the handling of too few."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from stagesweep.systems.speech.stage.cluster import Cluster, Clustering, Project
 
 
 def clouds(run: Any, clouds: int, n: int = 120, spread: float = 0.5) -> np.ndarray:
-    """Leave vectors in clouds as an extraction would; returns the cloud of each."""
+    """Save vectors in clouds as an extraction does; returns the cloud of each."""
     points, kinds = make_blobs(n, 6, centers=clouds, cluster_std=spread, random_state=2)
     np.save(run.file("pooled.npy"), points.astype(np.float32))
     split = np.where(np.arange(n) % 4 == 3, "val", "train")
@@ -33,9 +33,9 @@ def test_clouds_are_found(speech_run: Any, method: Any, reduce: Any) -> None:
     assert set(metrics) == stage.metric_names()
     assert (metrics["clusters"], metrics["stratum_ari"]) == (4, 1)
     table = run.load("clusters.csv")
-    assert adjusted_rand_score(kinds, table["cluster"]) == 1, "those of val, too"
+    assert adjusted_rand_score(kinds, table["cluster"]) == 1, "val is assigned, too"
     sizes = table.loc[table["split"] == "train", "cluster"].value_counts()
-    assert sizes.sort_index().is_monotonic_decreasing, "the largest is the first"
+    assert sizes.sort_index().is_monotonic_decreasing, "the largest is number 0"
     soft = run.load("clusters.npz")["soft"]
     np.testing.assert_allclose(soft.sum(1), 1, rtol=1e-5)
     assert (soft.argmax(1) == table["cluster"]).all()
@@ -47,7 +47,7 @@ def test_more_clusters_than_experts_are_merged(speech_run: Any) -> None:
     assert Cluster()(run)["clusters"] == 4
     table = run.load("clusters.csv")
     pure = pd.crosstab(kinds, table["cluster"]).gt(0).sum(axis=1)
-    assert (pure == 1).all(), "a cloud is never divided"
+    assert (pure == 1).all(), "no cloud is divided"
 
 
 def test_sizes_are_lowered_until_there_are_enough(
@@ -66,7 +66,7 @@ def test_sizes_are_lowered_until_there_are_enough(
     assert Cluster(min_cluster_size=40)(run)["clusters"] == 4
     assert tried[0] == 40
     assert tried == sorted(tried, reverse=True)
-    assert 2 < tried[-1] <= 30, "no smaller than need be"
+    assert 2 < tried[-1] <= 30, "the largest size that is sufficient"
 
 
 def test_too_few_clusters_shrink_fail_or_fall_back(speech_run: Any) -> None:
@@ -91,13 +91,11 @@ def test_too_few_clusters_shrink_fail_or_fall_back(speech_run: Any) -> None:
 def test_fewer_clips_than_experts_are_an_error(speech_run: Any) -> None:
     run = speech_run()
     clouds(run, 1, n=4)
-    with pytest.raises(UserError, match=r"stage.it: 3 clips make no 4 clusters; extract more"):
+    with pytest.raises(UserError, match=r"stage.it: 3 clips are too few for 4 clusters; extract"):
         Cluster()(run)
-    with pytest.raises(UserError, match=r"stage.it.fewer=stop is one of shrink, spectral, fail"):
-        Cluster(fewer="stop")(run)  # type: ignore[arg-type]
 
 
-def test_random_clusters_have_nothing_to_do_with_clips(speech_run: Any) -> None:
+def test_random_clusters_are_independent_of_the_clips(speech_run: Any) -> None:
     run = speech_run()
     clouds(run, 4)
     metrics = Cluster(method="random")(run)
@@ -106,11 +104,11 @@ def test_random_clusters_have_nothing_to_do_with_clips(speech_run: Any) -> None:
     assert metrics["smallest"] > 0.2
 
 
-def test_clips_that_were_not_clustered_belong_to_the_nearest() -> None:
+def test_other_clips_are_assigned_to_the_nearest_cluster() -> None:
     points, kinds = make_blobs(80, 5, centers=3, cluster_std=0.3, random_state=1)
-    space = Projection.fit(points[:40], 3)
-    found = Clustering.of(space, space.points(points[:40]), kinds[:40], 4, 0.5)
-    again = Clustering.restored(found.arrays())
+    projection = Projection.fit(points[:40], 3)
+    found = Clustering.fit(projection, projection.points(points[:40]), kinds[:40], 4, 0.5)
+    again = Clustering.from_arrays(found.arrays())
     cluster, shares = again.assign(points)
     assert adjusted_rand_score(cluster, kinds) == 1
     assert shares.shape == (80, 4)

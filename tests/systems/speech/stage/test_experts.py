@@ -1,4 +1,4 @@
-"""Each expert learns from its clips alone, and is stored alone."""
+"""Each expert is trained on its own clips, and stored by itself."""
 
 from typing import Any
 
@@ -30,15 +30,15 @@ def _own_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def clustered(run: Any, data: Speech, clusters: np.ndarray | None = None) -> np.ndarray:
-    """Leave clusters of training clips, and of val the first."""
+    """Save clusters of training clips; all of val is in the first."""
     train, val = data.split("train"), data.split("val")
     own = np.arange(len(train)) % 4 if clusters is None else clusters
     rows = [*range(len(train)), *range(len(val))]
     split = ["train"] * len(train) + ["val"] * len(val)
     every = np.concatenate([own, np.zeros(len(val), int)])
     run.save("clusters.csv", pd.DataFrame({"split": split, "row": rows, "cluster": every}))
-    space = Projection(np.zeros(16), np.empty((0, 16)))
-    found = Clustering(space, np.zeros((1, 16)), np.zeros(1, int), 4, 1.0)
+    projection = Projection(np.zeros(16), np.empty((0, 16)))
+    found = Clustering(projection, np.zeros((1, 16)), np.zeros(1, int), 4, 1.0)
     run.save("clusters.npz", {"soft": np.eye(4)[every], **found.arrays()})
     return own
 
@@ -47,9 +47,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_an_expert_learns_from_its_clips_and_changes_nothing_else(
-    small: Speech, speech_run: Any
-) -> None:
+def test_only_experts_with_clips_are_changed(small: Speech, speech_run: Any) -> None:
     run = speech_run()
     clustered(run, small, np.where(np.arange(len(small.split("train"))) < 12, 2, 1))
     before = weights(run.model)
@@ -62,9 +60,7 @@ def test_an_expert_learns_from_its_clips_and_changes_nothing_else(
     assert len(run.history("it_1")) == len(run.history("it_2")) == 1
 
 
-def test_only_experts_whose_clips_have_changed_are_trained_again(
-    small: Speech, speech_run: Any
-) -> None:
+def test_only_experts_with_changed_clips_are_trained_again(small: Speech, speech_run: Any) -> None:
     torch.manual_seed(5)
     run = speech_run(number=1)
     clustered(run, small)
@@ -78,7 +74,7 @@ def test_only_experts_whose_clips_have_changed_are_trained_again(
     assert (metrics["trained"], metrics["reused"]) == (0, 4)
     for name, value in weights(again.model).items():
         assert torch.equal(value, done[name]), name
-    assert len(again.history("it_3")) == 1, "its curve comes along"
+    assert len(again.history("it_3")) == 1, "the history is reused, too"
     other = speech_run(number=3)
     other.model.load_state_dict(start)
     swapped = own.copy()
@@ -99,7 +95,7 @@ def test_clips_without_a_cluster_have_the_nearest(small: Speech, speech_run: Any
     table = run.load("clusters.csv")
     run.save("clusters.csv", table[table["split"] == "val"])
     metrics = PretrainExperts(**FIT, sampler=Subset(8))(run)
-    assert (metrics["trained"], metrics["fewest_clips"]) == (1, 8), "of one centre all are nearest"
+    assert (metrics["trained"], metrics["fewest_clips"]) == (1, 8), "there is only one centre"
 
 
 def test_baselines_and_the_model_are_in_one_table(small: Speech, speech_run: Any) -> None:
@@ -120,5 +116,5 @@ def test_baselines_and_the_model_are_in_one_table(small: Speech, speech_run: Any
     wanted = "test_cer test_wer_tremor test_shared_wer test_none_cer val_least_use"
     wanted += " test_routing_ari test_entropy_muffled test_expert_use_3"
     assert set(wanted.split()) <= set(found)
-    said = run.load("hypotheses.csv")
-    assert len(said) == 5 * (len(small.split("val")) + len(small.split("test")))
+    hypotheses = run.load("hypotheses.csv")
+    assert len(hypotheses) == 5 * (len(small.split("val")) + len(small.split("test")))

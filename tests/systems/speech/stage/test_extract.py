@@ -1,4 +1,4 @@
-"""Vectors are those of the model, go on after an interruption, and take no memory."""
+"""Vectors equal those of the model, also after an interruption."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from stagesweep.systems.speech.model.mixture import MixtureWhisper
 from stagesweep.systems.speech.stage.extract import Extract
 
 
-def left(run: Any, *names: str) -> list[np.ndarray]:
+def saved(run: Any, *names: str) -> list[np.ndarray]:
     return [np.load(run.find(name)) for name in names]
 
 
@@ -23,7 +23,7 @@ def test_vectors_are_those_of_the_model(
     run = speech_run(model=tiny)
     stage = Extract(states=True, batch_size=3, every=5)
     metrics = stage(run)
-    pooled, states = left(run, "pooled.npy", "states.npy")
+    pooled, states = saved(run, "pooled.npy", "states.npy")
     table = run.load("extracted.csv")
     assert set(metrics) == stage.metric_names()
     assert metrics["clips"] == len(table) == len(pooled) == len(states)
@@ -40,7 +40,7 @@ def test_vectors_are_those_of_the_model(
     assert not list(run._entry.path.rglob("checkpoints/*"))
 
 
-def test_an_interrupted_extraction_goes_on_to_the_same_numbers(
+def test_an_interrupted_extraction_resumes_with_equal_results(
     tiny: MixtureWhisper, speech_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = speech_run(model=tiny, number=1)
@@ -63,9 +63,9 @@ def test_an_interrupted_extraction_goes_on_to_the_same_numbers(
     Extract(every=4, states=True)(again)
     total = -(-int((whole.load("extracted.csv")["split"] == "train").sum()) // 4)
     total += -(-int((whole.load("extracted.csv")["split"] == "val").sum()) // 4)
-    assert len(calls) == 4 + total - 3, "what was done was not done again"
+    assert len(calls) == 4 + total - 3, "finished chunks are not repeated"
     for name in ("pooled.npy", "states.npy", "frames.npy"):
-        np.testing.assert_array_equal(*left(whole, name), *left(again, name))
+        np.testing.assert_array_equal(*saved(whole, name), *saved(again, name))
     pd.testing.assert_frame_equal(whole.load("extracted.csv"), again.load("extracted.csv"))
 
 
@@ -80,7 +80,7 @@ def test_a_subset_of_train_and_all_of_val(
     assert (table["split"] == "val").sum() == len(small.split("val"))
 
 
-def test_what_is_said_to_change_nothing_changes_nothing(small: Speech, speech_run: Any) -> None:
+def test_unused_keys_of_the_model_do_not_affect_the_result(small: Speech, speech_run: Any) -> None:
     other: dict[str, Any] = {
         "experts": 2, "k": 1, "rank": 3, "alpha": 1.0, "dropout": 0.5, "hidden": 4,
         "curriculum": (0, 0), "temperature": (9, 9), "noise": 1.0,
@@ -93,5 +93,5 @@ def test_what_is_said_to_change_nothing_changes_nothing(small: Speech, speech_ru
         sizes: dict[str, Any] = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
         run = speech_run(model=whisper_tiny(small.spec, **sizes, **settings), number=number)
         Extract()(run)
-        found += left(run, "pooled.npy")
+        found += saved(run, "pooled.npy")
     np.testing.assert_array_equal(*found)

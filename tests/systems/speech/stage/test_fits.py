@@ -1,4 +1,4 @@
-"""Fits learn from the states that were extracted, and measure error rates while they train."""
+"""Fits on extracted encoder states, and error rates during training."""
 
 import pickle
 from typing import Any
@@ -13,7 +13,7 @@ from stagesweep.systems.speech.model.mixture import MixtureWhisper
 from stagesweep.systems.speech.stage import fits
 from stagesweep.systems.speech.stage.evaluate import Transcribe
 from stagesweep.systems.speech.stage.extract import Extract
-from stagesweep.systems.speech.stage.fits import ErrorRates, heard
+from stagesweep.systems.speech.stage.fits import ErrorRates, split_view
 from stagesweep.systems.speech.stage.joint import TrainJointly
 
 FIT: dict[str, Any] = {
@@ -25,36 +25,36 @@ FIT: dict[str, Any] = {
 }
 
 
-def test_states_stand_in_for_the_encoder(
+def test_states_replace_the_encoder(
     tiny: MixtureWhisper, small: Speech, speech_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = speech_run(model=tiny, number=1)
     Extract(states=True)(run)
     tiny.eval()
     for split in ("train", "val"):
-        (plain,), (kept,) = small.split(split).batches(99), heard(run, split).batches(99)
+        (plain,), (kept,) = small.split(split).batches(99), split_view(run, split).batches(99)
         assert set(plain) - set(kept) == {"mel"}
         assert all(torch.equal(kept[name], plain[name]) for name in set(plain) & set(kept))
         with torch.no_grad():
             expected, found = tiny(plain)["logits"], tiny(kept)["logits"]
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)
-    digests = [view.samples.digest(0) for view in (small.split("val"), heard(run, "val"))]
-    assert digests[0] != digests[1], "experts of the one are not taken for those of the other"
+    digests = [view.samples.digest(0) for view in (small.split("val"), split_view(run, "val"))]
+    assert digests[0] != digests[1], "experts of both have different fingerprints"
 
     def no(*arguments: Any) -> Any:
-        raise AssertionError("the encoder was asked")
+        raise AssertionError("the encoder was called")
 
     monkeypatch.setattr(tiny.whisper.model.encoder, "forward", no)
     assert TrainJointly(**FIT)(run)["epochs"] == 2
 
 
-def test_clips_without_states_are_heard(
+def test_clips_without_states_have_features(
     tiny: MixtureWhisper, small: Speech, speech_run: Any
 ) -> None:
     run = speech_run(model=tiny)
-    assert "mel" in next(heard(run, "val").batches(2)), "nothing was extracted"
+    assert "mel" in next(split_view(run, "val").batches(2)), "nothing was extracted"
     Extract(states=True, samples=8)(run)
-    train = heard(run, "train")
+    train = split_view(run, "train")
     assert "mel" in next(train.batches(2))
     table = run.load("extracted.csv")
     rows = torch.from_numpy(table.loc[table["split"] == "train", "row"].to_numpy(copy=True))
@@ -63,7 +63,9 @@ def test_clips_without_states_are_heard(
     assert torch.equal(batch["clip"], train["clip"][rows])
 
 
-def test_an_encoder_that_left_states_is_not_trained(tiny: MixtureWhisper, speech_run: Any) -> None:
+def test_an_encoder_with_extracted_states_is_not_trained(
+    tiny: MixtureWhisper, speech_run: Any
+) -> None:
     run = speech_run(model=tiny)
     Extract(states=True)(run)
     with pytest.raises(
@@ -72,7 +74,7 @@ def test_an_encoder_that_left_states_is_not_trained(tiny: MixtureWhisper, speech
         TrainJointly(**FIT | {"train": ["*"]})(run)
 
 
-def test_error_rates_while_training_are_those_of_the_evaluation(
+def test_error_rates_during_training_equal_those_of_the_evaluation(
     tiny: MixtureWhisper, small: Speech, speech_run: Any
 ) -> None:
     run = speech_run(model=tiny, number=1)
@@ -91,7 +93,7 @@ def test_error_rates_while_training_are_those_of_the_evaluation(
     tiny.load_state_dict(start)
     plain = TrainJointly(**FIT)(other)
     assert "val_wer" not in plain
-    assert {name: metrics[name] for name in plain} == plain, "measuring changes nothing"
+    assert {name: metrics[name] for name in plain} == plain, "measuring does not change the fit"
 
 
 def test_settings_with_error_rates_are_sent_and_compared(
@@ -99,7 +101,7 @@ def test_settings_with_error_rates_are_sent_and_compared(
 ) -> None:
     run = speech_run(model=tiny)
     settings = TrainJointly(**FIT, metrics={"rates": ErrorRates()})
-    with fits.measured(run, tiny, settings):
+    with fits.error_rates_enabled(run, tiny, settings):
         assert tiny.decode_in_evaluation
         sent = pickle.loads(pickle.dumps(settings))
     assert (
@@ -109,7 +111,7 @@ def test_settings_with_error_rates_are_sent_and_compared(
     monkeypatch.setattr(fits, "current_group", lambda: type("Group", (), {"world_size": 2}))
     object.__setattr__(run.profile, "shard", True)
     with (
-        pytest.raises(UserError, match="a sharded model is not decoded while it trains"),
-        fits.measured(run, tiny, settings),
+        pytest.raises(UserError, match="a sharded model cannot be decoded during training"),
+        fits.error_rates_enabled(run, tiny, settings),
     ):
         pass

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stagesweep.base.view import View
+from stagesweep.config.schema import bounded
 from stagesweep.systems.speech.data.split import stratified
 
 
@@ -18,7 +19,7 @@ class Subset:
     `seed` are nested: a smaller one is part of a larger one.
     """
 
-    samples: float | int | None = None
+    samples: float | int | None = bounded(None, gt=0)
     seed: int = 0
 
     def rows(self, view: View) -> Tensor:

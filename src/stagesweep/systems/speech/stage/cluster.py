@@ -1,4 +1,4 @@
-"""The stage that groups clips by what the encoder makes of them: one cluster for each expert."""
+"""Stage that clusters clips by their encoder states, one cluster for each expert."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
 from stagesweep.base.errors import UserError
+from stagesweep.config.schema import bounded
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -27,36 +28,36 @@ Method = Literal["hdbscan", "spectral", "random"]
 class Cluster:
     """Cluster the vectors of training clips (``pooled.npy``) into as many clusters as experts.
 
-    `reduce` to `dim` dimensions by pca, by umap of these (UMAP finds the clusters, distances are
-    those of the components), or none. `method`: hdbscan (Campello et al. 2013) with
-    `min_cluster_size`, which is lowered one by one down to 2 until there are enough clusters: their
-    number may rise and fall with it. More clusters than experts are merged by Ward's criterion.
-    Where no size gives enough, `fewer` says what is done: shrink (the experts without a cluster are
-    never used; none at all falls back on spectral), spectral, or fail. Or spectral from the start,
-    or random, which has nothing to do with the clips and is for comparison.
+    `reduce`: pca to `dim` dimensions; umap of these (for the clustering; distances are those of the
+    components); or none. `method`: hdbscan (Campello et al. 2013), spectral, or random, for
+    comparison.
 
-    A clip that is noise, or that was not clustered, belongs to the nearest cluster; soft targets
-    are softmax(-d² / temperature), d² in units of its mean over the training clips.
+    HDBSCAN: `min_cluster_size` decreases to 2 until there are enough clusters; their number is not
+    monotonic in it. Excess clusters are merged by Ward's criterion. If no size gives enough
+    clusters, `fewer` decides: shrink (experts without a cluster are never used; spectral if there
+    is no cluster at all), spectral, or fail.
 
-    `model_unused` are keys of the model that change nothing here, as of `Extract`.
+    Noise and clips that were not clustered are assigned to the nearest cluster. Soft targets are
+    softmax(-d² / temperature), with d² in units of its mean over the training clips.
 
-    Leaves ``clusters.csv`` (a row for each of ``extracted.csv`` with its `cluster` and whether it
-    is `noise`) and ``clusters.npz`` (`soft` (n, E), and what `assign` needs for other clips).
+    `model_unused`: keys of the model that do not affect this stage, as in `Extract`.
+
+    Saves ``clusters.csv`` (the rows of ``extracted.csv`` with `cluster` and `noise`) and
+    ``clusters.npz`` (`soft` (n, E), and the arrays of `Clustering`).
     """
 
     method: Method = "hdbscan"
     reduce: Literal["none", "pca", "umap"] = "pca"
-    dim: int = 50
-    min_cluster_size: int = 5
+    dim: int = bounded(50, ge=1)
+    min_cluster_size: int = bounded(5, ge=2)
     fewer: Literal["shrink", "spectral", "fail"] = "shrink"
-    temperature: float = 0.5
+    temperature: float = bounded(0.5, gt=0)
     model_unused: Sequence[str] = ("k", "alpha", "dropout", "curriculum", "temperature", "noise")
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return how many clusters there are, the share of noise, the smallest and largest share,
-        and the adjusted Rand index with strata and speakers.
+        """Return the number of clusters, the share of noise, the smallest and largest share of a
+        cluster, and the adjusted Rand index with strata and speakers.
         """
-        self.check(run)
         model: Any = run.model
         vectors = np.load(run.find("pooled.npy"), mmap_mode="r")
         table = run.load("extracted.csv")
@@ -65,14 +66,14 @@ class Cluster:
         experts = model.experts
         if len(own) < experts:
             raise UserError(
-                f"stage.{run.stage}: {len(own)} clips make no {experts} clusters; extract more "
-                "(stage.extract.samples) or set model.experts to fewer"
+                f"stage.{run.stage}: {len(own)} clips are too few for {experts} clusters; extract "
+                "more (stage.extract.samples) or reduce model.experts"
             )
         with threadpool_limits(limits=1):
-            space = Projection.fit(own, None if self.reduce == "none" else self.dim)
-            points = space.points(own)
+            projection = Projection.fit(own, None if self.reduce == "none" else self.dim)
+            points = projection.points(own)
             raw = self.labels(run, points, experts)
-            found = Clustering.of(space, points, raw, experts, self.temperature)
+            found = Clustering.fit(projection, points, raw, experts, self.temperature)
         cluster, soft = found.assign(vectors)
         if self.method == "random":
             cluster[train], soft[train] = raw, np.eye(experts)[raw]
@@ -83,26 +84,10 @@ class Cluster:
         run.save("clusters.npz", {"soft": soft.astype(np.float32), **found.arrays()})
         count = len(np.unique(found.merged))
         self.shrink(run, model, count)
-        return self.numbers(table[train], count)
-
-    def check(self, run: "Context") -> None:
-        """Raise UserError for a setting that is not one."""
-        choices = {
-            "method": ("hdbscan", "spectral", "random"),
-            "reduce": ("none", "pca", "umap"),
-            "fewer": ("shrink", "spectral", "fail"),
-        }
-        for key, known in choices.items():
-            if (value := getattr(self, key)) not in known:
-                raise UserError(f"stage.{run.stage}.{key}={value} is one of {', '.join(known)}")
-        if self.dim < 1 or self.min_cluster_size < 2 or self.temperature <= 0:
-            raise UserError(
-                f"stage.{run.stage}: dim must be at least 1, min_cluster_size at least 2 and "
-                "temperature above 0"
-            )
+        return self.metrics(table[train], count)
 
     def labels(self, run: "Context", points: Array, experts: int) -> NDArray[np.int64]:
-        """A cluster for each point (n,), -1 for noise; there may be more of them than experts."""
+        """Return a cluster for each point (n,), -1 for noise; there may be more than experts."""
         seed = run.seed % 2**31
         if self.method == "random":
             even = np.arange(len(points)) % experts
@@ -127,30 +112,30 @@ class Cluster:
     def too_few(
         self, run: "Context", points: Array, best: NDArray[np.int64], experts: int, seed: int
     ) -> NDArray[np.int64]:
-        """What is done when HDBSCAN finds fewer clusters than there are experts."""
+        """Handle fewer clusters of HDBSCAN than experts, as `fewer` says."""
         count = int(best.max()) + 1
-        said = f"stage.{run.stage}: HDBSCAN finds {count} clusters for {experts} experts"
+        message = f"stage.{run.stage}: HDBSCAN finds {count} clusters for {experts} experts"
         if self.fewer == "fail":
             raise UserError(
-                f"{said} with every min_cluster_size from {self.min_cluster_size} to 2; set "
+                f"{message} with every min_cluster_size from {self.min_cluster_size} to 2; set "
                 f"model.experts={max(count, 1)}, stage.{run.stage}.fewer=shrink or spectral, or "
                 f"stage.{run.stage}.method=spectral"
             )
         if self.fewer == "shrink" and count > 0:
-            run.log.warning("%s; the others are never used", said)
+            run.log.warning("%s; experts without a cluster are never used", message)
             return best
-        run.log.warning("%s; spectral clustering is used instead", said)
+        run.log.warning("%s; spectral clustering is used instead", message)
         return spectral(points, experts, seed)
 
     def shrink(self, run: "Context", model: Any, count: int) -> None:
-        """Let the gate never choose experts that no cluster belongs to."""
+        """Deactivate the experts without a cluster."""
         active = torch.arange(model.experts, device=model.gate.active.device) < count
         if not torch.equal(active, model.gate.active):
             model.gate.active.copy_(active)
             run.save_weights()
 
-    def numbers(self, table: pd.DataFrame, count: int) -> dict[str, float]:
-        """What is said of the clusters of training clips."""
+    def metrics(self, table: pd.DataFrame, count: int) -> dict[str, float]:
+        """Return the metrics of the clusters of training clips."""
         shares = table["cluster"].value_counts(normalize=True)
         return {
             "clusters": float(count),
@@ -164,78 +149,78 @@ class Cluster:
         }
 
     def metric_names(self) -> set[str] | None:
-        """Metrics this stage gives."""
+        """Names of the metrics of this stage."""
         return {"clusters", "noise", "smallest", "largest", "stratum_ari", "speaker_ari"}
 
 
 @dataclass
 class Projection:
-    """Where distances are measured: principal components of vectors, or vectors as they are."""
+    """Space of the distances: principal components, or the vectors themselves."""
 
     mean: Array  # (width,)
-    components: Array  # (dim, width); (0, width) for vectors as they are
+    components: Array  # (dim, width); (0, width) without reduction
 
     @classmethod
     def fit(cls, vectors: Array, dim: int | None) -> "Projection":
-        """Components of vectors (n, width)."""
+        """Fit `dim` components to vectors (n, width); None for no reduction."""
         if dim is None:
             return cls(vectors.mean(0), np.empty((0, vectors.shape[1])))
         pca = PCA(min(dim, *vectors.shape), svd_solver="full").fit(vectors)
         return cls(pca.mean_, pca.components_)
 
     def points(self, vectors: Array) -> Array:
-        """Vectors (n, width) in this space, (n, dim)."""
+        """Project vectors (n, width) to points (n, dim)."""
         centred = np.asarray(vectors, np.float64) - self.mean
         return centred @ self.components.T if len(self.components) else centred
 
 
 @dataclass
 class Clustering:
-    """Clusters by their centres: `centres` (m, dim), of which each belongs to one of the experts
-    (`merged` (m,)); `scale` is what squared distances are divided by.
+    """Clusters by their `centres` (m, dim). `merged` (m,) is the expert of each centre. Squared
+    distances are divided by `scale`.
     """
 
-    space: Projection
+    projection: Projection
     centres: Array
     merged: Array
     experts: int
     scale: float
 
     @classmethod
-    def of(
-        cls, space: Projection, points: Array, labels: Array, experts: int, temperature: float
+    def fit(
+        cls, projection: Projection, points: Array, labels: Array, experts: int, temperature: float
     ) -> "Clustering":
-        """From points (n, dim) and the cluster of each, -1 for noise."""
+        """Compute centres of points (n, dim) with given labels, -1 for noise."""
         kinds = np.unique(labels[labels >= 0])
         centres = np.stack([points[labels == kind].mean(0) for kind in kinds])
         merged = np.arange(len(kinds))
         if len(kinds) > experts:
             merged = AgglomerativeClustering(experts, linkage="ward").fit_predict(centres)
-        # The largest is number 0, whatever order they were found in.
+        # Clusters are numbered by decreasing size.
         sizes = [np.isin(labels, kinds[merged == k]).sum() for k in range(merged.max() + 1)]
         merged = np.argsort(np.argsort(-np.array(sizes), kind="stable"))[merged]
-        nearest = float(squared(points, centres).min(1).mean())
-        return cls(space, centres, merged, experts, max(nearest, 1e-12) * temperature)
+        nearest = float(squared_distances(points, centres).min(1).mean())
+        return cls(projection, centres, merged, experts, max(nearest, 1e-12) * temperature)
 
     def assign(self, vectors: Array, batch: int = 4096) -> tuple[Array, Array]:
-        """The cluster (n,) of vectors (n, width), and the shares (n, E) of all clusters."""
+        """Return the cluster (n,) and the membership probabilities (n, E) of vectors (n, width)."""
         shares = np.zeros((len(vectors), self.experts))
         for start in range(0, len(vectors), batch):
-            points = self.space.points(vectors[start : start + batch])
-            away = squared(points, self.centres)
-            least = np.full((len(points), self.experts), np.inf)
+            points = self.projection.points(vectors[start : start + batch])
+            distances = squared_distances(points, self.centres)
+            nearest = np.full((len(points), self.experts), np.inf)
             for kind in np.unique(self.merged):
-                least[:, kind] = away[:, self.merged == kind].min(1)
-            scores = -(least - least.min(1, keepdims=True)) / self.scale
+                nearest[:, kind] = distances[:, self.merged == kind].min(1)
+            scores = -(nearest - nearest.min(1, keepdims=True)) / self.scale
             own = np.exp(scores)
             shares[start : start + batch] = own / own.sum(1, keepdims=True)
         return shares.argmax(1), shares
 
     def arrays(self) -> dict[str, Array]:
-        """Everything, as arrays."""
+        """Return all fields as arrays."""
         return {
-            "mean": self.space.mean,
-            "components": self.space.components,
+            "mean": self.projection.mean,
+            "components": self.projection.components,
             "centres": self.centres,
             "merged": self.merged,
             "experts": np.array(self.experts),
@@ -243,15 +228,15 @@ class Clustering:
         }
 
     @classmethod
-    def restored(cls, arrays: dict[str, Array]) -> "Clustering":
-        """From its `arrays`."""
-        space = Projection(arrays["mean"], arrays["components"])
+    def from_arrays(cls, arrays: dict[str, Array]) -> "Clustering":
+        """Restore a clustering from its `arrays`."""
+        projection = Projection(arrays["mean"], arrays["components"])
         experts, scale = int(arrays["experts"]), float(arrays["scale"])
-        return cls(space, arrays["centres"], arrays["merged"], experts, scale)
+        return cls(projection, arrays["centres"], arrays["merged"], experts, scale)
 
 
-def squared(points: Array, centres: Array) -> Array:
-    """Squared distances (n, m) of points (n, dim) from centres (m, dim)."""
+def squared_distances(points: Array, centres: Array) -> Array:
+    """Return squared distances (n, m) of points (n, dim) from centres (m, dim)."""
     products = points @ centres.T
     found: Array = (points**2).sum(1)[:, None] - 2 * products + (centres**2).sum(1)
     return found.clip(min=0)
@@ -261,7 +246,7 @@ def spectral(points: Array, count: int, seed: int) -> NDArray[np.int64]:
     """Spectral clustering (Ng et al. 2001) of the graph of ten nearest neighbours."""
     near = min(10, len(points) - 1)
     with warnings.catch_warnings():
-        # A graph of several components is what well separated clusters have.
+        # Well separated clusters have a graph with several components.
         warnings.simplefilter("ignore", UserWarning)
         fitted = SpectralClustering(
             count, affinity="nearest_neighbors", n_neighbors=max(near, 1), random_state=seed
@@ -270,7 +255,7 @@ def spectral(points: Array, count: int, seed: int) -> NDArray[np.int64]:
 
 
 def umap_embedding(points: Array, dim: int, seed: int) -> Array:
-    """Points in `dim` dimensions by UMAP (McInnes et al. 2018), where near ones lie close."""
+    """Embed points in `dim` dimensions by UMAP (McInnes et al. 2018)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from umap import UMAP  # takes seconds to import

@@ -1,4 +1,4 @@
-"""The stage that decodes held-out clips and scores what was heard."""
+"""Stage that decodes held-out clips and scores the transcripts."""
 
 import json
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ import pandas as pd
 
 from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text, atomic_write
+from stagesweep.config.schema import bounded
 from stagesweep.systems.speech import metric
 from stagesweep.systems.speech.optional import optional_imports
-from stagesweep.systems.speech.transcribe import transcribe
+from stagesweep.systems.speech.stage.decoding import transcribe
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -23,76 +24,74 @@ BASELINES = ("baselines.csv", "transcript_baseline.csv")
 
 @dataclass
 class Transcribe:
-    """Decode `splits` with each clip's likeliest expert, greedily or by a search of `beams`.
+    """Decode each clip of `splits` by its most probable expert: greedily, or by a beam search.
 
-    Leaves ``wer.csv``: error rates of the model (`routed`) and of the baselines that earlier stages
-    left, for each split and stratum, with 95 % intervals over speakers (`resamples` of a
-    bootstrap); ``hypotheses.csv``, what was heard in each clip; ``expert_use.csv``, how experts are
-    used in each stratum. With `adapters` each expert is written in peft's format as well, one
-    folder each: ``adapters/expert_<e>``.
+    Saves ``wer.csv``: error rates of the model (`routed`) and of the baselines of earlier stages,
+    for each split and stratum, with 95 % bootstrap intervals over speakers (`resamples`);
+    ``hypotheses.csv``: the transcript of each clip; ``expert_use.csv``: the usage of experts in
+    each stratum. `adapters` also saves each expert in the format of peft, in the folder
+    ``adapters/expert_<e>``.
     """
 
     splits: Sequence[str] = ("val", "test")
-    beams: int = 1
-    batch_size: int = 64
-    resamples: int = 1000
+    beams: int = bounded(1, ge=1)
+    batch_size: int = bounded(64, ge=1)
+    resamples: int = bounded(1000, ge=1)
     adapters: bool = False
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return ``<split>_wer`` and ``_cer`` of the model, those of each stratum
+        """Return ``<split>_wer`` and ``_cer`` of the model, of each stratum
         (``<split>_wer_<stratum>``) and method (``<split>_<method>_wer``), ``<split>_routing_ari``,
         ``_expert_use_<e>``, ``_least_use`` and ``_entropy``.
         """
-        if self.beams < 1 or self.batch_size < 1 or not self.splits:
-            raise UserError(
-                f"stage.{run.stage}: beams and batch_size must be at least 1, and splits name one"
-            )
+        if not self.splits:
+            raise UserError(f"stage.{run.stage}.splits is empty; name at least one split")
         model: Any = run.model
-        told, uses = [], []
-        numbers: dict[str, float] = {}
+        transcripts, usages = [], []
+        metrics: dict[str, float] = {}
         for split in self.splits:
             found, probabilities = transcribe(run, model, split, self.beams, self.batch_size)
-            told.append(found.assign(method="routed"))
+            transcripts.append(found.assign(method="routed"))
             expert, stratum = found["expert"].to_numpy(), found["stratum"].to_numpy(str)
             own = metric.expert_usage(probabilities, expert, stratum)
-            uses.append(own.assign(split=split))
-            numbers |= use_numbers(split, own, model.gate.active.cpu().numpy())
-            numbers[f"{split}_routing_ari"] = metric.agreement(expert, stratum)
+            usages.append(own.assign(split=split))
+            metrics |= usage_metrics(split, own, model.gate.active.cpu().numpy())
+            metrics[f"{split}_routing_ari"] = metric.agreement(expert, stratum)
         for name in BASELINES:
             if run.has(name):
                 others = run.load(name)
-                told.append(others[others["split"].isin(self.splits)])
-        every = pd.concat(told, ignore_index=True)
-        every = every.fillna({"hypothesis": "", "reference": ""})
-        run.save("hypotheses.csv", every)
-        run.save("expert_use.csv", pd.concat(uses, ignore_index=True))
-        table = metric.table(every, run.seed % 2**31, self.resamples)
-        run.save("wer.csv", table)
+                transcripts.append(others[others["split"].isin(self.splits)])
+        table = pd.concat(transcripts, ignore_index=True)
+        table = table.fillna({"hypothesis": "", "reference": ""})
+        run.save("hypotheses.csv", table)
+        run.save("expert_use.csv", pd.concat(usages, ignore_index=True))
+        rates = metric.table(table, run.seed % 2**31, self.resamples)
+        run.save("wer.csv", rates)
         if self.adapters:
             write_adapters(run, model)
-        return numbers | rate_numbers(table)
+        return metrics | rate_metrics(rates)
 
     def metric_names(self) -> set[str] | None:
-        """Metrics this stage gives: some are named after strata, which are not known before."""
+        """None: the names of some metrics depend on the strata of the data."""
         return None
 
 
-def use_numbers(split: str, use: pd.DataFrame, active: Any) -> dict[str, float]:
-    """How experts are used, as metrics; `active` (E,) are those that may be."""
-    whole = use.set_index("stratum").loc["all"]
-    shares = np.array([whole[f"expert_{number}"] for number in range(len(active))])
+def usage_metrics(split: str, usage: pd.DataFrame, active: Any) -> dict[str, float]:
+    """Return the usage of experts as metrics; `active` (E,) excludes unused experts."""
+    overall = usage.set_index("stratum").loc["all"]
+    shares = np.array([overall[f"expert_{number}"] for number in range(len(active))])
     found = {f"{split}_expert_use_{n}": float(share) for n, share in enumerate(shares)}
     found[f"{split}_least_use"] = float(shares[active].min())
-    found[f"{split}_entropy"] = float(whole["entropy"])
-    strata = use[use["stratum"] != "all"]
+    found[f"{split}_entropy"] = float(overall["entropy"])
+    strata = usage[usage["stratum"] != "all"]
     if len(strata) > 1:
         for row in strata.to_dict("records"):
             found[f"{split}_entropy_{row['stratum']}"] = float(row["entropy"])
     return found
 
 
-def rate_numbers(table: pd.DataFrame) -> dict[str, float]:
-    """Error rates, as metrics: with intervals those of the model over all strata."""
+def rate_metrics(table: pd.DataFrame) -> dict[str, float]:
+    """Return error rates as metrics, with intervals for all strata together."""
     found: dict[str, float] = {}
     for row in table.to_dict("records"):
         method = "" if row["method"] == "routed" else f"{row['method']}_"
@@ -106,12 +105,12 @@ def rate_numbers(table: pd.DataFrame) -> dict[str, float]:
 
 
 def write_adapters(run: "Context", model: Any) -> None:
-    """Each expert as peft keeps an adapter of its rank."""
+    """Save each expert as an adapter of peft."""
     with optional_imports():
         from safetensors.torch import save
     config = {
         "peft_type": "LORA",
-        "task_type": None,  # with one, peft takes the input to be text
+        "task_type": None,  # with a task, peft expects text as input
         "r": model.rank,
         "lora_alpha": model.alpha,
         "lora_dropout": 0.0,
@@ -124,9 +123,9 @@ def write_adapters(run: "Context", model: Any) -> None:
         folder = f"adapters/expert_{expert}"
         tensors = {n: v.cpu().contiguous() for n, v in model.adapter(expert).items()}
         path = run.file(f"{folder}/adapter_model.safetensors")
-        atomic_write(path, partial(_put, save(tensors)))
+        atomic_write(path, partial(_write, save(tensors)))
         atomic_text(run.file(f"{folder}/adapter_config.json"), json.dumps(config, indent=1))
 
 
-def _put(content: bytes, stream: BinaryIO) -> None:
+def _write(content: bytes, stream: BinaryIO) -> None:
     stream.write(content)

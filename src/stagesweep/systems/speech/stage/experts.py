@@ -1,4 +1,4 @@
-"""The stage that trains the experts one after the other, each on the clips of its cluster."""
+"""Stage that trains the experts one after the other, each on the clips of its cluster."""
 
 import hashlib
 from dataclasses import dataclass, fields, replace
@@ -14,7 +14,7 @@ from stagesweep.systems.speech.data.sampler import Subset
 from stagesweep.systems.speech.data.windows import SpeechView
 from stagesweep.systems.speech.model.mixture import is_expert
 from stagesweep.systems.speech.stage.cluster import Clustering
-from stagesweep.systems.speech.stage.fits import heard, measured
+from stagesweep.systems.speech.stage.fits import error_rates_enabled, split_view
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -22,35 +22,37 @@ if TYPE_CHECKING:
 
 @dataclass
 class PretrainExperts(Fit):
-    """Train each expert on the training clips of its cluster, the rest of the model as it is.
+    """Train each expert on the training clips of its cluster; other parameters are frozen.
 
-    `sampler` may be a `Subset`: then the clips are of that subset. A clip that was extracted has
-    the cluster that was found; others are encoded, and have the nearest. Validation clips are those
-    of the cluster as well, or all of them where it has none.
+    A `Subset` as `sampler` restricts the clips. Clips that were not extracted are encoded and
+    assigned to the nearest cluster. Validation clips are those of the cluster, or all if it has
+    none.
 
-    Each expert is in the store under a fingerprint of its own, which follows from its clips, its
-    first weights, the base and the settings, and from nothing else. So when the clips of one
-    cluster change, one expert is trained again; a run that was killed goes on within the expert
-    that it was at.
+    Each expert has its own fingerprint in the store: its clips, its initial weights, the base and
+    the settings. So if the clips of one cluster change, only that expert is trained again, and a
+    killed run resumes within the current expert.
     """
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return ``train_loss`` and ``val_loss``, means over experts by their clips, how many
-        experts were `trained` now and how many `reused`, and the clips of the smallest.
+        """Return ``train_loss`` and ``val_loss``, means over experts weighted by clips; the numbers
+        of experts `trained` and `reused`; and ``fewest_clips`` of an expert.
         """
         model: Any = run.model
-        views = {split: labelled(run, split, self.subset(run, split)) for split in ("train", "val")}
+        views = {
+            split: view_with_clusters(run, split, self.subset(run, split))
+            for split in ("train", "val")
+        }
         plain = replace(self, sampler=None)
-        base = digest_of(
+        base = tensor_digest(
             {n: v for n, v in model.state_dict().items() if not is_expert(n) and n[:5] != "gate."}
         )
         rows: list[tuple[int, dict[str, float]]] = []
         counts = {"trained": 0, "reused": 0}
         state = model.state_dict()
         for expert in range(model.experts):
-            own = {split: of_expert(view, expert) for split, view in views.items()}
+            own = {split: expert_view(view, expert) for split, view in views.items()}
             if not len(own["train"]):
-                run.log.warning("%s: expert %d has no clips, left as it is", run.stage, expert)
+                run.log.warning("%s: expert %d has no clips and is not trained", run.stage, expert)
                 continue
             if not len(own["val"]):
                 own["val"] = views["val"].with_columns(
@@ -58,14 +60,14 @@ class PretrainExperts(Fit):
                 )
             names = [name for name in state if is_expert(name) and name.endswith(f".{expert}")]
             inputs = {
-                "settings": settings_of(plain),
+                "settings": result_settings(plain),
                 "base": base,
-                "first": digest_of({name: state[name] for name in names}),
-                "clips": {s: digest_of_clips(view) for s, view in own.items()},
+                "first": tensor_digest({name: state[name] for name in names}),
+                "clips": {s: clips_digest(view) for s, view in own.items()},
                 "model": str(run.cfg.model),
             }
             settings = replace(plain, train=[f"*.A.{expert}", f"*.B.{expert}"], freeze=[])
-            with measured(run, model, settings):
+            with error_rates_enabled(run, model, settings):
                 metrics, status = run.fit_apart(
                     model, settings, f"{run.stage}_{expert}", own, inputs, names
                 )
@@ -75,14 +77,14 @@ class PretrainExperts(Fit):
         return self.summary(rows) | {name: float(count) for name, count in counts.items()}
 
     def subset(self, run: "Context", split: str) -> Tensor:
-        """The rows of a split that experts learn from."""
+        """Return the rows of a split that the experts use."""
         view = run.data.split(split)
         if split == "train" and isinstance(self.sampler, Subset):
             return self.sampler.rows(view)
         return torch.arange(len(view))
 
     def summary(self, rows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-        """Means over experts by their clips, and the fewest clips of any."""
+        """Return mean losses weighted by clips, and the fewest clips of an expert."""
         weights = np.array([count for count, _ in rows], float)
         found = {}
         for name in ("train_loss", "val_loss"):
@@ -91,15 +93,15 @@ class PretrainExperts(Fit):
         return found | {"fewest_clips": float(weights.min(initial=np.inf) if len(rows) else 0)}
 
     def metric_names(self, terms: Any) -> set[str] | None:
-        """Metrics this stage gives."""
+        """Names of the metrics of this stage."""
         known = {"train_loss", "val_loss", "trained", "reused", "fewest_clips"}
         return None if self.metrics else known
 
 
-def labelled(run: "Context", split: str, rows: Tensor) -> SpeechView:
-    """Some clips of a split with the column `cluster`, which is found for those that have none."""
+def view_with_clusters(run: "Context", split: str, rows: Tensor) -> SpeechView:
+    """Return clips of a split with the column `cluster`, assigned where it is missing."""
     model: Any = run.model
-    view = heard(run, split)
+    view = split_view(run, split)
     table = run.load("clusters.csv")
     known = table[table["split"] == split]
     cluster = np.full(len(view), -1, np.int64)
@@ -107,13 +109,13 @@ def labelled(run: "Context", split: str, rows: Tensor) -> SpeechView:
     chosen = view.take(rows)
     codes = torch.from_numpy(cluster[rows.numpy()])
     if len(unknown := (codes < 0).nonzero()[:, 0]):
-        found = Clustering.restored(run.load("clusters.npz"))
-        run.log.info("%s: %d clips of %s have no cluster yet", run.stage, len(unknown), split)
+        found = Clustering.from_arrays(run.load("clusters.npz"))
+        run.log.info("%s: assigning clusters to %d clips of %s", run.stage, len(unknown), split)
         model.eval()
         pooled = []
-        others = run.prepared(chosen.take(unknown))
+        missing = run.prepared(chosen.take(unknown))
         with torch.inference_mode():
-            for batch in run.progress(others.batches(32), f"clusters of {split}"):
+            for batch in run.progress(missing.batches(32), f"clusters of {split}"):
                 batch = {
                     n: batch[n].to(run.device) for n in ("mel", "states", "frames") if n in batch
                 }
@@ -122,14 +124,14 @@ def labelled(run: "Context", split: str, rows: Tensor) -> SpeechView:
     return chosen.with_columns({"cluster": codes})
 
 
-def of_expert(view: SpeechView, expert: int) -> SpeechView:
-    """The clips of one cluster, with the column `expert`."""
+def expert_view(view: SpeechView, expert: int) -> SpeechView:
+    """Return the clips of one cluster, with the column `expert`."""
     own = view.take((view["cluster"] == expert).nonzero()[:, 0])
     return own.with_columns({"expert": torch.full((len(own),), expert)})
 
 
-def settings_of(fit: schema.Fit) -> dict[str, Any]:
-    """What of the settings changes the result, as plain values."""
+def result_settings(fit: schema.Fit) -> dict[str, Any]:
+    """Return the settings that affect the result, as text."""
     found: dict[str, Any] = {}
     for field in fields(fit):
         value = getattr(fit, field.name)
@@ -138,7 +140,7 @@ def settings_of(fit: schema.Fit) -> dict[str, Any]:
     return found
 
 
-def digest_of(state: dict[str, Tensor]) -> str:
+def tensor_digest(state: dict[str, Tensor]) -> str:
     """Hash of named tensors."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
@@ -147,7 +149,7 @@ def digest_of(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def digest_of_clips(view: SpeechView) -> str:
-    """Hash of everything that a fit is given of these clips, in their order."""
-    every = "".join(view.samples.digest(number) for number in range(len(view)))
-    return hashlib.sha256(every.encode()).hexdigest()
+def clips_digest(view: SpeechView) -> str:
+    """Hash of the samples of a view, in order."""
+    digests = "".join(view.samples.digest(number) for number in range(len(view)))
+    return hashlib.sha256(digests.encode()).hexdigest()

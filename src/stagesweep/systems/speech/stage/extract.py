@@ -1,4 +1,4 @@
-"""The stage that keeps what the encoder makes of each clip."""
+"""Stage that saves the encoder states of clips."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stagesweep.base import signals
-from stagesweep.base.errors import UserError
 from stagesweep.base.files import atomic_text, explained
 from stagesweep.base.view import Batch
+from stagesweep.config.schema import bounded
 from stagesweep.core.predict import to_device
 from stagesweep.hardware.out_of_memory import OutOfMemoryRetry
 from stagesweep.parallel.micro_batches import split as split_batch
@@ -31,31 +31,29 @@ SPLITS = ("train", "val")
 
 @dataclass
 class Extract:
-    """Leave the mean encoder state of `samples` training clips (see `Subset`) and of all of val.
+    """Save the mean encoder state of `samples` training clips (see `Subset`) and all of val.
 
-    Leaves ``pooled.npy`` (n, width), fp32, and ``extracted.csv``, which says what each row is. With
-    `states` also the encoder's whole output, ``states.npy`` (n, positions, width) in fp16, and
-    ``frames.npy`` (n,): later fits read these instead of the clips, and leave the encoder out.
+    Saves ``pooled.npy`` (n, width), fp32, and ``extracted.csv``, which describes each row. `states`
+    also saves the encoder states: ``states.npy`` (n, positions, width), fp16, and ``frames.npy``
+    (n,). Later fits then read these and skip the encoder.
 
-    Every `every` clips what is done is on disk, and a run that was killed goes on from there with
-    the same numbers. Memory does not grow with the number of clips.
+    Results are written every `every` clips; a killed run resumes there, with equal results. Memory
+    is independent of the number of clips.
 
-    `model_unused` are keys of the model that change nothing here: an extraction is reused whatever
-    they are. What the encoder makes of a clip depends on no expert.
+    `model_unused`: keys of the model that do not affect this stage, because encoder states do not
+    depend on experts. The extraction is reused if they change.
     """
 
-    samples: float | int | None = None
+    samples: float | int | None = bounded(None, gt=0)
     states: bool = False
-    batch_size: int = 64
-    every: int = 100
+    batch_size: int = bounded(64, ge=1)
+    every: int = bounded(100, ge=1)
     model_unused: Sequence[str] = (
         "experts", "k", "rank", "alpha", "dropout", "hidden", "curriculum", "temperature", "noise",
     )  # fmt: skip
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return how many clips there are, and how wide their vectors are."""
-        if self.every < 1 or self.batch_size < 1:
-            raise UserError(f"stage.{run.stage}: every and batch_size must be at least 1")
+        """Return the number of clips and the width of their vectors."""
         model: Any = run.model
         model.eval()
         table = self.table(run)
@@ -70,12 +68,12 @@ class Extract:
             for rows in files.values():
                 rows.create()
         elif progress.done < len(table):
-            run.log.info("%s: goes on from clip %d of %d", run.stage, progress.done, len(table))
+            run.log.info("%s: resuming at clip %d of %d", run.stage, progress.done, len(table))
         with signals.deferred():
             for number, found in self.chunks(run, table, progress.done):
                 for name, rows in files.items():
                     rows.write(number, found[name])
-                progress.reached(number + len(found["pooled.npy"]))
+                progress.save(number + len(found["pooled.npy"]))
                 if signum := signals.pending():
                     raise signals.stop(signum)
         run.save("extracted.csv", table)
@@ -83,7 +81,7 @@ class Extract:
         return {"clips": float(n), "width": float(width)}
 
     def table(self, run: "Context") -> pd.DataFrame:
-        """What is to be extracted: split, row in the split, id, speaker and stratum."""
+        """Return the clips to extract: split, row in the split, id, speaker and stratum."""
         parts = []
         for split in SPLITS:
             view = run.data.split(split)
@@ -100,9 +98,9 @@ class Extract:
     def chunks(
         self, run: "Context", table: pd.DataFrame, done: int
     ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-        """What the encoder makes of each `every` clips from number `done` on, and their number.
+        """Iterate over chunks of `every` clips after clip `done`: first clip, and its arrays.
 
-        A chunk is computed in the same batches whether or not the run was interrupted.
+        Batches do not depend on interruptions of the run.
         """
         retry = OutOfMemoryRetry(run.profile.micro_batch, "extraction", run.profile)
         first = 0
@@ -119,7 +117,7 @@ class Extract:
         run.measured["oom"] += retry.events
 
     def encode(self, run: "Context", batch: Batch, size: int) -> dict[str, NDArray[Any]]:
-        """The vectors of a chunk, and its states, in batches of `size`."""
+        """Return the arrays of a chunk by file name, computed in batches of `size`."""
         model: Any = run.model
         profile, pooled, states = run.profile, list[Tensor](), list[Tensor]()
         frames = batch["frames"].numpy()
@@ -139,24 +137,24 @@ class Extract:
         return vectors
 
     def metric_names(self) -> set[str] | None:
-        """Metrics this stage gives."""
+        """Names of the metrics of this stage."""
         return {"clips", "width"}
 
 
 class RowFile:
-    """A .npy file that is written some rows at a time, and never held in memory."""
+    """A .npy file that is written in chunks of rows, without an array in memory."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.path, self.shape, self.dtype = path, shape, dtype
 
     def create(self) -> None:
-        """Make the file, of full length."""
+        """Create the file in full length."""
         with explained(self.path):
-            whole = np.lib.format.open_memmap(self.path, "w+", self.dtype, self.shape)
-            del whole
+            array = np.lib.format.open_memmap(self.path, "w+", self.dtype, self.shape)
+            del array
 
     def write(self, row: int, values: NDArray[Any]) -> None:
-        """Put rows in their place, safely on disk."""
+        """Write rows at their position, and sync."""
         width = self.dtype.itemsize * int(np.prod(self.shape[1:]))
         length = self.dtype.itemsize * int(np.prod(self.shape))
         with explained(self.path), self.path.open("r+b") as stream:
@@ -167,7 +165,7 @@ class RowFile:
 
 
 class ExtractionProgress:
-    """How many clips are done and on disk."""
+    """Number of clips that are written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -176,7 +174,7 @@ class ExtractionProgress:
         except (OSError, ValueError, KeyError, TypeError):
             self.done = 0
 
-    def reached(self, done: int) -> None:
-        """Write down that so many are done."""
+    def save(self, done: int) -> None:
+        """Save the number of written clips."""
         atomic_text(self.path, json.dumps({"done": done}))
         self.done = done

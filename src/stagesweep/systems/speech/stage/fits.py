@@ -1,4 +1,4 @@
-"""What the fits of this system have in common: what they hear, and error rates while they train."""
+"""Shared by the fits of this system: views with encoder states, error rates during training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ from stagesweep.parallel.process_group import current_group
 from stagesweep.systems.speech import metric
 from stagesweep.systems.speech.data.dataset import Speech
 from stagesweep.systems.speech.data.windows import EncoderStates, SpeechView
-from stagesweep.systems.speech.transcribe import joined
+from stagesweep.systems.speech.stage.decoding import transcript_table
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
 
 
-def heard(run: "Context", split: str) -> SpeechView:
-    """A split, with the encoder's states where an extraction has kept them."""
+def split_view(run: "Context", split: str) -> SpeechView:
+    """Return the view of a split, with encoder states if they were extracted."""
     view: SpeechView = run.data.split(split)
     if not run.has("states.npy"):
         return view
@@ -36,38 +36,38 @@ def heard(run: "Context", split: str) -> SpeechView:
 
 @dataclass
 class ErrorRates:
-    """A metric of a fit: `wer` and `cer` of what the model hears in validation clips, decoded
-    greedily, all errors over all words (characters) of normalised text.
+    """Metrics of a fit: `wer` and `cer`, errors per word and per character of normalised text, with
+    greedy decoding of validation clips.
 
-    Works in the fits of this system alone, which tell it what tokens mean.
+    Only for the fits of this system, which set the tokenizer.
     """
 
     reads = ("decoded", "clip")
 
     def __call__(self, arrays: dict[str, NDArray[Any]]) -> dict[str, float]:
-        """Error rates of `decoded` (n, L), tokens, in windows of the clips `clip` (n,)."""
+        """Return error rates of tokens `decoded` (n, L) in windows of the clips `clip` (n,)."""
         data: Speech = self.__dict__["data"]
-        said = [data.tokenizer.decode(row) for row in arrays["decoded"].tolist()]
-        told = joined(data, arrays["clip"], said)
-        sums = metric.errors(told["reference"], told["hypothesis"]).sum()
+        texts = [data.tokenizer.decode(row) for row in arrays["decoded"].tolist()]
+        table = transcript_table(data, arrays["clip"], texts)
+        sums = metric.errors(table["reference"], table["hypothesis"]).sum()
         return {
             "wer": float(sums["word_errors"] / sums["words"]),
             "cer": float(sums["character_errors"] / sums["characters"]),
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: other processes take part in a fit, and compute no metric."""
+        """Exclude the data: other processes of a fit compute no metrics."""
         return {}
 
 
 @contextmanager
-def measured(run: "Context", model: Any, settings: schema.Fit) -> Iterator[None]:
-    """For a fit: its `ErrorRates` know the tokens, and the model decodes what they read."""
+def error_rates_enabled(run: "Context", model: Any, settings: schema.Fit) -> Iterator[None]:
+    """Context of a fit: gives its `ErrorRates` the data, and the model decodes for them."""
     rates = [each for each in settings.metrics.values() if isinstance(each, ErrorRates)]
     if rates and run.profile.shard and current_group().world_size > 1:
         raise UserError(
-            f"stage.{run.stage}.metrics: a sharded model is not decoded while it trains; leave "
-            "ErrorRates out, or set hardware.parallel=replicate"
+            f"stage.{run.stage}.metrics: a sharded model cannot be decoded during training; remove "
+            "ErrorRates, or set hardware.parallel=replicate"
         )
     for each in rates:
         each.__dict__["data"] = run.data

@@ -1,4 +1,4 @@
-"""The stage that teaches the gate the clusters."""
+"""Stage that trains the gate to predict clusters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class PretrainGate(Fit):
-    """Train the gate on the vectors that were extracted, to tell the cluster of each.
+    """Train the gate to predict the clusters of extracted vectors.
 
     A batch has `pooled` (B, width), `cluster` (B,), `soft` (B, E), `speaker` and `stratum`.
     """
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return what a fit returns, and how often the gate tells the cluster: `train_accuracy`
-        and `val_accuracy`.
+        """Return the metrics of the fit, and the accuracy of the gate: `train_accuracy` and
+        `val_accuracy`.
         """
         model: Any = run.model
         views = self.views(run)
@@ -32,20 +32,20 @@ class PretrainGate(Fit):
         model.eval()
         for split, view in views.items():
             with torch.inference_mode():
-                told = torch.cat(
+                predicted = torch.cat(
                     [model(batch)["gate"].argmax(1) for batch in run.prepared(view).batches(4096)]
                 )
-            right = told.cpu() == view["cluster"].cpu()
-            metrics[f"{split}_accuracy"] = float(right.float().mean())
+            correct = predicted.cpu() == view["cluster"].cpu()
+            metrics[f"{split}_accuracy"] = float(correct.float().mean())
         return metrics
 
     def metric_names(self, terms: Mapping[str, Any]) -> set[str] | None:
-        """Metrics of the fit, and two more."""
+        """Names of the metrics of this stage."""
         known = super().metric_names(terms)
         return None if known is None else known | {"train_accuracy", "val_accuracy"}
 
     def views(self, run: "Context") -> dict[str, View]:
-        """The vectors of each split, held in memory."""
+        """Return the vectors of each split, in memory."""
         vectors = np.load(run.find("pooled.npy"))
         table, soft = run.load("clusters.csv"), run.load("clusters.npz")["soft"]
         codes = {

@@ -1,11 +1,11 @@
-"""The stage that trains a small Whisper from nothing, before there are experts."""
+"""Stage that trains a small Whisper from random weights, without experts."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stagesweep.stage.fit import Fit
 from stagesweep.systems.speech.data.split import TYPICAL
-from stagesweep.systems.speech.stage.fits import measured
+from stagesweep.systems.speech.stage.fits import error_rates_enabled
 
 if TYPE_CHECKING:
     from stagesweep.run.context import Context
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pretrain(Fit):
-    """Train the base, without gate and experts, on typical speech where the data has some.
+    """Train the base model, without gate and experts, on typical speech if the data has it.
 
-    Otherwise on the training split. A checkpoint of Whisper needs no such stage.
+    Otherwise on the training split. A Whisper checkpoint does not need this stage.
     """
 
     def __call__(self, run: "Context") -> dict[str, float]:
-        """Return what a fit returns."""
+        """Return the metrics of the fit."""
         model: Any = run.model
         names = [name for name in TYPICAL if name in run.data.splits]
         chosen = TYPICAL if len(names) == len(TYPICAL) else ("train", "val")
         views = dict(zip(("train", "val"), map(run.data.split, chosen), strict=True))
-        with model.mixed("none"), measured(run, model, self):
+        with model.mixed("none"), error_rates_enabled(run, model, self):
             metrics = run.fit(model, self, run.stage, views)
         run.save_weights()
         return metrics
