@@ -1,13 +1,12 @@
-"""The mixture of experts on Whisper: what routing, kept features and kept states save, and in how
-little memory clips are extracted.
+"""Benchmarks of the mixture of experts on Whisper.
 
-    python -m benchmarks.speech routed      a training step by chosen experts beside all experts
-    python -m benchmarks.speech states      a training step of an expert, with and without encoder
-    python -m benchmarks.speech features    reading clips for the first and for the second time
-    python -m benchmarks.speech extract     peak memory of the stage at 500 and at 5,000 clips
+    python -m benchmarks.speech routed      training step with 2 of 8 experts, and with all experts
+    python -m benchmarks.speech states      training step of experts, with and without the encoder
+    python -m benchmarks.speech features    reading clips without and with the cache of features
+    python -m benchmarks.speech extract     peak memory of the extraction of 500 and 5,000 clips
 
-`--small` takes seconds. What is compared takes turns in one process, and ratios are medians of
-those of a turn, so that whatever else the machine does falls on all.
+`--small` takes seconds. Variants take turns in one process and ratios are medians over rounds, so
+other load of the machine affects all variants.
 """
 
 import argparse
@@ -38,7 +37,7 @@ BANDS = 80
 
 
 def model(options: argparse.Namespace, frames: int, tokens: int) -> MixtureWhisper:
-    """Eight experts of rank 16, two for a clip, on a Whisper of random weights."""
+    """Build eight experts of rank 16, two for a clip, on a Whisper with random weights."""
     spec = SpeechSpec(
         {"mel": Features(tuple(map(str, range(BANDS))))},
         labels={"speaker": 1, "stratum": 1},
@@ -47,66 +46,69 @@ def model(options: argparse.Namespace, frames: int, tokens: int) -> MixtureWhisp
     )
     width, layers = (32, 1) if options.small else (256, 4)
     torch.manual_seed(0)
-    found = whisper_tiny(
+    built = whisper_tiny(
         spec, width=width, heads=4, encoder_layers=layers, decoder_layers=layers,
         experts=8, k=2, rank=16, alpha=32.0, hidden=128,
     )  # fmt: skip
-    freeze(found, ADAPTERS, [])
-    found.train()
-    found.whisper.model.encoder.eval()
-    found.phase = "topk"
-    return found
+    freeze(built, ADAPTERS, [])
+    built.train()
+    built.whisper.model.encoder.eval()
+    built.phase = "topk"
+    return built
 
 
-def clips(made: MixtureWhisper, size: int, frames: int, tokens: int) -> dict[str, Tensor]:
-    """A batch of noise."""
+def clips(built: MixtureWhisper, size: int, frames: int, tokens: int) -> dict[str, Tensor]:
+    """Return a batch of noise."""
     random = torch.Generator().manual_seed(0)
     text = torch.randint(3, 1000, (size, tokens), generator=random)
     mel = torch.randn((size, BANDS, frames), generator=random)
     batch = {"mel": mel, "frames": torch.full((size,), frames), "tokens": text, "labels": text}
-    return batch | {"states": made.encode(batch)}
+    return batch | {"states": built.encode(batch)}
 
 
-def train(made: MixtureWhisper, batch: dict[str, Tensor], all_rows: bool = False) -> None:
-    """Forward and backward."""
-    made.zero_grad()
-    made.all_rows = all_rows
-    total, weight = TokenCrossEntropy()(made(batch), batch)
+def train(built: MixtureWhisper, batch: dict[str, Tensor], all_rows: bool = False) -> None:
+    """Run forward and backward."""
+    built.zero_grad()
+    built.all_rows = all_rows
+    total, weight = TokenCrossEntropy()(built(batch), batch)
     (total / weight).backward()
 
 
 def report(steps: Mapping[str, Callable[[], object]], rounds: int, against: str) -> None:
-    """Medians of each, and how many times faster than `against`."""
+    """Print the median of each step, and its speed relative to `against`."""
     for name, (median, ratio) in turns(dict(steps), rounds, against).items():
         print(f"{name:24}{median * 1e3:10.1f} ms   {1 / ratio:7.2f} x as fast", flush=True)
 
 
 def routed(options: argparse.Namespace) -> None:
-    """Forward and backward on states that are there already: the bound is 8 / 2."""
+    """Forward and backward on given encoder states; the bound is 8 / 2."""
     size, frames, tokens = (4, 40, 8) if options.small else (16, 200, 24)
-    made = model(options, frames, tokens)
-    batch = clips(made, size, frames, tokens)
+    built = model(options, frames, tokens)
+    batch = clips(built, size, frames, tokens)
     del batch["mel"]
     steps = {
-        "all 8 experts": lambda: train(made, batch, all_rows=True),
-        "2 of 8 experts": lambda: train(made, batch),
+        "all 8 experts": lambda: train(built, batch, all_rows=True),
+        "2 of 8 experts": lambda: train(built, batch),
     }
     report(steps, options.rounds, "all 8 experts")
 
 
 def states(options: argparse.Namespace) -> None:
-    """Forward and backward of clips of one expert each; the window is long, as Whisper's is."""
+    """Forward and backward with one expert per clip, and long windows as those of Whisper."""
     size, frames, tokens = (4, 40, 8) if options.small else (8, 1000, 24)
-    made = model(options, frames, tokens)
-    batch = clips(made, size, frames, tokens) | {"expert": torch.arange(size) % 8}
-    kept = {name: column for name, column in batch.items() if name != "mel"}
-    heard = {name: column for name, column in batch.items() if name != "states"}
-    steps = {"from features": lambda: train(made, heard), "from states": lambda: train(made, kept)}
+    built = model(options, frames, tokens)
+    batch = clips(built, size, frames, tokens) | {"expert": torch.arange(size) % 8}
+    without_mel = {name: column for name, column in batch.items() if name != "mel"}
+    without_states = {name: column for name, column in batch.items() if name != "states"}
+    steps = {
+        "from features": lambda: train(built, without_states),
+        "from states": lambda: train(built, without_mel),
+    }
     report(steps, options.rounds, "from features")
 
 
 def features(options: argparse.Namespace) -> None:
-    """Clips of a second at 44.1 kHz, each turn with a cache of its own."""
+    """Read clips of 1 s at 44.1 kHz; each round has its own cache."""
     count = 20 if options.small else 200
     with tempfile.TemporaryDirectory() as folder:
         data = recordings(Path(folder), count, seconds=1.0, rate=44100)
@@ -125,7 +127,7 @@ def features(options: argparse.Namespace) -> None:
 
 
 def recordings(folder: Path, count: int, seconds: float, rate: int) -> Speech:
-    """A table of noise in .wav files, `table.csv`, read as data."""
+    """Write .wav files of noise and `table.csv`, and read them as data."""
     import soundfile
 
     random = np.random.default_rng(0)
@@ -141,7 +143,7 @@ def recordings(folder: Path, count: int, seconds: float, rate: int) -> Speech:
 
 
 def extract(options: argparse.Namespace) -> None:
-    """The real command, with this stage alone, in a process of its own for each size."""
+    """Run the command with only this stage, in a new process for each size."""
     peaks = []
     for count in (20, 60) if options.small else (500, 5000):
         with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +154,7 @@ def extract(options: argparse.Namespace) -> None:
 
 
 def peak(folder: Path) -> float:
-    """Peak memory in MiB of a command that extracts the clips of a table."""
+    """Return the peak memory in MiB of a command that extracts the clips of a table."""
     stages = ("base", "cluster", "gate", "experts", "asr", "baselines", "evaluate", "figures")
     words = ["experiment=speech", "data=speech", f"data.path={folder}/table.csv"]
     words += [*(f"~stage.{name}" for name in stages), "objective.metric=extract/clips"]
@@ -164,22 +166,22 @@ def peak(folder: Path) -> float:
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
-    said = process.stderr.read()
+    output = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"the command did not run: {said[-600:]}")
+        sys.exit(f"the command failed: {output[-600:]}")
     return usage.ru_maxrss / 1024
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one of them, or all."""
+    """Run one benchmark, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     benchmarks: dict[str, Callable[[argparse.Namespace], Any]] = {
         "routed": routed, "states": states, "features": features, "extract": extract,
     }  # fmt: skip
     parser.add_argument("name", choices=[*benchmarks, "all"], nargs="?", default="all")
-    parser.add_argument("--small", action="store_true", help="a smoke run")
+    parser.add_argument("--small", action="store_true", help="smoke run")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)

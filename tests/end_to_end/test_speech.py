@@ -1,4 +1,4 @@
-"""All of `experiment=speech_quick` with the real command: a run, its reuse, a kill and a resume."""
+"""`experiment=speech_quick` with the real command: a run, its reuse, kills and a resume."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def numbers(found: dict[str, Any]) -> dict[str, Any]:
-    """The metrics that a resumed run must repeat: all but the numbers of trained experts."""
+    """Metrics that a resumed run must reproduce: all but the numbers of trained experts."""
     skipped = ("experts/trained", "experts/reused")
     return {name: value for name, value in found["metrics"].items() if name not in skipped}
 
@@ -72,7 +72,7 @@ def test_a_run_its_reuse_and_a_killed_run(stagesweep: Command, warm: Any, tmp_pa
 
 
 def write_clips(folder: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
-    """24 clips of eight speakers in two strata, and their table."""
+    """Write 24 clips of eight speakers in two strata, and their table."""
     noise = np.random.default_rng(0)
     for number in range(24):
         soundfile.write(folder / f"{number}.wav", noise.normal(0, 0.1, 2000), 8000)
@@ -86,7 +86,7 @@ def write_clips(folder: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) ->
 
 
 def damaged(folder: Path, kind: str) -> None:
-    """Clips with a fault of some kind."""
+    """Write clips with one fault."""
     change: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
         "empty": lambda t: t.assign(transcript=["..", *t["transcript"][1:]]),
         "both": lambda t: t.assign(part=["train", "val", "test"] * 8),
