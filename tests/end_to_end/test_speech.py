@@ -127,6 +127,7 @@ CLIPS = ("experiment=speech_digits", "data=speech", "data.path=table.csv", "hard
         ("long", "seed=0", "table.csv, line 5: a clip of 1.00 s is longer than the window of"),
         ("empty", "seed=0", "table.csv, line 2: the transcript is empty; fix it, or leave"),
         ("", "data.columns.path=wav", "no column 'wav' in table.csv; the nearest is 'path'"),
+        ("", "data.on_error=ignore", "data.on_error=ignore: Speech expects Literal["),
         ("both", "data.columns.split=part", "table.csv: speaker 's0' is in the splits train and"),
         ("single", "seed=0", "stratum 'als' has one speaker, who cannot be in both train and"),
     ],
@@ -188,6 +189,7 @@ def test_a_tokenizer_that_does_not_fit_the_checkpoint_is_one_line(
         ("model.experts=9 stage.cluster.fewer=fail", "clusters for 9 experts with every min_clus"),
         ("stage.cluster.dim=0", "stage.cluster.dim=0: must be at least 1"),
         ("stage.cluster.fewer=stop", "stage.cluster.fewer=stop: Cluster expects Literal["),
+        ("loss.balance.kind=none", "loss.balance.kind=none: Balance expects Literal["),
         ("data.seconds=0.1", "data.seconds=0.1 is too short for data.words_each=1"),
     ],
 )
