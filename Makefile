@@ -13,7 +13,7 @@ setup: $(READY)  ## make .venv with everything in it
 # Runs again only when what is to be installed has changed.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]' -c constraints.txt
 	@touch $@
 
 demo: $(READY)  ## Bayesian sweep of the digits experiment: 12 trials, leaderboard, where to look

@@ -229,7 +229,7 @@ def simulated_speech(
     typical_speakers: int = 30,
     typical_clips: int = 40,
     words_each: int = 2,
-    voice: float = 0.25,
+    voice: float = 0.4,
     substitution: bool = True,
     seed: int = 0,
     bands: int = 40,

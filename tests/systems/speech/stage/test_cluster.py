@@ -113,3 +113,14 @@ def test_other_clips_are_assigned_to_the_nearest_cluster() -> None:
     assert adjusted_rand_score(cluster, kinds) == 1
     assert shares.shape == (80, 4)
     assert (shares[:, 3] == 0).all()
+
+
+def test_a_cluster_that_is_not_round_keeps_its_clips() -> None:
+    """Of two parallel rods, some points are nearer to the mean of the other."""
+    along = np.linspace(0, 20, 60)
+    rods = [np.stack([along + shift, np.full(60, y)], axis=1) for shift, y in ((0, 0), (12, 3))]
+    points, labels = np.concatenate(rods), np.repeat([0, 1], 60)
+    projection = Projection.fit(points, None)
+    clustering = Clustering.fit(projection, projection.points(points), labels, 2, 0.5)
+    assigned, _ = clustering.assign(points)
+    assert (assigned == labels).all() or (assigned == 1 - labels).all()

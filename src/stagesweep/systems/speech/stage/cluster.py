@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import HDBSCAN, AgglomerativeClustering, SpectralClustering
+from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans, SpectralClustering
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Method = Literal["hdbscan", "spectral", "random"]
+
+# The most centres of a cluster, and the samples that each has at least on average.
+CENTRES = 10
 
 
 @dataclass
@@ -192,13 +195,15 @@ class Clustering:
     ) -> "Clustering":
         """Compute centres of points (n, dim) with given labels, -1 for noise."""
         kinds = np.unique(labels[labels >= 0])
-        centres = np.stack([points[labels == kind].mean(0) for kind in kinds])
         merged = np.arange(len(kinds))
         if len(kinds) > experts:
-            merged = AgglomerativeClustering(experts, linkage="ward").fit_predict(centres)
+            means = np.stack([points[labels == kind].mean(0) for kind in kinds])
+            merged = AgglomerativeClustering(experts, linkage="ward").fit_predict(means)
         # Clusters are numbered by decreasing size.
         sizes = [np.isin(labels, kinds[merged == k]).sum() for k in range(merged.max() + 1)]
         merged = np.argsort(np.argsort(-np.array(sizes), kind="stable"))[merged]
+        parts = [cluster_centres(points[labels == kind]) for kind in kinds]
+        centres, merged = np.concatenate(parts), np.repeat(merged, list(map(len, parts)))
         nearest = float(squared_distances(points, centres).min(1).mean())
         return cls(projection, centres, merged, experts, max(nearest, 1e-12) * temperature)
 
@@ -233,6 +238,14 @@ class Clustering:
         projection = Projection(arrays["mean"], arrays["components"])
         experts, scale = int(arrays["experts"]), float(arrays["scale"])
         return cls(projection, arrays["centres"], arrays["merged"], experts, scale)
+
+
+def cluster_centres(points: Array) -> Array:
+    """Return several centres (m, dim) of one cluster (n, dim), because it need not be round."""
+    distinct = len(np.unique(points, axis=0))
+    count = min(CENTRES, -(-len(points) // CENTRES), distinct)
+    found: Array = KMeans(count, n_init=1, random_state=0).fit(points).cluster_centers_
+    return found
 
 
 def squared_distances(points: Array, centres: Array) -> Array:
