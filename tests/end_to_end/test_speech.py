@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 STAGES = [
@@ -166,6 +165,8 @@ def test_clips_are_left_out_only_on_request_and_replaced_files_are_detected(
 def test_a_tokenizer_that_does_not_fit_the_checkpoint_is_one_line(
     stagesweep: Command, tmp_path: Path
 ) -> None:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
     write_clips(tmp_path, lambda table: table)
     sizes: dict[str, Any] = {"vocab_size": 9, "num_mel_bins": 20, "max_source_positions": 20}
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
