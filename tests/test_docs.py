@@ -137,7 +137,8 @@ def test_a_command_composes_and_validates(
     folders = [tmp_path / flags.config_dir] if flags.config_dir else []
     for override in overrides:
         if override.key_or_group in ("data.path", "init_from"):
-            place = tmp_path / str(override.value())
+            value = OverridesParser.create().parse_override(point(override)).value()
+            place = tmp_path / str(value)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.touch()
     cfg = compose(*map(point, overrides), folders=folders)

@@ -63,5 +63,5 @@ def test_more_clusters_than_samples_is_an_error(make_run: Any) -> None:
 
 
 def test_a_collapsed_latent_is_an_error(make_run: Any) -> None:
-    with pytest.raises(UserError, match="it: posterior collapse: 0 of 4 latent units carry"):
+    with pytest.raises(UserError, match="it: posterior collapse: 0 of 4 latent units are active"):
         InitClusters()(make_run(scale=0.001))
