@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,6 +48,8 @@ def begin_server(pipe: "Connection[Any, Any]", devices: Path, modules: list[str]
     torch.cuda.device_count = lambda: 1
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     assert detection.has_gpu_driver()
+    for name in (slots.GUARD, slots.SERVER):  # another test may have imported them
+        sys.modules.pop(name, None)
     for name in (slots.GUARD, *modules, slots.SERVER):
         __import__(name)
     pipe.send((initialised, slots.cuda_initialised_by()))
