@@ -94,9 +94,9 @@ def test_an_error_of_composition_is_one_line_and_writes_nothing(
 
 
 def test_an_error_of_validation_is_one_line_and_runs_no_stage(
-    cold: Command, tmp_path: Path
+    stagesweep: Command, tmp_path: Path
 ) -> None:
-    process = cold("experiment=tiny", "model.latent=wide", "hydra.run.dir=run", status=1)
+    process = stagesweep("experiment=tiny", "model.latent=wide", "hydra.run.dir=run", status=1)
     assert_one_line(process, "model.latent=wide: ClusteringVAE expects int")
     assert not (tmp_path / "store").exists()
 
@@ -111,20 +111,23 @@ def test_conflicting_flags_are_one_line(cold: Command) -> None:
     assert_one_line(process, "Only one of --run, --multirun, --cfg, --info")
 
 
-def test_an_unwritable_folder_is_one_line(cold: Command, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_one_line(stagesweep: Command, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, where a folder is wanted")
-    process = cold("experiment=tiny", "hydra.run.dir=taken/run", status=1)
+    process = stagesweep("experiment=tiny", "hydra.run.dir=taken/run", status=1)
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr
     assert "taken" in process.stderr
 
 
-def test_a_run_names_its_folder_by_experiment_time_and_host(cold: Command, tmp_path: Path) -> None:
-    process = cold("experiment=tiny", "~stage.evaluate", "objective.metric=joint/val_loss")
+def test_a_run_names_its_folder_by_experiment_time_and_host(
+    stagesweep: Command, tmp_path: Path
+) -> None:
+    others = ("~stage.init_clusters", "~stage.joint", "~stage.evaluate")
+    process = stagesweep("experiment=tiny", *others, "objective.metric=pretrain/val_loss")
     assert not process.stderr
     (folder,) = (tmp_path / "outputs" / "tiny").iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\S+", folder.name)
     assert {"config.yaml", ".hydra", "run.log", "result.json"} <= {p.name for p in folder.iterdir()}
-    assert "joint/val_loss" in (folder / "run.log").read_text()
+    assert "pretrain/val_loss" in (folder / "run.log").read_text()
     assert [path.name for path in tmp_path.iterdir() if path.name != "store"] == ["outputs"]
 
 

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -197,8 +199,17 @@ def test_every_variant_of_an_ablation_composes(
     points = list(space.points(100))
     assert len(points) > 1
     assert {metric.partition("/")[0] for metric in ablation.metrics} <= set(cfg.stage)
+    apply = ConfigLoaderImpl._apply_overrides_to_config
+    groups = HydraConfig.get().runtime.choices
+    parser = OverridesParser.create()
     for point in points:
-        validate(given(compose(f"experiment={experiment}", *space.overrides(point)), tmp_path))
+        overrides = parser.parse_overrides(space.overrides(point))
+        if any(each.key_or_group in groups for each in overrides):
+            variant = compose(f"experiment={experiment}", *space.overrides(point))
+        else:  # values only: as Hydra does after it has merged the files
+            variant = deepcopy(cfg)
+            apply(overrides, variant)
+        validate(given(variant, tmp_path))
 
 
 @pytest.mark.parametrize("space", sorted(set(SPACES) - {"none"}))
