@@ -30,7 +30,7 @@ def read(line: str) -> Any:
     return OverridesParser.create().parse_override(line).value()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(values=st.lists(VALUES, min_size=2, max_size=2, unique_by=lambda v: repr(read(f"k={v}"))))
 def test_a_trial_gets_the_typed_value(values: list[str]) -> None:
     wanted = [read(f"k={value}") for value in values]
