@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from conftest import Warm
+
 GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
 QUICK = (
-    "stage.pretrain.epochs=2 stage.joint.epochs=12 stage.joint.save_every=3 "
-    "stage.joint.save_seconds=0 model.clusters=10 ~stage.choose_clusters ~stage.baselines "
-    "~stage.figures ~stage.evaluate objective.metric=joint/val_loss"
+    f"--config-dir={Path(__file__).parents[1] / 'conf'} experiment=tiny stage.pretrain.epochs=1 "
+    "stage.joint.epochs=40 stage.joint.save_every=3 stage.joint.save_seconds=0 "
+    "~stage.evaluate objective.metric=joint/val_loss"
 )
 RUN = "stagesweep experiment=digits hydra.run.dir=outputs/digits/first"
 
@@ -65,44 +69,47 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cluster = Cluster(tmp_path_factory.mktemp("undisturbed"))
-    process = cluster.job(f"{RUN} {QUICK}")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert not (cluster.folder / "asked").exists()
-    return result(cluster.folder / "outputs" / "digits" / "first")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, warm: "Warm") -> dict[str, Any]:
+    """The result of a run that nothing stops."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    own = {"STAGESWEEP_STORE": str(folder / "store")}
+    process = warm.run([*QUICK.split(), "hydra.run.dir=run"], folder, own)
+    assert process.returncode == 0, process.stderr
+    return result(folder / "run")
 
 
 @pytest.mark.parametrize(
-    ("command", "signum", "place"),
+    ("command", "signals", "place"),
     [
-        (RUN, signal.SIGUSR1, "outputs/digits/first"),
-        (RUN, signal.SIGTERM, "outputs/digits/first"),
+        # A preempted job gets SIGTERM.
+        ("stagesweep hydra.run.dir=run", [signal.SIGUSR1, signal.SIGTERM], "run"),
         (
             "stagesweep -m seed=0,1 sweep.slots=1 hydra.sweep.dir=sweep",
-            signal.SIGUSR1,
+            [signal.SIGUSR1],
             "sweep/0",
         ),
     ],
-    ids=["run", "preempted", "sweep"],
+    ids=["run", "sweep"],
 )
 def test_a_job_saves_is_requeued_and_resumes(
-    tmp_path: Path, undisturbed: dict[str, Any], command: str, signum: int, place: str
+    tmp_path: Path, undisturbed: dict[str, Any], command: str, signals: Sequence[int], place: str
 ) -> None:
     cluster = Cluster(tmp_path)
-    process = cluster.job(f"{command} {QUICK}")
-    while cluster.epochs() < 2 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 138, errors
-    assert "stopped by SIGUSR1; run the same command to resume" in errors
-    assert "Traceback" not in errors
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    for times, signum in enumerate(signals, 1):
+        epochs = cluster.epochs()
+        process = cluster.job(f"{command} {QUICK}")
+        while cluster.epochs() < epochs + 2 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 138, errors
+        assert "stopped by SIGUSR1; run the same command to resume" in errors
+        assert "Traceback" not in errors
+        assert (tmp_path / "asked").read_text() == "requeue 7\n" * times
     process = cluster.job(f"{command} {QUICK}")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+    assert (tmp_path / "asked").read_text() == "requeue 7\n" * len(signals), "it has ended"
     found = result(tmp_path / place)
     assert {stage["name"]: stage["status"] for stage in found["stages"]}["joint"] == "resumed"
     assert found["metrics"] == undisturbed["metrics"]
