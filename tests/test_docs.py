@@ -212,17 +212,18 @@ def with_rows(guide: str, rows: list[str]) -> str:
     return "".join(lines)
 
 
-@pytest.fixture
-def contributed(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def contributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout with the examples of CONTRIBUTING.md, which replace no file."""
+    folder = tmp_path_factory.mktemp("contributed")
     for name in ("conf", "docs", "src", "tests"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name)  # with its bytecode, which takes long to make
     for file in (*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "Makefile"):
-        shutil.copy(file, tmp_path)
-    before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert not before & {tmp_path / name for name in files("CONTRIBUTING.md")}
-    write_files("CONTRIBUTING.md", tmp_path)
-    return tmp_path
+        shutil.copy(file, folder)
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    assert not before & {folder / name for name in files("CONTRIBUTING.md")}
+    write_files("CONTRIBUTING.md", folder)
+    return folder
 
 
 def python(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
