@@ -383,6 +383,7 @@ def test_a_stopped_sweep_continues_its_trials_at_the_next_start(lab: "Lab") -> N
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143
     assert errors.endswith("run the same command to resume\n")
+    assert list(lab.table["number"])[:1] == [0], "the summary is written"
     assert any(trial.state.name == "RUNNING" for trial in lab.study.trials)
     wait_until(lambda: not lab.processes())
     lab.sweep(*given)
