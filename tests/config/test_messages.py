@@ -31,6 +31,7 @@ LINES = {
     "[auto, cpu, cuda]",
     "model=vae_bse": "no 'vae_bse' in group 'model': did you mean 'vae_base'? there are ",
     "experiment=tinny": "no 'tinny' in group 'experiment': did you mean 'tiny'? there are ",
+    "search=bayse": "no 'bayse' in group 'search': did you mean 'bayes'? there are ",
     "hardware=zzz": "no 'zzz' in group 'hardware': there are a100_40gb, ",
     "seed=[1": "cannot read 'seed=[1': no viable alternative at input '[1'",
     "seed": "cannot read 'seed': missing EQUAL at '<EOF>'",

@@ -90,8 +90,10 @@ def test_files_that_a_table_names_count_by_name_size_and_time(
         path.write_text("sound")
     words = ("experiment=speech_digits", f"data.path={table}", "data.columns.path=wav")
 
+    cfg = compose(*words, "hardware.device=cpu")
+
     def found() -> dict[str, Any]:
-        return stage_inputs(compose(*words, "hardware.device=cpu"))["base"]["data"]
+        return stage_inputs(cfg)["base"]["data"]
 
     before = found()
     assert found() == before
@@ -106,7 +108,7 @@ def test_files_that_a_table_names_count_by_name_size_and_time(
     now = found()
     for path in (table, first, second, tmp_path / "gone.wav"):
         shutil.move(path, elsewhere)
-    words = (words[0], f"data.path={elsewhere / table.name}", words[2])
+    cfg.data.path = str(elsewhere / table.name)
     assert found() == now, "the place of the folder does not count"
 
 

@@ -6,15 +6,19 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pandas as pd
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from stagesweep.base.errors import UserError
+from stagesweep.config.schema import objectives
 from stagesweep.config.validation import validate
+from stagesweep.sweep.engine import setup
 
 if TYPE_CHECKING:
     from conftest import Warm
@@ -44,8 +48,10 @@ def test_bayesian_search_of_the_experiments_own_space(stagesweep: Command, tmp_p
         "-m",
         "search=bayes",
         "experiment=tiny",
-        "search.n_trials=3",
+        "search.n_trials=2",
         "search.study=first",
+        "stage.pretrain.epochs=1",
+        "stage.joint.epochs=1",
         "sweep.slots=1",
     )
     folder = tmp_path / "multirun" / "tiny" / "first"
@@ -53,19 +59,19 @@ def test_bayesian_search_of_the_experiments_own_space(stagesweep: Command, tmp_p
     space = ["stage.joint.optimizer.lr", "stage.joint.loss.clustering.weight"]
     columns = ["number", "state", "reason", "evaluate/nmi", "seconds", "reused", "dir"]
     assert list(table.columns) == [*columns, *space]
-    assert list(table["state"]) == ["complete"] * 3
+    assert list(table["state"]) == ["complete"] * 2
     assert table["stage.joint.optimizer.lr"].between(1e-4, 1e-2).all()
     assert set(table["stage.joint.loss.clustering.weight"]) <= {0.1, 0.3}
-    assert list(table["reused"]) == [0, 2, 2]  # pretraining and initialisation, once
+    assert list(table["reused"]) == [0, 2]  # pretraining and initialisation, once
     study = optuna.load_study(study_name="first", storage=f"sqlite:///{folder / 'study.db'}")
     assert [trial.value for trial in study.trials] == pytest.approx(list(table["evaluate/nmi"]))
     assert study.direction is optuna.study.StudyDirection.MAXIMIZE
     assert (folder / "optimization_results.yaml").exists()
-    assert "3 of 3 trials finished; the best:" in process.stdout
+    assert "2 of 2 trials finished; the best:" in process.stdout
     assert f"tensorboard --logdir {folder.relative_to(tmp_path)}" in process.stdout
     page = (folder / "report.html").read_text()
     assert "tiny · first" in page
-    assert "4 stages taken from the store" in page
+    assert "2 stages taken from the store" in page
     assert f"report      {(folder / 'report.html').relative_to(tmp_path)}" in process.stdout
     best = table.sort_values("evaluate/nmi").iloc[-1]
     assert f"best trial  {best['dir']}" in process.stdout
@@ -124,46 +130,43 @@ REFUSED = {
         ("experiment=tiny", "seed=0,1", "objective.metric=evaluate/nmy"),
         "objective.metric=evaluate/nmy: stage evaluate has no 'nmy'; did you mean 'nmi'?",
     ),
-    "a pruner for several objectives": (
-        (
-            "experiment=tiny",
-            "seed=0,1",
-            "objective.metric=[evaluate/nmi,joint/val_loss]",
-            "search/pruner=median",
-        ),
-        "a pruner compares trials by one objective, and there are 2 (evaluate/nmi, joint/val_loss)",
-    ),
-    "a test over repeats of which there are none": (
-        ("experiment=tiny", "stage.joint.epochs=1,2", "search/pruner=wilcoxon"),
-        "search/pruner=wilcoxon compares the repeats of a point, and each point has only one; set ",
-    ),
-    "nothing to search": (
-        ("experiment=tiny", "search=bayes", "search/space=none"),
-        "nothing to search; choose search/space=<name>, or sweep a key: ",
-    ),
-    "an unknown space": (
-        ("experiment=tiny", "search=bayes", "search/space=tinny"),
-        "no 'tinny' in group 'search/space': did you mean 'tiny'? there are ",
-    ),
-    "an unknown method": (
-        ("experiment=tiny", "search=bayse"),
-        "no 'bayse' in group 'search': did you mean 'bayes'? there are ",
-    ),
-    "a grid without end": (
-        ("experiment=tiny", "stage.joint.optimizer.lr=interval(1e-4, 1e-2)"),
-        "stage.joint.optimizer.lr=interval(0.0001, 0.01): its values cannot be listed; name them",
-    ),
-    "a grid that is too large": (
-        ("experiment=tiny", "seed=range(0,40)", "stage.joint.epochs=range(1,41)"),
-        "this grid has 1,600 points, more than search.max_points=1000; sweep fewer values, or ",
-    ),
-    "a space that means nothing": (
-        ("experiment=tiny", "search=bayes", "seed=1,2,1"),
-        "seed lists 1 twice; name every value once",
-    ),
     "an unknown swept key": (
         ("experiment=tiny", "stage.joint.epoch=1,2"),
         "unknown key 'stage.joint.epoch': did you mean 'epochs'?",
+    ),
+}
+
+# What is fixed, what is swept, and the error.
+NO_SEARCH = {
+    "a pruner for several objectives": (
+        ("objective.metric=[evaluate/nmi,joint/val_loss]", "search/pruner=median"),
+        "seed=0,1",
+        "a pruner compares trials by one objective, and there are 2 (evaluate/nmi, joint/val_loss)",
+    ),
+    "a test over repeats of which there are none": (
+        ("search/pruner=wilcoxon",),
+        "stage.joint.epochs=1,2",
+        "search/pruner=wilcoxon compares the repeats of a point, and each point has only one; set ",
+    ),
+    "nothing to search": (
+        ("search=bayes", "search/space=none"),
+        "",
+        "nothing to search; choose search/space=<name>, or sweep a key: ",
+    ),
+    "a grid without end": (
+        (),
+        "stage.joint.optimizer.lr=interval(1e-4, 1e-2)",
+        "stage.joint.optimizer.lr=interval(0.0001, 0.01): its values cannot be listed; name them",
+    ),
+    "a grid that is too large": (
+        (),
+        "seed=range(0,1601)",
+        "this grid has 1,601 points, more than search.max_points=1000; sweep fewer values, or ",
+    ),
+    "a space that means nothing": (
+        ("search=bayes",),
+        "seed=1,2,1",
+        "seed lists 1 twice; name every value once",
     ),
 }
 
@@ -205,6 +208,24 @@ def test_settings_that_every_trial_would_refuse_are_refused_at_once(
     assert process.stderr.startswith(f"stagesweep: {line}")
     assert len(process.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "store").exists()
+
+
+def search(cfg: DictConfig, arguments: list[str]) -> None:
+    """What the controller makes of the config before it validates the trials."""
+    config: Any = SimpleNamespace(hydra=HydraConfig.get())
+    settings = setup.search_settings(cfg)
+    setup.search_space(config, config.hydra.sweeper, settings, arguments)
+    setup.make_pruner(settings, list(objectives(cfg.objective)))
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("case", NO_SEARCH)
+def test_settings_that_allow_no_search_are_refused(compose: Compose, case: str) -> None:
+    fixed, swept, line = NO_SEARCH[case]
+    cfg = compose("experiment=tiny", *fixed)
+    with pytest.raises(UserError) as caught:
+        search(cfg, [swept] if swept else [])
+    assert str(caught.value).startswith(line)
 
 
 @pytest.mark.parametrize("case", INVALID)
@@ -264,18 +285,16 @@ def test_a_pruned_fit_is_partial_and_resumes_when_needed(
     }
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_sweep_writes_its_summary(
-    warm: "Warm", tmp_path: Path, signum: int, status: int
-) -> None:
+def test_a_stopped_sweep_writes_its_summary(warm: "Warm", tmp_path: Path) -> None:
+    """By Ctrl-C; by SIGTERM, see test_controller.py."""
     own = f"--config-dir={Path(__file__).parents[1] / 'conf'}"
     given = ("-m", "seed=range(0,500)", *QUICK, own, "sweep.slots=1")
     process = warm.start(given, tmp_path, {"STAGESWEEP_STORE": str(tmp_path / "store")})
     while not (tmp_path / "sweep" / "1" / "result.json").exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=120)
-    assert process.returncode == status, errors
+    assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "trials finished; the best:" in said
     assert summary(tmp_path / "sweep")["state"][0] == "complete"
