@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagesweep.base.seeding import (
@@ -33,6 +33,7 @@ def draws() -> list[Any]:
     ]
 
 
+@settings(max_examples=30)
 @given(seeds, names)
 def test_a_derived_seed_is_63_bits_and_always_the_same(seed: int, names: list[str | int]) -> None:
     found = derive(seed, *names)
@@ -40,6 +41,7 @@ def test_a_derived_seed_is_63_bits_and_always_the_same(seed: int, names: list[st
     assert found == derive(seed, *names)
 
 
+@settings(max_examples=30)
 @given(seeds, seeds, st.text(max_size=5), st.text(max_size=5))
 def test_seeds_and_names_do_not_collide(one: int, two: int, name: str, other: str) -> None:
     same = (one, name) == (two, other)
