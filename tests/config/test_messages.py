@@ -81,7 +81,9 @@ FILES = {
 
 def test_a_logging_that_python_refuses_is_one_line() -> None:
     with pytest.raises(ValueError, match="Unable to configure root logger") as caught:
-        logging.config.dictConfig({"version": 1, "root": {"level": "loud"}})
+        logging.config.dictConfig(
+            {"version": 1, "disable_existing_loggers": False, "root": {"level": "loud"}}
+        )
     assert explain(caught.value) == (
         "hydra.hydra_logging or hydra.job_logging: Unable to configure root logger: Unknown level: "
         "'loud'"

@@ -178,7 +178,7 @@ NUMBERS = st.integers(-50, 50) | st.floats(-10, 10, allow_nan=False).map(lambda 
 
 @st.composite
 def choices(draw: DrawFn) -> str:
-    values = draw(st.lists(WORDS | NUMBERS, min_size=1, max_size=4, unique_by=str))
+    values = draw(st.lists(WORDS | NUMBERS, min_size=1, max_size=4, unique_by=(str, hash)))
     return f"choice({', '.join(map(str, values))})"
 
 

@@ -18,7 +18,7 @@ def test_a_missing_file_that_existed_before_is_known(tmp_path: Path) -> None:
         (tmp_path / str(number)).mkdir()
         text = f"data:\n  path: {tmp_path / 'away' / name}\n"
         (tmp_path / str(number) / "config.yaml").write_text(text)
-    manifest.write(tmp_path, {"files": {str(tmp_path / "shared.csv"): "hash"}})
+    manifest.write(tmp_path, {"study": "s", "files": {str(tmp_path / "shared.csv"): "hash"}})
     assert Study.has_found(study, str(tmp_path / "shared.csv"))
     assert Study.has_found(study, str(tmp_path / "away" / "found.csv"))
     assert not Study.has_found(study, str(tmp_path / "away" / "never.csv"))
