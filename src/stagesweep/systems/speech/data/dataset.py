@@ -24,9 +24,11 @@ from stagesweep.systems.speech.data.features import (
     CachedFeatures,
     Cepstra,
     ClipSource,
+    ClipSubset,
     LogMel,
     cache_folder,
     check_cepstra,
+    log_mel,
 )
 from stagesweep.systems.speech.data.split import SPLITS, Codes
 from stagesweep.systems.speech.data.table import read_clips
@@ -40,7 +42,6 @@ from stagesweep.systems.speech.data.tokens import (
     train_tokenizer,
 )
 from stagesweep.systems.speech.data.windows import Samples, SpeechView
-from stagesweep.systems.speech.optional import optional_imports
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Speech:
         self._read_table(path, columns, drop)
         self.normalise = build_normaliser(normaliser)
         faults = self._empty_transcripts()
-        window = _log_mel(pretrained, bands, rate, seconds)
+        window = log_mel(pretrained, bands, rate, seconds)
         if features is not None:
             self._read_features(features)
             window = LogMel(self._bands, window.rate, round(seconds * RATE))
@@ -389,47 +390,3 @@ class Speech:
         log.info(
             "%s: %s clips of %d speakers in %d strata", self.source_name, counts, speakers, strata
         )
-
-
-@dataclass(frozen=True)
-class ClipSubset:
-    """Some clips of a source without files."""
-
-    clips: ClipSource
-    rows: Codes
-
-    def key(self, row: int) -> str:
-        """Identify the audio of a clip."""
-        return self.clips.key(int(self.rows[row]))
-
-    def seconds(self, row: int) -> float:
-        """Length of a clip in seconds."""
-        return self.clips.seconds(int(self.rows[row]))
-
-    def wave(self, row: int, rate: int, start: float, stop: float) -> audio.Wave:
-        """Return samples (n,) of a part of a clip."""
-        return self.clips.wave(int(self.rows[row]), rate, start, stop)
-
-
-def _log_mel(checkpoint: str | None, bands: int, rate: int, seconds: float) -> LogMel:
-    """Features of the checkpoint; without one, from the settings."""
-    if checkpoint is None:
-        if bands < 1:
-            raise UserError(f"data.bands={bands} must be at least 1")
-        if rate < 1 or rate % RATE or round(seconds * RATE) % 2 or seconds <= 0:
-            raise UserError(
-                f"data.rate={rate} must be a multiple of {RATE} and data.seconds={seconds} of "
-                "0.02, the length of two frames"
-            )
-        return LogMel(bands, rate, round(seconds * RATE))
-    with optional_imports():
-        from transformers import WhisperFeatureExtractor
-    try:
-        own = WhisperFeatureExtractor.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"data.pretrained={checkpoint} has no feature extractor ({line}); give a folder with "
-            "the files of a Whisper checkpoint, or its name"
-        ) from error
-    return LogMel(own.feature_size, own.sampling_rate, own.nb_max_frames)

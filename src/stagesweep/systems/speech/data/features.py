@@ -91,6 +91,30 @@ class LogMel:
         return f"{self.bands}/{self.rate}/{self.frames}/{_source()}"
 
 
+def log_mel(checkpoint: str | None, bands: int, rate: int, seconds: float) -> LogMel:
+    """Features of the checkpoint; without one, from the settings."""
+    if checkpoint is None:
+        if bands < 1:
+            raise UserError(f"data.bands={bands} must be at least 1")
+        if rate < 1 or rate % RATE or round(seconds * RATE) % 2 or seconds <= 0:
+            raise UserError(
+                f"data.rate={rate} must be a multiple of {RATE} and data.seconds={seconds} of "
+                "0.02, the length of two frames"
+            )
+        return LogMel(bands, rate, round(seconds * RATE))
+    with optional_imports():
+        from transformers import WhisperFeatureExtractor
+    try:
+        own = WhisperFeatureExtractor.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"data.pretrained={checkpoint} has no feature extractor ({line}); give a folder with "
+            "the files of a Whisper checkpoint, or its name"
+        ) from error
+    return LogMel(own.feature_size, own.sampling_rate, own.nb_max_frames)
+
+
 class ClipSource(Protocol):
     """Source of the audio of clips."""
 
@@ -131,6 +155,26 @@ class AudioFiles:
             raise UserError(
                 f"{self.paths[row]} can no longer be read: {error}; run the command again"
             ) from error
+
+
+@dataclass(frozen=True)
+class ClipSubset:
+    """Some clips of a source without files."""
+
+    clips: ClipSource
+    rows: NDArray[np.int64]
+
+    def key(self, row: int) -> str:
+        """Identify the audio of a clip."""
+        return self.clips.key(int(self.rows[row]))
+
+    def seconds(self, row: int) -> float:
+        """Length of a clip in seconds."""
+        return self.clips.seconds(int(self.rows[row]))
+
+    def wave(self, row: int, rate: int, start: float, stop: float) -> audio.Wave:
+        """Return samples (n,) of a part of a clip."""
+        return self.clips.wave(int(self.rows[row]), rate, start, stop)
 
 
 @dataclass(frozen=True)
