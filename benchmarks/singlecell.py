@@ -11,7 +11,6 @@ load of the machine affects all of them alike. Counts are simulated.
 
 import argparse
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 from torch.nn.functional import elu, softplus
 
+from benchmarks import choose
 from stagesweep.base.spec import Features, Spec
 from stagesweep.loss.cross_entropy import CrossEntropy
 from stagesweep.systems.singlecell.data.cells import CellView
@@ -316,24 +316,14 @@ def write(path: str, genes: Sequence[str], chunks: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one benchmark, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     benchmarks = {"step": step, "scvi": scvi, "backed": backed}
-    parser.add_argument("name", choices=[*benchmarks, "all"], nargs="?", default="all")
-    parser.add_argument("--small", action="store_true", help="a smoke run")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = choose.parser(__doc__, benchmarks)
     parser.add_argument("--python", default=sys.executable, help="a Python that has scvi-tools")
     parser.add_argument(
         "--donors", type=int, default=100, help="donors in the large file, of 2,000 cells each"
     )
     parser.add_argument("--folder", help="folder of the large temporary file")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-    for name, run in benchmarks.items():
-        if options.name in (name, "all"):
-            print(f"== {name}")
-            run(options)
+    choose.run(parser, benchmarks, arguments)
 
 
 if __name__ == "__main__":

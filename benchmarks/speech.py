@@ -11,18 +11,17 @@ other load of the machine affects all variants.
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import choose
 from benchmarks.singlecell import turns
 from stagesweep.base.spec import Features
 from stagesweep.core.optim import freeze
@@ -176,22 +175,8 @@ def peak(folder: Path) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one benchmark, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    benchmarks: dict[str, Callable[[argparse.Namespace], Any]] = {
-        "routed": routed, "states": states, "features": features, "extract": extract,
-    }  # fmt: skip
-    parser.add_argument("name", choices=[*benchmarks, "all"], nargs="?", default="all")
-    parser.add_argument("--small", action="store_true", help="smoke run")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    options.rounds = 3 if options.small else options.rounds
-    torch.set_num_threads(options.threads)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-    for name, run in benchmarks.items():
-        if options.name in (name, "all"):
-            print(f"== {name}")
-            run(options)
+    benchmarks = {"routed": routed, "states": states, "features": features, "extract": extract}
+    choose.run(choose.parser(__doc__, benchmarks), benchmarks, arguments)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def test_a_key_without_a_value_can_be_swept(given: list[str]) -> None:
     with initialize_config_dir(str(register.folder()), job_name="stagesweep"):
         loader = GlobalHydra.instance().config_loader()
         config = loader.load_configuration("config", given, run_mode=RunMode.MULTIRUN)
+        assert is_missing(config, "data.path")
         HydraConfig.instance().set_config(config)
         try:
             launcher: Any = SimpleNamespace()
